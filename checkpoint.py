@@ -1,0 +1,124 @@
+"""The one owner of the checkpoint file: save, load, list, newest.
+
+A file holds {format, config, progress, model, ema, optimizer, metrics}: tensors and plain values
+only, so that reading it runs nothing in it. No random state is among them: train.py derives every
+random number from config's seed and progress.
+"""
+
+import os
+import pickle
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from config import Config
+from model import UNet
+
+FORMAT = 1
+
+
+@dataclass
+class Progress:
+    """Completed work: whole epochs, images of the epoch under way, optimizer steps, seconds."""
+
+    epoch: int = 0
+    images: int = 0
+    step: int = 0
+    seconds: float = 0.0
+    budget_from: float = 0.0  # what `seconds` were when the time budget began to count
+
+    @property
+    def name(self) -> str:
+        """Part of a file's name; never parsed."""
+        return f"epoch_{self.epoch}" + (f"_step_{self.step}" if self.images else "")
+
+    def __str__(self) -> str:
+        inside = f" and {self.images:,} images" if self.images else ""
+        return f"epoch {self.epoch}{inside} (step {self.step:,})"
+
+
+def save(
+    path: Path,
+    cfg: Config,
+    progress: Progress,
+    model: UNet,
+    ema: UNet,
+    optimizer: torch.optim.Optimizer,
+    metrics: dict[str, Any],
+) -> None:
+    """Write a checkpoint whole or not at all: to a file beside it, flushed to disk, then renamed.
+
+    Raises ValueError with the path when it cannot be written.
+    """
+    contents = {
+        "format": FORMAT,
+        "config": cfg.to_dict(),
+        "progress": asdict(progress),
+        "model": model.state_dict(),
+        "ema": ema.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "metrics": metrics,
+    }
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with open(partial, "wb") as file:
+            torch.save(contents, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+        partial.unlink(missing_ok=True)
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path}: cannot be written ({reason}); make room there") from None
+
+
+def load(path: str | Path, device: torch.device | str = "cpu", *, mmap: bool = False) -> dict:
+    """Read a checkpoint; raises ValueError with the path and the reason when it is none.
+
+    With `mmap` tensors are read from disk only when touched: quick for looking at the rest.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such checkpoint; look in results/models, or train one first")
+    try:
+        contents = torch.load(path, map_location=device, weights_only=True, mmap=mmap)
+        if contents["format"] != FORMAT:
+            raise ValueError(f"{path}: format {contents['format']}, this program reads {FORMAT}")
+        Progress(**contents["progress"])
+        Config.from_dict(contents["config"])
+    except (RuntimeError, EOFError, OSError, KeyError, TypeError, pickle.UnpicklingError):
+        raise ValueError(
+            f"{path}: damaged, or not a checkpoint of this program; choose another model"
+        ) from None
+    return contents
+
+
+def load_model(path: str | Path, device: torch.device | str) -> tuple[UNet, Config, Progress]:
+    """The averaged network of a checkpoint, built from the file alone, ready to sample."""
+    contents = load(path, device)
+    cfg = Config.from_dict(contents["config"])
+    model = UNet(cfg).to(device).requires_grad_(False).eval()
+    try:
+        model.load_state_dict(contents["ema"])
+    except RuntimeError:
+        raise ValueError(f"{path}: its weights do not fit this U-Net; train anew") from None
+    return model, cfg, Progress(**contents["progress"])
+
+
+def list_checkpoints(folder: str | Path, pattern: str = "*.pth") -> list[tuple[Path, Progress]]:
+    """The readable checkpoints of a folder, newest last: by completed steps, then by time."""
+    found = []
+    for path in sorted(Path(folder).glob(pattern)):
+        try:
+            found.append((path, Progress(**load(path, mmap=True)["progress"])))
+        except ValueError:
+            continue  # somebody else's file, or one cut short: not ours to offer
+    return sorted(found, key=lambda item: (item[1].step, item[0].stat().st_mtime))
+
+
+def newest(folder: str | Path, pattern: str = "*.pth") -> Path | None:
+    """The checkpoint of a folder with the most completed work; None if there is none."""
+    found = list_checkpoints(folder, pattern)
+    return found[-1][0] if found else None

@@ -1,0 +1,148 @@
+"""The conditional U-Net, and where and in which precision it runs."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from config import Config
+
+
+def timestep_features(t: Tensor, size: int) -> Tensor:
+    """Sines and cosines of t (B,) at `size / 2` frequencies from 1 to 1/10000 → (B, size).
+
+    Vaswani et al. 2017, section 3.5; as in Ho et al. 2020.
+    """
+    half = size // 2
+    frequency = torch.exp(torch.arange(half, device=t.device) * (-math.log(10_000) / half))
+    angle = t.float()[:, None] * frequency  # (B, size / 2)
+    return torch.cat([angle.cos(), angle.sin()], dim=1)  # (B, size)
+
+
+class ResidualBlock(nn.Module):
+    """x + conv(modulate(conv(x))): the embedding scales and shifts the features (FiLM, Perez et
+    al. 2018; adaptive group norm, Dhariwal & Nichol 2021). Starts as the identity."""
+
+    def __init__(self, channels: int, embedding_size: int) -> None:
+        super().__init__()
+        self.norm1 = nn.GroupNorm(8, channels)
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.modulation = nn.Linear(embedding_size, 2 * channels)
+        self.norm2 = nn.GroupNorm(8, channels, affine=False)
+        self.conv2 = zero(nn.Conv2d(channels, channels, 3, padding=1))
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))  # (B, C, H, W)
+        scale, shift = self.modulation(embedding)[:, :, None, None].chunk(2, dim=1)
+        h = torch.addcmul(shift, self.norm2(h), 1 + scale)
+        return x + self.conv2(F.silu(h))
+
+
+class Attention(nn.Module):
+    """Self-attention over all positions, with a residual; starts as the identity."""
+
+    def __init__(self, channels: int, heads: int = 4) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm = nn.GroupNorm(8, channels)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.out = zero(nn.Conv2d(channels, channels, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, C, H, W = x.shape
+        qkv = self.qkv(self.norm(x)).view(B, 3, self.heads, C // self.heads, H * W)
+        q, k, v = qkv.transpose(3, 4).unbind(1)  # each (B, heads, H·W, C / heads)
+        h = F.scaled_dot_product_attention(q, k, v)
+        return x + self.out(h.transpose(2, 3).reshape(B, C, H, W))
+
+
+class UNet(nn.Module):
+    """Predicts noise, v or x_0 from a noisy image, its timestep and its label.
+
+    `forward(x_t, t, y)`: x_t (B, C, H, W); t int64 (B,) in 1…T; y int64 (B,), where
+    `null_class` means "no label"; returns (B, C, H, W). H and W are multiples of
+    `patch_size · 2^(levels - 1)`. It starts out predicting zero.
+
+    A stem folds 2 by 2 pixels into channels, so that no convolution runs at full resolution; on a
+    CPU this is worth more than every other choice together.
+    """
+
+    def __init__(self, cfg: Config) -> None:
+        super().__init__()
+        self.time_scale = 1000 / cfg.timesteps  # the features' frequencies suit t up to 1000
+        self.patch_size = cfg.patch_size
+        size, widths = cfg.embedding_size, cfg.widths
+        patch_channels = cfg.img_channels * cfg.patch_size**2
+
+        self.time_embedding = nn.Sequential(nn.Linear(size, size), nn.SiLU(), nn.Linear(size, size))
+        self.label_embedding = nn.Embedding(cfg.num_classes + 1, size)
+        self.stem = nn.Conv2d(patch_channels, widths[0], 3, padding=1)
+        self.down, self.up = nn.ModuleList(), nn.ModuleList()
+        self.shrink, self.grow = nn.ModuleList(), nn.ModuleList()
+        for level, width in enumerate(widths):
+            if level > 0:
+                self.shrink.append(nn.Conv2d(4 * widths[level - 1], width, 1))
+                self.grow.append(nn.Conv2d(width, 4 * widths[level - 1], 1))
+            self.down.append(nn.ModuleList(ResidualBlock(width, size) for _ in range(cfg.blocks)))
+            self.up.append(nn.ModuleList(ResidualBlock(width, size) for _ in range(cfg.blocks)))
+        self.middle = ResidualBlock(widths[-1], size)
+        self.attention = Attention(widths[-1]) if cfg.attention else nn.Identity()
+        self.norm = nn.GroupNorm(8, widths[0])
+        self.head = zero(nn.Conv2d(widths[0], patch_channels, 3, padding=1))
+
+    def forward(self, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        features = timestep_features(t * self.time_scale, self.label_embedding.embedding_dim)
+        embedding = F.silu(self.time_embedding(features) + self.label_embedding(y))  # (B, size)
+
+        # P = patch_size, w = widths
+        h = self.stem(F.pixel_unshuffle(x_t, self.patch_size))  # (B, w[0], H/P, W/P)
+        skips = []
+        for level, blocks in enumerate(self.down):
+            if level > 0:
+                h = self.shrink[level - 1](F.pixel_unshuffle(h, 2))  # (B, w[l], H/(P·2^l), …)
+            for block in blocks:
+                h = block(h, embedding)
+                skips.append(h)
+        h = self.attention(self.middle(h, embedding))  # (B, w[-1], coarsest)
+        for level in reversed(range(len(self.up))):
+            for block in self.up[level]:
+                h = block(h + skips.pop(), embedding)
+            if level > 0:
+                h = F.pixel_shuffle(self.grow[level - 1](h), 2)  # (B, w[l-1], twice the side)
+        h = self.head(F.silu(self.norm(h)))  # (B, C·P², H/P, W/P)
+        return F.pixel_shuffle(h, self.patch_size)  # (B, C, H, W)
+
+
+def zero(layer: nn.Conv2d) -> nn.Conv2d:
+    """Zero a layer's weights, so that the block that it ends starts as the identity."""
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def pick_device(name: str) -> torch.device:
+    """The torch device for Config.device; raises ValueError when it is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device = {name!r}: not usable here ({reason}); try auto") from None
+
+
+def pick_precision(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of the network's arithmetic for Config.precision.
+
+    "auto" takes bf16 only where the hardware multiplies it natively (a CPU that must emulate it
+    is hundreds of times slower), else float32. Weights and optimizer stay in float32 always.
+    """
+    if name != "auto":
+        return torch.bfloat16 if name == "bf16" else torch.float32
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        native = device.type == "cpu" and any(getattr(torch.cpu, p, bool)() for p in probes)
+    return torch.bfloat16 if native else torch.float32

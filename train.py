@@ -1,0 +1,352 @@
+"""Train the conditional U-Net: python train.py --epochs 30, or --budget 10m. --help lists all."""
+
+import copy
+import csv
+import math
+import os
+import shutil
+import signal
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+import checkpoint
+from checkpoint import Progress
+from config import (
+    Config,
+    Parser,
+    add_flags,
+    given_flags,
+    merge,
+    parse_digits,
+    parse_duration,
+    run_script,
+)
+from data import image_grid, load_split, to_model_range, to_uint8
+from diffusion import Diffusion, seeded_generator
+from model import UNet, pick_device, pick_precision
+
+# Every random number of training is a function of (seed, stream, epoch or step): a resumed run
+# draws what an uninterrupted one would have drawn, and sampling cannot disturb it.
+ORDER_STREAM, NOISE_STREAM = 1, 2
+
+METRICS = ("epoch", "step", "loss", "learning_rate", "grad_norm", "images_per_second", "seconds")
+
+
+def train(cfg: Config, start: Path | None = None, began: float | None = None) -> int:
+    """Train as `cfg` says, going on from the checkpoint `start` if given.
+
+    `began` (a time.perf_counter) is when the run's seconds start to count, now if None. Returns
+    the exit code: 0, or 128 + the signal that stopped the run. Raises ValueError for settings
+    that do not fit the data or the machine, FloatingPointError when training diverges.
+    """
+    began = time.perf_counter() if began is None else began
+    device = pick_device(cfg.device)
+    dtype = pick_precision(cfg.precision, device)
+    images, labels = load_split(cfg, train=True, device=device)
+    if cfg.batch_size > len(images):
+        raise ValueError(f"batch_size = {cfg.batch_size}: there are only {len(images)} images")
+    per_epoch = len(images) - len(images) % cfg.batch_size
+
+    diffusion = Diffusion(cfg)
+    torch.manual_seed(cfg.seed)
+    model = UNet(cfg).to(device)
+    ema = copy.deepcopy(model).requires_grad_(False)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=device.type in ("cpu", "cuda"))
+    progress, totals = Progress(), torch.zeros(2, device=device)  # of the epoch: loss, grad norm
+    epoch_seconds = 0.0
+    if start:
+        saved = checkpoint.load(start, device)
+        progress = Progress(**saved["progress"])
+        model.load_state_dict(saved["model"])
+        ema.load_state_dict(saved["ema"])
+        optimizer.load_state_dict(saved["optimizer"])
+        totals += torch.tensor(saved["metrics"]["totals"], device=device)
+        epoch_seconds = saved["metrics"]["seconds"]
+    optimizer.param_groups[0].update(  # after loading, which would bring the old ones back
+        betas=(cfg.adam_beta1, cfg.adam_beta2), weight_decay=cfg.weight_decay
+    )
+    parameters, averages = list(model.parameters()), list(ema.parameters())
+    ema_exponent = ema_gamma(cfg.ema_sigma_rel) + 1
+    budget = parse_duration(cfg.budget) if cfg.budget else None
+    seconds_before, last_saved = progress.seconds, start
+    check_every = 1 if device.type == "cpu" else 50  # reading a loss makes a GPU wait
+    stopped = catch_stop_signals()
+
+    def fraction_done() -> float:
+        progress.seconds = seconds_before + time.perf_counter() - began
+        if budget:
+            return (progress.seconds - progress.budget_from) / budget
+        return (progress.epoch + progress.images / per_epoch) / cfg.epochs
+
+    def check_finite() -> None:
+        if not math.isfinite(float(totals.sum())):
+            raise FloatingPointError(
+                f"the loss or its gradient is no longer finite at step {progress.step}; last good "
+                f"checkpoint: {last_saved or 'none yet'}; try a lower --lr than {cfg.learning_rate}"
+            )
+
+    def save() -> Path:
+        check_finite()
+        path = Path(cfg.output_dir, "models", f"model_{progress.name}.pth")
+        metrics = {"totals": totals.tolist(), "seconds": epoch_seconds}
+        checkpoint.save(path, cfg, progress, model, ema, optimizer, metrics)
+        tqdm.write(f"wrote {path}")
+        return path
+
+    size = sum(p.numel() for p in parameters)
+    print(f"U-Net of {size:,} parameters on {device}, {str(dtype)[6:]}; {len(images):,} images")
+    until = f"for {cfg.budget}" if budget else f"to epoch {cfg.epochs}"
+    print(f"training {until} from {progress}; results in {cfg.output_dir}", flush=True)
+
+    fraction = fraction_done()
+    while fraction < 1:
+        order = torch.randperm(
+            len(images), generator=seeded_generator(cfg.seed, ORDER_STREAM, progress.epoch)
+        ).to(device)
+        bar = epoch_bar(cfg, progress, per_epoch)
+        while progress.images < per_epoch and fraction < 1 and not stopped:
+            step_start = time.perf_counter()
+            index = order[progress.images : progress.images + cfg.batch_size]
+            generator = seeded_generator(cfg.seed, NOISE_STREAM, progress.step, device=device)
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                loss = diffusion.loss(
+                    model, to_model_range(images[index]), labels[index], generator
+                )
+            optimizer.zero_grad()
+            loss.backward()
+            grad_norm = nn.utils.clip_grad_norm_(parameters, cfg.grad_clip)
+            optimizer.param_groups[0]["lr"] = learning_rate(cfg, progress.step, fraction)
+            optimizer.step()
+            progress.step += 1
+            progress.images += cfg.batch_size
+            ema_decay = (1 - 1 / progress.step) ** ema_exponent
+            torch._foreach_lerp_(averages, parameters, 1 - ema_decay)
+            totals += torch.stack([loss.detach(), grad_norm])
+
+            epoch_seconds += time.perf_counter() - step_start
+            fraction = fraction_done()
+            if progress.step % check_every == 0 or progress.images == per_epoch:
+                check_finite()
+                mean_loss = float(totals[0]) * cfg.batch_size / progress.images
+                bar.set_postfix_str(f"loss {mean_loss:.4f}, {time_left(cfg, progress, fraction)}")
+            bar.update(cfg.batch_size)
+        bar.close()
+
+        if progress.images == per_epoch or fraction >= 1:
+            steps = progress.images // cfg.batch_size
+            row = {
+                "epoch": round(progress.epoch + progress.images / per_epoch, 2),
+                "step": progress.step,
+                "loss": float(totals[0]) / steps,
+                "learning_rate": optimizer.param_groups[0]["lr"],
+                "grad_norm": float(totals[1]) / steps,
+                "images_per_second": round(progress.images / epoch_seconds, 1),
+                "seconds": round(progress.seconds, 1),
+            }
+            append_metrics(Path(cfg.output_dir, "metrics.csv"), row)
+            tqdm.write(
+                f"epoch {row['epoch']:g}: loss {row['loss']:.4f}, {row['images_per_second']:.0f} "
+                f"images/s, {time_left(cfg, progress, fraction)}"
+            )
+        if progress.images == per_epoch:
+            progress.epoch, progress.images = progress.epoch + 1, 0
+            totals.zero_()
+            epoch_seconds = 0.0
+        whole_epoch = progress.images == 0
+        if fraction >= 1 or stopped or (whole_epoch and progress.epoch % cfg.save_every == 0):
+            last_saved = save()
+            if not stopped:
+                save_preview(cfg, diffusion, ema, progress)
+        if stopped:
+            default = cfg.output_dir == Config().output_dir
+            folder = "" if default else f" --output_dir {cfg.output_dir}"
+            print(f"stopped at {progress}; to go on: python train.py --resume{folder}")
+            return 128 + stopped[0]
+    return 0
+
+
+def learning_rate(cfg: Config, step: int, fraction: float) -> float:
+    """A short linear rise, then a linear fall that reaches zero when the run ends."""
+    warmup = min(1.0, (step + 1) / (cfg.warmup_steps + 1))
+    return cfg.learning_rate * warmup * max(0.0, 1 - fraction)
+
+
+def ema_gamma(sigma_rel: float) -> float:
+    """The exponent gamma of the power-function average whose width is `sigma_rel` of the run so
+    far. Karras et al. 2024 (EDM2), eq. 126 to 128: the decay at step k is (1 - 1/k)^(gamma + 1),
+    so that the average suits a run of any length."""
+    return float(np.roots([1, 7, 16 - sigma_rel**-2, 12 - sigma_rel**-2]).real.max())
+
+
+def catch_stop_signals() -> list[int]:
+    """From now on the first Ctrl-C or SIGTERM is only noted, in the list returned, so that the
+    step under way ends whole; a second one has its usual effect."""
+    stopped: list[int] = []
+
+    def note(signum: int, frame: object) -> None:
+        stopped.append(signum)
+        signal.signal(signum, signal.default_int_handler if signum == 2 else signal.SIG_DFL)
+
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, note)
+    return stopped
+
+
+def save_preview(cfg: Config, diffusion: Diffusion, ema: UNet, progress: Progress) -> None:
+    """Write a grid with one row a digit, from the same noise every time, to compare epochs."""
+    path = Path(cfg.output_dir, "images", f"samples_{progress.name}.png")
+    digits = torch.tensor(parse_digits(cfg.preview_digits, cfg.num_classes))
+    y = digits.repeat_interleave(cfg.preview_columns).to(next(ema.parameters()).device)
+    x_0 = diffusion.sample(
+        ema, y, sampler=cfg.sampler, steps=cfg.steps, guidance=cfg.guidance, eta=cfg.eta,
+        clip_x_0=cfg.clip_x_0, seed=cfg.seed, batch_size=cfg.sample_batch_size, progress=True,
+    )  # fmt: skip
+    image_grid(to_uint8(x_0), cfg.preview_columns).save(path)
+    tqdm.write(f"wrote {path}")
+
+
+def epoch_bar(cfg: Config, progress: Progress, per_epoch: int) -> tqdm:
+    """The progress bar of one epoch; nothing where stderr is not a terminal."""
+    of = "" if cfg.budget else f"/{cfg.epochs}"
+    return tqdm(
+        total=per_epoch, initial=progress.images, desc=f"epoch {progress.epoch + 1}{of}",
+        unit=" images", leave=False, disable=None, dynamic_ncols=True,
+    )  # fmt: skip
+
+
+def time_left(cfg: Config, progress: Progress, fraction: float) -> str:
+    """What is left of the whole run; without a budget, judged by its average speed so far."""
+    spent = progress.seconds - progress.budget_from
+    total = parse_duration(cfg.budget) if cfg.budget else spent / fraction
+    minutes, seconds = divmod(max(0, round(total - spent)), 60)
+    return f"run ends in {minutes}m{seconds:02d}s"
+
+
+def append_metrics(path: Path, row: dict[str, float]) -> None:
+    """Add a row to metrics.csv, with its header if the file is new."""
+    new = not path.exists()
+    with open(path, "a", newline="") as file:
+        writer = csv.DictWriter(file, METRICS)
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+def make_room(cfg: Config, start: Path | None, step: int) -> None:
+    """Make the output folders, and see that this run overwrites nothing.
+
+    Going on from a checkpoint of this folder, at `step`, keeps what led up to it; checkpoints and
+    rows of metrics.csv past it, or all of an unrelated earlier run, move to output_dir/earlier.
+    """
+    out = Path(cfg.output_dir)
+    models, samples, metrics = out / "models", out / "images", out / "metrics.csv"
+    models.mkdir(parents=True, exist_ok=True)
+    samples.mkdir(exist_ok=True)
+    for partial in models.glob(".*.partial"):  # of a save that was killed
+        partial.unlink()
+    own = start is not None and start.resolve().parent == models.resolve()
+    steps = {path: p.step for path, p in checkpoint.list_checkpoints(models)}
+    keep = step if own else -1
+    past = [p for p in models.glob("model_epoch_*.pth") if steps.get(p, math.inf) > keep]
+    images = [samples / p.name.replace("model_", "samples_").replace(".pth", ".png") for p in past]
+    earlier = out / "earlier" / time.strftime("%Y-%m-%d_%H%M%S")
+    if past or (metrics.exists() and not own):
+        earlier.mkdir(parents=True)
+        for path in [*past, *images, metrics]:
+            if path.exists():
+                copy_or_move = shutil.copy2 if own and path == metrics else shutil.move
+                copy_or_move(path, earlier / path.name)
+        print(f"an earlier run's files moved to {earlier}")
+    if own and metrics.exists():
+        with open(metrics, newline="") as file:
+            rows = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
+        kept = metrics.with_name(".metrics.csv.partial")
+        with open(kept, "w", newline="") as file:
+            writer = csv.DictWriter(file, METRICS)
+            writer.writeheader()
+            writer.writerows(rows)
+        os.replace(kept, metrics)
+
+
+def describe(path: Path, progress: Progress, cfg: Config) -> str:
+    """Where a checkpoint stands and how to go on from it."""
+    plan = f"a budget of {cfg.budget}" if cfg.budget else f"{cfg.epochs} epochs planned"
+    return (
+        f"{path} stands at {progress}, {plan}, after {progress.seconds / 60:.1f} minutes.\n"
+        f"To train it K epochs more: python train.py --load_checkpoint_path {path} "
+        "--continue_training_epochs K"
+    )
+
+
+def main() -> int:
+    began = time.perf_counter() - time.process_time()  # so that importing torch counts as well
+    parser = Parser("train.py", description="Train a class-conditional DDPM on MNIST.")
+    parser.add_argument(
+        "--resume", action="store_true",
+        help="carry the newest checkpoint of output_dir to the end that was planned",
+    )  # fmt: skip
+    parser.add_argument("--load_checkpoint_path", type=Path, metavar="PATH", help="go on from PATH")
+    parser.add_argument(
+        "--continue_training_epochs", type=int, default=0, metavar="K",
+        help="with --load_checkpoint_path: train K epochs more (default: 0, only describe PATH)",
+    )  # fmt: skip
+    add_flags(parser)
+    args = parser.parse_args()
+    given, more = given_flags(args), args.continue_training_epochs
+    if more < 0:
+        raise ValueError(f"continue_training_epochs = {more}: must be at least 0")
+    if more and not args.load_checkpoint_path:
+        raise ValueError("--continue_training_epochs needs --load_checkpoint_path PATH")
+    if args.resume and args.load_checkpoint_path:
+        raise ValueError("--resume finds the checkpoint itself; drop it or --load_checkpoint_path")
+    if "epochs" in given and "budget" in given:
+        raise ValueError("--budget replaces --epochs; give one of them")
+    if args.load_checkpoint_path and "epochs" in given:
+        raise ValueError(
+            "--epochs is the length of a run from scratch; with --load_checkpoint_path use "
+            "--continue_training_epochs"
+        )
+    if more and "budget" in given:
+        raise ValueError("--budget replaces --continue_training_epochs; give one of them")
+
+    torch.set_flush_denormal(True)  # denormals are slow; before any thread starts
+    cfg, start, progress = replace(Config(), **given), args.load_checkpoint_path, Progress()
+    if args.resume:
+        start = checkpoint.newest(Path(cfg.output_dir, "models"), "model_epoch_*.pth")
+        if start is None:
+            print(f"nothing to resume in {cfg.output_dir}/models: starting from scratch")
+    if start:
+        saved = checkpoint.load(start)
+        progress = Progress(**saved["progress"])
+        if "optimizer" not in saved:
+            raise ValueError(f"{start}: made for sampling, it cannot be trained on; choose another")
+        trained = Config.from_dict(saved["config"])
+        if more:
+            begun = progress.epoch + (progress.images > 0)  # an epoch under way is finished first
+            trained = replace(trained, budget="", epochs=begun + more)
+        elif args.load_checkpoint_path and "budget" in given:
+            progress.budget_from = progress.seconds
+        elif args.load_checkpoint_path:
+            print(describe(start, progress, trained))
+            return 0
+        if args.resume and "epochs" in given:
+            trained = replace(trained, budget="")
+        cfg, notes = merge(trained, given)
+        for note in notes:
+            print(note)
+        spent = progress.seconds - progress.budget_from
+        if spent >= parse_duration(cfg.budget) if cfg.budget else progress.epoch >= cfg.epochs:
+            print(f"nothing left to do.\n{describe(start, progress, cfg)}")
+            return 0
+    make_room(cfg, start, progress.step)
+    return train(cfg, start, began)
+
+
+if __name__ == "__main__":
+    run_script("train.py", main)
