@@ -7,6 +7,7 @@ random number from config's seed and progress.
 
 import os
 import pickle
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,11 @@ def load(path: str | Path, device: torch.device | str = "cpu", *, mmap: bool = F
     if not path.is_file():
         raise ValueError(f"{path}: no such checkpoint; look in results/models, or train one first")
     try:
-        contents = torch.load(path, map_location=device, weights_only=True, mmap=mmap)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's remarks on foreign files; ours say enough
+            contents = torch.load(path, map_location=device, weights_only=True, mmap=mmap)
+        if not isinstance(contents, dict):
+            raise TypeError
         if contents["format"] != FORMAT:
             raise ValueError(f"{path}: format {contents['format']}, this program reads {FORMAT}")
         Progress(**contents["progress"])

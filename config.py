@@ -185,7 +185,10 @@ def parse_digits(text: str, num_classes: int = 10, name: str = "digits") -> list
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose complaint is one line."""
+    """argparse that takes whole flags only, and complains in one line."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
 
     def error(self, message: str) -> None:
         self.exit(2, f"{self.prog}: {message} (--help lists every flag)\n")

@@ -50,7 +50,8 @@ def make_alpha_bar(schedule: str, T: int) -> Tensor:
 def seeded_generator(*key: int, device: torch.device | str = "cpu") -> torch.Generator:
     """A generator whose stream is a function of `key` alone, say (seed, step); other keys give
     unrelated streams. Raises ValueError for a negative number."""
-    seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
+    entropy = (len(key), *key)  # the length too: SeedSequence ignores zeros at the end
+    seed = int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0])
     return torch.Generator(device).manual_seed(seed)
 
 

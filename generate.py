@@ -106,7 +106,7 @@ def choose_model(folder: Path) -> Path:
 
 
 def main() -> int:
-    parser = Parser("generate.py", description="Draw digits with a trained model.")
+    parser = Parser(prog="generate.py", description="Draw digits with a trained model.")
     parser.add_argument("--digits", metavar="TEXT", help="digits to draw; asks nothing")
     parser.add_argument("--count", type=int, metavar="INT", help="images a digit (default: 16)")
     parser.add_argument("--model", type=Path, metavar="PATH", help="checkpoint (default: newest)")
@@ -138,9 +138,9 @@ def main() -> int:
         if cfg.steps > trained.timesteps:
             raise ValueError(f"steps = {cfg.steps}: the model has {trained.timesteps} timesteps")
         diffusion = Diffusion(trained)
+        digits = [] if interactive else parse_digits(args.digits, trained.num_classes)
         say(f"{path}: {progress}")
         if not interactive:
-            digits = parse_digits(args.digits, trained.num_classes)
             output = args.output or free_name(cfg, digits)
             draw(cfg, model, diffusion, digits, count, output)
             return 0

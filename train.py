@@ -286,7 +286,7 @@ def describe(path: Path, progress: Progress, cfg: Config) -> str:
 
 def main() -> int:
     began = time.perf_counter() - time.process_time()  # so that importing torch counts as well
-    parser = Parser("train.py", description="Train a class-conditional DDPM on MNIST.")
+    parser = Parser(prog="train.py", description="Train a class-conditional DDPM on MNIST.")
     parser.add_argument(
         "--resume", action="store_true",
         help="carry the newest checkpoint of output_dir to the end that was planned",

@@ -1,0 +1,83 @@
+"""What the tests share: tiny settings, and ways to run the scripts."""
+
+import importlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from config import run_script
+
+REPO = Path(__file__).resolve().parent.parent
+MNIST = str(REPO / "mnist_data")
+
+TINY_MODEL = ("--widths", "8,8", "--embedding_size", "8")
+TINY = (
+    *TINY_MODEL, "--data_dir", MNIST, "--device", "cpu", "--max_images", "320",
+    "--batch_size", "32", "--steps", "2", "--preview_columns", "2", "--warmup_steps", "2",
+)  # fmt: skip
+
+
+@dataclass
+class Result:
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable[..., Result]:
+    """Run a script as its command line would, in this process: run("train.py", "--epochs", "1")."""
+
+    def run_it(script: str, *args: object) -> Result:
+        module = importlib.import_module(script.removesuffix(".py"))
+        monkeypatch.setattr(sys, "argv", [script, *map(str, args)])
+        handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            run_script(script, module.main)
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
+        captured = capsys.readouterr()
+        return Result(int(stop.value.code or 0), captured.out, captured.err)
+
+    return run_it
+
+
+def start_script(script: str, *args: object, **options: object) -> subprocess.Popen:
+    """Start a script as a process of its own, with its output as text."""
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    command = [sys.executable, str(REPO / script), *map(str, args)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, env=environment, **(pipes | options))
+
+
+def assert_one_line(result: Result, *words: str) -> None:
+    """The script said what is wrong in one line that has all the words, and exited with 2."""
+    assert result.code == 2, result
+    assert len(result.err.strip().splitlines()) == 1, result.err
+    for word in words:
+        assert word in result.err, f"{word!r} not in {result.err!r}"
+
+
+def assert_same(a: object, b: object, where: str = "") -> None:
+    """Two nests of dicts, lists and tensors are equal to the last bit."""
+    assert type(a) is type(b), where
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_same(a[key], b[key], f"{where}/{key}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), where
+        for i, (left, right) in enumerate(zip(a, b, strict=True)):
+            assert_same(left, right, f"{where}/{i}")
+    else:
+        assert a == b, where

@@ -1,0 +1,108 @@
+import pytest
+import torch
+
+from config import Config
+from model import UNet, pick_device, pick_precision, timestep_features
+
+TINY = {"widths": (8, 16), "embedding_size": 16}
+
+
+def batch(cfg: Config, size: int = 3) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    x = torch.randn(size, cfg.img_channels, cfg.img_size, cfg.img_size)
+    return x, torch.arange(1, size + 1), torch.arange(size) % (cfg.num_classes + 1)
+
+
+def awake(cfg: Config) -> UNet:
+    """A U-Net whose zero-initialised layers have random weights, so that everything matters."""
+    torch.manual_seed(0)
+    model = UNet(cfg)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"img_size": 8},
+        {"img_size": 36, "attention": True},
+        {"img_channels": 3},
+        {"patch_size": 1, "widths": (8, 8, 16)},
+        {"widths": (8,), "blocks": 3},
+    ],
+)
+def test_the_output_has_the_inputs_shape_and_depends_on_all_inputs(settings):
+    cfg = Config(**(TINY | settings))
+    model, (x, t, y) = awake(cfg), batch(cfg)
+    out = model(x, t, y)
+    assert out.shape == x.shape
+    assert not torch.allclose(out, model(x + 0.1, t, y))
+    assert not torch.allclose(out, model(x, t + 100, y))
+    assert not torch.allclose(out, model(x, t, torch.full_like(y, cfg.null_class)))
+
+
+def test_every_parameter_gets_a_gradient():
+    cfg = Config(**TINY, attention=True)
+    model, (x, t, y) = awake(cfg), batch(cfg)
+    model(x, t, y).square().mean().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad.abs().max() > 0, name
+
+
+def test_a_new_network_predicts_zero():
+    cfg = Config(**TINY)
+    assert UNet(cfg)(*batch(cfg)).abs().max() == 0
+
+
+def test_images_of_a_batch_do_not_mix():
+    cfg = Config(**TINY, attention=True)
+    model, (x, t, y) = awake(cfg), batch(cfg)
+    whole = model(x, t, y)
+    for i in range(len(x)):
+        alone = model(x[i : i + 1], t[i : i + 1], y[i : i + 1])
+        torch.testing.assert_close(alone[0], whole[i], rtol=1e-4, atol=1e-4)
+
+
+def test_a_label_out_of_range_is_an_error():
+    cfg = Config(**TINY)
+    x, t, y = batch(cfg)
+    with pytest.raises(IndexError):
+        UNet(cfg)(x, t, y + cfg.num_classes + 1)
+
+
+def test_timestep_features_against_their_formula():
+    features = timestep_features(torch.tensor([0, 3]), 4)
+    angle = torch.tensor([[0.0, 0.0], [3.0, 3.0 / 100]])  # frequencies 1 and 10000^(-1/2)
+    torch.testing.assert_close(features, torch.cat([angle.cos(), angle.sin()], dim=1))
+
+
+def test_the_default_network_is_small():
+    assert sum(p.numel() for p in UNet(Config()).parameters()) < 4_000_000
+
+
+def test_devices():
+    assert pick_device("cpu") == torch.device("cpu")
+    assert pick_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    for name in ("gpu", "cuda:99"):
+        with pytest.raises(ValueError, match=f"device = '{name}'"):
+            pick_device(name)
+
+
+def test_auto_precision_takes_bf16_only_where_the_cpu_multiplies_it(monkeypatch):
+    cpu = torch.device("cpu")
+    for native in (False, True):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda x=native: x)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+        assert pick_precision("auto", cpu) == (torch.bfloat16 if native else torch.float32)
+    assert pick_precision("float32", cpu) == torch.float32
+    assert pick_precision("bf16", cpu) == torch.bfloat16
+
+
+def test_bf16_changes_the_output_only_by_rounding():
+    cfg = Config(**TINY)
+    model, (x, t, y) = awake(cfg), batch(cfg)
+    exact = model(x, t, y)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = model(x, t, y).float()
+    assert 0 < (rounded - exact).norm() / exact.norm() < 0.03

@@ -1,0 +1,359 @@
+"""train.py through its command line, on a slice of the real data set."""
+
+import csv
+import io
+import math
+import re
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, assert_one_line, assert_same, start_script
+from PIL import Image
+
+import checkpoint
+import train
+from config import Config
+from data import to_model_range
+from diffusion import Diffusion, seeded_generator
+from model import UNet
+
+
+def metrics(folder: Path) -> list[dict[str, str]]:
+    with open(folder / "metrics.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def state(path: Path) -> dict:
+    """What two runs that are the same must share: all but the clock."""
+    contents = checkpoint.load(path)
+    for clock in ("seconds", "budget_from"):
+        del contents["progress"][clock]
+    del contents["metrics"]["seconds"], contents["config"]["output_dir"]
+    return contents
+
+
+def losses(folder: Path) -> list[tuple[str, ...]]:
+    names = ("epoch", "step", "loss", "learning_rate", "grad_norm")
+    return [tuple(row[name] for name in names) for row in metrics(folder)]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """The results of four epochs that nothing interrupted; tests read it and do not write."""
+    out = tmp_path_factory.mktemp("whole")
+    process = start_script("train.py", *TINY, "--epochs", 4, "--save_every", 2, "--output_dir", out)
+    output = process.communicate()[0]
+    assert process.returncode == 0, output
+    (out / "output.txt").write_text(output)
+    return out
+
+
+def test_a_run_writes_models_grids_and_metrics_and_names_them(whole):
+    output = (whole / "output.txt").read_text()
+    for epoch in (2, 4):
+        assert f"wrote {whole / 'models' / f'model_epoch_{epoch}.pth'}" in output
+        assert f"wrote {whole / 'images' / f'samples_epoch_{epoch}.png'}" in output
+        grid = np.asarray(Image.open(whole / "images" / f"samples_epoch_{epoch}.png"))
+        assert grid.shape == (10 * 30 + 2, 2 * 30 + 2)  # a row a digit, 2 columns
+    assert sorted(p.name for p in whole.glob("models/*")) == [
+        "model_epoch_2.pth", "model_epoch_4.pth"
+    ]  # fmt: skip
+    rows = metrics(whole)
+    assert [(float(r["epoch"]), int(r["step"])) for r in rows] == [
+        (1, 10), (2, 20), (3, 30), (4, 40)
+    ]  # fmt: skip
+    assert float(rows[-1]["loss"]) < float(rows[0]["loss"])
+    assert all(float(r["images_per_second"]) > 0 and float(r["grad_norm"]) > 0 for r in rows)
+    seconds = [float(r["seconds"]) for r in rows]
+    assert seconds == sorted(seconds)
+
+
+def test_resuming_from_an_epochs_end_gives_the_same_bits(whole, tmp_path, run):
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "models" / "model_epoch_4.pth").unlink()
+    result = run("train.py", *TINY, "--epochs", 4, "--resume", "--output_dir", tmp_path)
+    assert result.code == 0
+    assert_same(
+        state(tmp_path / "models/model_epoch_4.pth"), state(whole / "models/model_epoch_4.pth")
+    )
+    assert losses(tmp_path) == losses(whole)
+    grid = "images/samples_epoch_4.png"
+    assert (tmp_path / grid).read_bytes() == (whole / grid).read_bytes()
+
+
+LONG = (*TINY, "--max_images", 6400, "--epochs", 2, "--save_every", 1)  # 200 steps an epoch
+
+
+@pytest.fixture(scope="module")
+def long_run(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("long")
+    process = start_script("train.py", *LONG, "--output_dir", out)
+    assert process.wait() == 0, process.stdout.read()
+    return out
+
+
+def stop_when(pattern: str, out: Path, signum: int, delay: float = 0.3) -> tuple[int, str]:
+    """Start the long run, wait for output that has `pattern`, then send the signal."""
+    process = start_script("train.py", *LONG, "--output_dir", out)
+    output = ""
+    for line in process.stdout:
+        output += line
+        if re.search(pattern, line):
+            break
+    time.sleep(delay)
+    process.send_signal(signum)
+    output += process.stdout.read()
+    return process.wait(), output
+
+
+@pytest.mark.parametrize(
+    ("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["ctrl-c", "term"]
+)
+def test_an_interrupted_epoch_resumes_to_the_same_bits(long_run, tmp_path, run, signum, code):
+    returned, output = stop_when("^training to", tmp_path, signum)
+    assert returned == code, output
+    stopped = checkpoint.newest(tmp_path / "models")
+    assert 0 < checkpoint.load(stopped)["progress"]["images"] < 6400
+    assert f"wrote {stopped}" in output
+    assert f"python train.py --resume --output_dir {tmp_path}" in output
+    result = run("train.py", *LONG, "--resume", "--output_dir", tmp_path)
+    assert result.code == 0
+    assert_same(
+        state(tmp_path / "models/model_epoch_2.pth"), state(long_run / "models/model_epoch_2.pth")
+    )
+    assert losses(tmp_path) == losses(long_run)
+
+
+def test_a_killed_run_resumes_to_the_same_bits(long_run, tmp_path, run):
+    returned, output = stop_when(r"^wrote .*model_epoch_1\.pth", tmp_path, signal.SIGKILL)
+    assert returned == -signal.SIGKILL, output
+    result = run("train.py", *LONG, "--resume", "--output_dir", tmp_path)
+    assert result.code == 0
+    last = "models/model_epoch_2.pth"
+    assert_same(state(tmp_path / last), state(long_run / last))
+    assert losses(tmp_path) == losses(long_run)
+
+
+def test_resume_with_nothing_to_resume_starts_from_scratch_and_says_so(whole, tmp_path, run):
+    settings = (*TINY, "--epochs", 4, "--save_every", 2)
+    result = run("train.py", *settings, "--resume", "--output_dir", tmp_path)
+    assert result.code == 0
+    assert "starting from scratch" in result.out
+    assert_same(
+        state(tmp_path / "models/model_epoch_4.pth"), state(whole / "models/model_epoch_4.pth")
+    )
+
+
+def test_resume_after_the_end_has_nothing_to_do(whole, tmp_path, run):
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    result = run("train.py", "--resume", "--output_dir", tmp_path)
+    assert result.code == 0
+    assert "nothing left to do" in result.out
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+def test_resuming_with_more_epochs_extends_the_plan(whole, tmp_path, run):
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    result = run("train.py", *TINY, "--resume", "--epochs", 5, "--output_dir", tmp_path)
+    assert result.code == 0
+    assert "epochs = 5 (the checkpoint had 4)" in result.out
+    assert checkpoint.newest(tmp_path / "models").name == "model_epoch_5.pth"
+
+
+def test_a_checkpoint_alone_is_described_and_not_trained(whole, run):
+    path = whole / "models" / "model_epoch_2.pth"
+    result = run("train.py", "--load_checkpoint_path", path)
+    assert result.code == 0
+    for words in ("epoch 2", "step 20", "4 epochs planned", "--continue_training_epochs K"):
+        assert words in result.out
+    assert "training to" not in result.out
+
+
+def test_training_more_epochs_numbers_on_and_keeps_the_rest_aside(whole, tmp_path, run):
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    models = tmp_path / "models"
+    result = run(
+        "train.py", *TINY, "--load_checkpoint_path", models / "model_epoch_2.pth",
+        "--continue_training_epochs", 3, "--lr", 0.001, "--output_dir", tmp_path,
+    )  # fmt: skip
+    assert result.code == 0
+    assert "learning_rate = 0.001 (the checkpoint had 0.005)" in result.out
+    names = ["model_epoch_2.pth", "model_epoch_4.pth", "model_epoch_5.pth"]
+    assert [p.name for p, _ in checkpoint.list_checkpoints(models)] == names
+    assert [float(r["epoch"]) for r in metrics(tmp_path)] == [1, 2, 3, 4, 5]
+    assert all(float(r["learning_rate"]) <= 0.001 for r in metrics(tmp_path)[2:])
+    moved = next((tmp_path / "earlier").iterdir())
+    assert sorted(p.name for p in moved.iterdir()) == [
+        "metrics.csv", "model_epoch_4.pth", "samples_epoch_4.png"
+    ]  # fmt: skip
+    old = "models/model_epoch_4.pth"
+    assert (moved / "model_epoch_4.pth").read_bytes() == (whole / old).read_bytes()
+
+
+def test_a_second_run_from_scratch_overwrites_nothing(whole, tmp_path, run):
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "images" / "generated_4_001.png").write_bytes(b"mine")
+    result = run("train.py", *TINY, "--epochs", 1, "--output_dir", tmp_path)
+    assert result.code == 0
+    moved = next((tmp_path / "earlier").iterdir())
+    assert f"moved to {moved}" in result.out
+    assert sorted(p.name for p in moved.iterdir()) == [
+        "metrics.csv", "model_epoch_2.pth", "model_epoch_4.pth", "samples_epoch_2.png",
+        "samples_epoch_4.png",
+    ]  # fmt: skip
+    assert [p.name for p in (tmp_path / "models").iterdir()] == ["model_epoch_1.pth"]
+    assert len(metrics(tmp_path)) == 1
+    assert (tmp_path / "images" / "generated_4_001.png").read_bytes() == b"mine"
+
+
+def test_sampling_never_disturbs_training(whole, tmp_path, run):
+    run("train.py", *TINY, "--epochs", 4, "--save_every", 1, "--preview_digits", "12",
+        "--sampler", "ddpm", "--output_dir", tmp_path)  # fmt: skip
+    last = "models/model_epoch_4.pth"
+    assert_same(state(tmp_path / last)["model"], state(whole / last)["model"])
+    assert Image.open(tmp_path / "images/samples_epoch_1.png").height == 2 * 30 + 2
+
+
+def test_a_budget_ends_the_run_in_time_with_the_learning_rate_at_zero(tmp_path):
+    began = time.perf_counter()
+    process = start_script(
+        "train.py", *TINY, "--max_images", 0, "--budget", "12s", "--output_dir", tmp_path
+    )
+    output = process.communicate()[0]
+    assert process.returncode == 0, output
+    assert 11 < time.perf_counter() - began < 17
+    rows = metrics(tmp_path)
+    assert float(rows[-1]["learning_rate"]) < 0.01 * Config().learning_rate
+    assert 11.9 < float(rows[-1]["seconds"]) < 14
+    newest = checkpoint.newest(tmp_path / "models")
+    assert (
+        (tmp_path / "images" / newest.name.replace("model", "samples")).with_suffix(".png").exists()
+    )
+    assert "12s" in output
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_last_good_checkpoint(
+    whole, tmp_path, run
+):
+    path = whole / "models" / "model_epoch_2.pth"
+    result = run(
+        "train.py", *TINY, "--load_checkpoint_path", path, "--continue_training_epochs", 2,
+        "--lr", 1e30, "--warmup_steps", 0, "--output_dir", tmp_path,
+    )  # fmt: skip
+    assert result.code == 1
+    message = result.err.strip().splitlines()[-1]
+    assert re.search(r"no longer finite at step 2[2-9]", message)
+    assert str(path) in message
+    assert "--lr" in message
+    assert not list((tmp_path / "models").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--load_checkpoint_path", "nowhere.pth"), ("nowhere.pth", "no such checkpoint")),
+        (("--continue_training_epochs", 2), ("--load_checkpoint_path",)),
+        (("--continue_training_epochs", -2), ("-2", "at least 0")),
+        (("--resume", "--load_checkpoint_path", "a.pth"), ("--resume", "drop")),
+        (("--load_checkpoint_path", "a.pth", "--epochs", 3), ("--continue_training_epochs",)),
+        (("--epochs", 3, "--budget", "10m"), ("--budget", "--epochs")),
+        (("--budget", "10"), ("budget = '10'", "10m")),
+        (("--batch_size", 100_000), ("batch_size = 100000", "60000 images")),
+        (("--device", "gpu"), ("device = 'gpu'", "auto")),
+    ],
+)
+def test_bad_input_is_one_line(flags, words, run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    given = (*TINY[4:6], *flags)
+    assert_one_line(run("train.py", *given), *words)
+
+
+def test_flags_that_a_trained_model_cannot_take(whole, run):
+    path = whole / "models" / "model_epoch_2.pth"
+    result = run(
+        "train.py", "--load_checkpoint_path", path, "--continue_training_epochs", 1,
+        "--widths", "16,16",
+    )  # fmt: skip
+    assert_one_line(result, "widths = (16, 16)", "trained with (8, 8)")
+
+
+def test_an_output_folder_that_cannot_be_made(run, tmp_path):
+    (tmp_path / "file").write_text("")
+    result = run("train.py", *TINY, "--epochs", 1, "--output_dir", tmp_path / "file")
+    assert_one_line(result, str(tmp_path / "file"))
+
+
+def test_one_batch_is_overfitted():
+    cfg = Config(widths=(16, 32), embedding_size=32, label_dropout=0.0)
+    process, y = Diffusion(cfg), torch.arange(8)
+    torch.manual_seed(0)
+    model = UNet(cfg)
+    images = torch.randint(0, 256, (8, 1, 7, 7), generator=seeded_generator(0)).repeat_interleave(
+        4, 2
+    )
+    x_0 = to_model_range(images.repeat_interleave(4, 3))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    first = last = 0.0
+    for step in range(250):
+        # Each image many times, so that a step sees it at many timesteps
+        loss = process.loss(model, x_0.repeat(8, 1, 1, 1), y.repeat(8), seeded_generator(step))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        first, last = first or loss.item(), loss.item()
+    assert last < 0.12 * first
+    drawn = process.sample(model.eval(), y, steps=20)
+    nearest = (drawn[:, None] - x_0[None]).square().mean(dim=(2, 3, 4)).argmin(dim=1)
+    assert torch.equal(nearest, y)  # each label now draws its own image
+
+
+def test_the_learning_rate_rises_then_falls_to_zero():
+    cfg = Config(learning_rate=1.0, warmup_steps=9)
+    assert [round(train.learning_rate(cfg, step, 0.0), 3) for step in (0, 4, 9, 99)] == [
+        0.1, 0.5, 1.0, 1.0
+    ]  # fmt: skip
+    assert train.learning_rate(cfg, 500, 0.25) == pytest.approx(0.75)
+    assert train.learning_rate(cfg, 1000, 1.0) == 0
+
+
+@pytest.mark.parametrize("sigma_rel", [0.05, 0.10, 0.20])
+def test_the_weight_averages_width_is_the_asked_share_of_any_run(sigma_rel):
+    exponent = train.ema_gamma(sigma_rel) + 1
+    for steps in (500, 4000):
+        weights = np.zeros(steps)
+        for k in range(1, steps + 1):
+            decay = (1 - 1 / k) ** exponent
+            weights *= decay
+            weights[k - 1] = 1 - decay
+        at = np.arange(1, steps + 1)
+        mean = (weights * at).sum()
+        width = math.sqrt((weights * (at - mean) ** 2).sum())
+        assert weights.sum() == pytest.approx(1)
+        assert width / steps == pytest.approx(sigma_rel, rel=0.03)
+
+
+def test_the_progress_bar_shows_loss_speed_and_time_left(tmp_path):
+    import os
+    import pty
+
+    screen, terminal = pty.openpty()
+    process = start_script(
+        "train.py", *LONG, "--epochs", 1, "--output_dir", tmp_path,
+        stdout=terminal, stderr=terminal, stdin=terminal,
+    )  # fmt: skip
+    os.close(terminal)
+    shown = io.BytesIO()
+    while True:
+        try:
+            shown.write(os.read(screen, 4096))
+        except OSError:  # Linux's way to say that the other side is closed
+            break
+    text = shown.getvalue().decode()
+    assert process.wait() == 0, text
+    assert re.search(r"epoch 1/1: +\d+%.*images/s, loss 0\.\d+, run ends in 0m\d\ds", text), text
