@@ -41,7 +41,7 @@ class Config:
     device: str = knob("auto", "auto (CUDA if there, else CPU) or any torch device", local=True)
 
     # Images
-    img_size: int = knob(28, "image side in pixels; a multiple of 4", least=8, shapes_model=True)
+    img_size: int = knob(28, "image side in pixels; a multiple of 4", least=4, shapes_model=True)
     img_channels: int = knob(1, "colour channels of an image", least=1, shapes_model=True)
     num_classes: int = knob(10, "number of labels", least=1, shapes_model=True)
     max_images: int = knob(0, "train on only the first N images (0: all)", least=0)
@@ -120,10 +120,6 @@ class Config:
         ):
             if value % divisor:
                 raise ValueError(f"{name} = {value}: must be a multiple of {divisor}")
-        if self.steps > self.timesteps:
-            raise ValueError(
-                f"steps = {self.steps}: must be at most timesteps ({self.timesteps}); lower --steps"
-            )
         parse_digits(self.preview_digits, self.num_classes, "preview_digits")
 
     @property

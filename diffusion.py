@@ -162,7 +162,7 @@ class Diffusion:
     def sampling_times(self, steps: int) -> list[int]:
         """T = t_0 > t_1 > … > t_steps = 0, even; raises ValueError for steps not in 1…T."""
         if not 1 <= steps <= self.T:
-            raise ValueError(f"steps = {steps}: must be 1 to {self.T}, the model's timesteps")
+            raise ValueError(f"steps = {steps}: choose 1 to {self.T}, the model's timesteps")
         return [(self.T * i + steps // 2) // steps for i in range(steps, -1, -1)]
 
     @torch.no_grad()

@@ -1,9 +1,12 @@
 """Draw digits with a trained model: python generate.py asks; with flags it asks nothing."""
 
+import secrets
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -52,11 +55,11 @@ def say(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
-def ask(question: str, default: object, parse: object) -> object:
+def ask(question: str, default: Any, parse: Callable[[str], Any]) -> Any:
     """Ask until `parse` accepts the answer; Enter takes the default. `q` raises EOFError."""
+    hint = "" if default is None else f" [{default}]"
     while True:
-        print(f"{question} [{default}]: " if default is not None else f"{question}: ",
-              end="", file=sys.stderr, flush=True)  # fmt: skip
+        print(f"{question}{hint}: ", end="", file=sys.stderr, flush=True)
         answer = input().strip()
         if answer.lower() == "q":
             raise EOFError
@@ -68,29 +71,23 @@ def ask(question: str, default: object, parse: object) -> object:
             say(f"  {error}")
 
 
-def whole_number(least: int, most: int) -> object:
+def whole_number(most: int) -> Callable[[str], int]:
+    """A parser of whole numbers from 1 to `most`."""
+
     def parse(text: str) -> int:
-        if not text.isdecimal() or not least <= int(text) <= most:
-            raise ValueError(f"{text!r} is not a whole number from {least} to {most}")
+        if not text.isdecimal() or not 1 <= int(text) <= most:
+            raise ValueError(f"{text!r} is not a whole number from 1 to {most}")
         return int(text)
 
     return parse
 
 
 def real_number(text: str) -> float:
+    """Guidance, as Config checks it."""
     try:
         return replace(Config(), guidance=float(text)).guidance
     except ValueError:
         raise ValueError(f"{text!r} is not a number such as 1 or 1.5") from None
-
-
-def one_digit(num_classes: int) -> object:
-    def parse(text: str) -> int:
-        if len(text) != 1:
-            raise ValueError(f"{text!r} is not one digit from 0 to {num_classes - 1}")
-        return parse_digits(text, num_classes, "digit")[0]
-
-    return parse
 
 
 def choose_model(folder: Path) -> Path:
@@ -100,9 +97,26 @@ def choose_model(folder: Path) -> Path:
     for number, (path, progress) in enumerate(found, 1):
         date = time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime))
         say(f"  {number}  {path.name}  {progress}  {date}")
-    if len(found) == 1:
-        return found[0][0]
-    return found[ask("Which model", len(found), whole_number(1, len(found))) - 1][0]
+    return found[ask("Which model", len(found), whole_number(len(found))) - 1][0]
+
+
+def converse(cfg: Config, model: UNet, trained: Config, count: int, seed: int | None) -> None:
+    """Ask for a digit and draw it, again and again; without `seed` every picture is new."""
+    diffusion, last = Diffusion(trained), trained.num_classes - 1
+
+    def one_digit(text: str) -> int:
+        if len(text) != 1:
+            raise ValueError(f"{text!r} is not one digit from 0 to {last}")
+        return parse_digits(text, trained.num_classes, "digit")[0]
+
+    say("q leaves.")
+    while True:
+        digit = ask(f"Digit to draw, 0 to {last}", None, one_digit)
+        count = ask("How many", count, whole_number(10_000))
+        guidance = ask("Guidance", cfg.guidance, real_number)
+        picture_seed = secrets.randbelow(2**31) if seed is None else seed
+        cfg = replace(cfg, guidance=guidance, seed=picture_seed)
+        draw(cfg, model, diffusion, [digit], count, free_name(cfg, [digit]))
 
 
 def main() -> int:
@@ -113,7 +127,8 @@ def main() -> int:
     parser.add_argument("--output", type=Path, metavar="FILE", help="PNG file to write")
     add_flags(parser, FLAGS)
     args = parser.parse_args()
-    cfg = replace(Config(), **given_flags(args))
+    given = given_flags(args)
+    cfg = replace(Config(), **given)
     count = 16 if args.count is None else args.count
     if count < 1:
         raise ValueError(f"count = {count}: must be at least 1")
@@ -123,39 +138,30 @@ def main() -> int:
         raise ValueError(f"output = '{args.output}': must end in .png")
     if args.output and not args.output.parent.is_dir():
         raise ValueError(f"output = '{args.output}': no folder {args.output.parent}; make it first")
-    torch.set_flush_denormal(True)
+    torch.set_flush_denormal(True)  # denormals are slow; before any thread starts
     device = pick_device(cfg.device)
 
     folder = Path(cfg.output_dir, "models")
     path = args.model or checkpoint.newest(folder)
     if path is None:
         raise ValueError(f"no model in {folder}; train one first: python train.py --budget 10m")
-    interactive = args.digits is None
     try:
-        if interactive and not args.model:
+        if args.digits is None and not args.model:
             path = choose_model(folder)
         model, trained, progress = checkpoint.load_model(path, device)
-        if cfg.steps > trained.timesteps:
-            raise ValueError(f"steps = {cfg.steps}: the model has {trained.timesteps} timesteps")
-        diffusion = Diffusion(trained)
-        digits = [] if interactive else parse_digits(args.digits, trained.num_classes)
+        if "steps" not in given:
+            cfg = replace(cfg, steps=min(cfg.steps, trained.timesteps))
+        Diffusion(trained).sampling_times(cfg.steps)  # complains now if the model has fewer
+        if args.digits is None:
+            say(f"{path}: {progress}")
+            converse(cfg, model, trained, count, given.get("seed"))
+        digits = parse_digits(args.digits, trained.num_classes)
+        output = args.output or free_name(cfg, digits)
         say(f"{path}: {progress}")
-        if not interactive:
-            output = args.output or free_name(cfg, digits)
-            draw(cfg, model, diffusion, digits, count, output)
-            return 0
-        last = trained.num_classes - 1
-        say("q leaves.")
-        while True:
-            digit = ask(f"Digit to draw, 0 to {last}", None, one_digit(trained.num_classes))
-            count = ask("How many", count, whole_number(1, 10_000))
-            guidance = ask("Guidance", cfg.guidance, real_number)
-            cfg = replace(cfg, guidance=guidance)
-            draw(cfg, model, diffusion, [digit], count, free_name(cfg, [digit]))
-            cfg = replace(cfg, seed=cfg.seed + 1)  # the same question again gives new pictures
+        draw(cfg, model, Diffusion(trained), digits, count, output)
     except EOFError:
         say("")
-        return 0
+    return 0
 
 
 if __name__ == "__main__":

@@ -54,6 +54,7 @@ def train(cfg: Config, start: Path | None = None, began: float | None = None) ->
     per_epoch = len(images) - len(images) % cfg.batch_size
 
     diffusion = Diffusion(cfg)
+    diffusion.sampling_times(cfg.steps)  # complains now, not at the first preview
     torch.manual_seed(cfg.seed)
     model = UNet(cfg).to(device)
     ema = copy.deepcopy(model).requires_grad_(False)
@@ -99,6 +100,7 @@ def train(cfg: Config, start: Path | None = None, began: float | None = None) ->
         tqdm.write(f"wrote {path}")
         return path
 
+    make_room(cfg, start, progress.step)  # only now that nothing can be wrong any more
     size = sum(p.numel() for p in parameters)
     print(f"U-Net of {size:,} parameters on {device}, {str(dtype)[6:]}; {len(images):,} images")
     until = f"for {cfg.budget}" if budget else f"to epoch {cfg.epochs}"
@@ -139,21 +141,12 @@ def train(cfg: Config, start: Path | None = None, began: float | None = None) ->
         bar.close()
 
         if progress.images == per_epoch or fraction >= 1:
-            steps = progress.images // cfg.batch_size
-            row = {
-                "epoch": round(progress.epoch + progress.images / per_epoch, 2),
-                "step": progress.step,
-                "loss": float(totals[0]) / steps,
-                "learning_rate": optimizer.param_groups[0]["lr"],
-                "grad_norm": float(totals[1]) / steps,
-                "images_per_second": round(progress.images / epoch_seconds, 1),
-                "seconds": round(progress.seconds, 1),
-            }
-            append_metrics(Path(cfg.output_dir, "metrics.csv"), row)
-            tqdm.write(
-                f"epoch {row['epoch']:g}: loss {row['loss']:.4f}, {row['images_per_second']:.0f} "
-                f"images/s, {time_left(cfg, progress, fraction)}"
-            )
+            epoch = f"{round(progress.epoch + progress.images / per_epoch, 2):g}"
+            loss, grad_norm = (totals * cfg.batch_size / progress.images).tolist()
+            rate, lr = progress.images / epoch_seconds, optimizer.param_groups[0]["lr"]
+            append_metrics(cfg, epoch, progress.step, loss, lr, grad_norm, rate, progress.seconds)
+            left = time_left(cfg, progress, fraction)
+            tqdm.write(f"epoch {epoch}: loss {loss:.4f}, {rate:.0f} images/s, {left}")
         if progress.images == per_epoch:
             progress.epoch, progress.images = progress.epoch + 1, 0
             totals.zero_()
@@ -228,13 +221,14 @@ def time_left(cfg: Config, progress: Progress, fraction: float) -> str:
     return f"run ends in {minutes}m{seconds:02d}s"
 
 
-def append_metrics(path: Path, row: dict[str, float]) -> None:
-    """Add a row to metrics.csv, with its header if the file is new."""
+def append_metrics(cfg: Config, *row: object) -> None:
+    """Add a row to metrics.csv, in the order of METRICS, with its header if the file is new."""
+    path = Path(cfg.output_dir, "metrics.csv")
     new = not path.exists()
     with open(path, "a", newline="") as file:
-        writer = csv.DictWriter(file, METRICS)
+        writer = csv.writer(file)
         if new:
-            writer.writeheader()
+            writer.writerow(METRICS)
         writer.writerow(row)
 
 
@@ -338,13 +332,18 @@ def main() -> int:
         if args.resume and "epochs" in given:
             trained = replace(trained, budget="")
         cfg, notes = merge(trained, given)
+        for name in ("batch_size", "max_images", "seed"):  # they set what is left of an epoch
+            if progress.images and getattr(cfg, name) != getattr(trained, name):
+                raise ValueError(
+                    f"{name} = {getattr(cfg, name)}: {start} is inside an epoch, begun with "
+                    f"{getattr(trained, name)}; finish it first"
+                )
         for note in notes:
             print(note)
         spent = progress.seconds - progress.budget_from
         if spent >= parse_duration(cfg.budget) if cfg.budget else progress.epoch >= cfg.epochs:
             print(f"nothing left to do.\n{describe(start, progress, cfg)}")
             return 0
-    make_room(cfg, start, progress.step)
     return train(cfg, start, began)
 
 

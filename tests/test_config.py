@@ -34,7 +34,6 @@ from config import (
         ("widths", (32, 60), "multiple of 8"),
         ("widths", (32, "64"), "finite number"),
         ("embedding_size", 33, "multiple of 2"),
-        ("steps", 1001, "at most timesteps"),
         ("preview_digits", "12a", "digits 0 to 9"),
         ("preview_digits", "", "digits 0 to 9"),
         ("budget", "10", "10m"),

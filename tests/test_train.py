@@ -3,9 +3,12 @@
 import csv
 import io
 import math
+import os
+import pty
 import re
 import shutil
 import signal
+import termios
 import time
 from pathlib import Path
 
@@ -86,7 +89,7 @@ def test_resuming_from_an_epochs_end_gives_the_same_bits(whole, tmp_path, run):
     assert (tmp_path / grid).read_bytes() == (whole / grid).read_bytes()
 
 
-LONG = (*TINY, "--max_images", 6400, "--epochs", 2, "--save_every", 1)  # 200 steps an epoch
+LONG = (*TINY, "--max_images", 3200, "--epochs", 2, "--save_every", 1)  # 100 steps an epoch
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +121,7 @@ def test_an_interrupted_epoch_resumes_to_the_same_bits(long_run, tmp_path, run, 
     returned, output = stop_when("^training to", tmp_path, signum)
     assert returned == code, output
     stopped = checkpoint.newest(tmp_path / "models")
-    assert 0 < checkpoint.load(stopped)["progress"]["images"] < 6400
+    assert 0 < checkpoint.load(stopped)["progress"]["images"] < 3200
     assert f"wrote {stopped}" in output
     assert f"python train.py --resume --output_dir {tmp_path}" in output
     result = run("train.py", *LONG, "--resume", "--output_dir", tmp_path)
@@ -266,6 +269,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_last_good_checkpo
         (("--budget", "10"), ("budget = '10'", "10m")),
         (("--batch_size", 100_000), ("batch_size = 100000", "60000 images")),
         (("--device", "gpu"), ("device = 'gpu'", "auto")),
+        (("--timesteps", 10), ("steps = 20", "1 to 10")),
     ],
 )
 def test_bad_input_is_one_line(flags, words, run, tmp_path, monkeypatch):
@@ -339,10 +343,8 @@ def test_the_weight_averages_width_is_the_asked_share_of_any_run(sigma_rel):
 
 
 def test_the_progress_bar_shows_loss_speed_and_time_left(tmp_path):
-    import os
-    import pty
-
     screen, terminal = pty.openpty()
+    termios.tcsetwinsize(terminal, (24, 100))
     process = start_script(
         "train.py", *LONG, "--epochs", 1, "--output_dir", tmp_path,
         stdout=terminal, stderr=terminal, stdin=terminal,
