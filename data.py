@@ -1,12 +1,16 @@
 """MNIST as tensors, and the one way from pixels to the model's range and back."""
 
+import zipfile
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from config import Config
+
+LABEL_COUNTS = (5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949)  # MNIST's train split
 
 
 def load_split(cfg: Config, train: bool, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -57,6 +61,50 @@ def to_model_range(images: Tensor) -> Tensor:
 def to_uint8(x: Tensor) -> Tensor:
     """Float in [-1, 1] → uint8 0…255, rounded; what lies outside is clamped."""
     return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def draw_labels(count: int, seed: int) -> Tensor:
+    """int64 labels (count,), as frequent as in MNIST's training split."""
+    frequency = np.array(LABEL_COUNTS) / sum(LABEL_COUNTS)
+    return torch.from_numpy(np.random.default_rng(seed).choice(10, size=count, p=frequency))
+
+
+def write_npz(path: Path, images: Tensor, labels: Tensor) -> None:
+    """arr_0 uint8 images (N, H, W) or (N, H, W, C), arr_1 int64 labels: as OpenAI's diffusion
+    repositories exchange samples."""
+    pixels = images[:, 0] if images.shape[1] == 1 else images.permute(0, 2, 3, 1)
+    np.savez_compressed(path, pixels.cpu().numpy(), labels.cpu().numpy())
+
+
+def read_npz(path: Path) -> tuple[Tensor, Tensor | None]:
+    """uint8 images (N, 1, 28, 28) and int64 labels (N,), None if the file has none, of an .npz in
+    write_npz's form. Raises ValueError naming the file and what is wrong with it."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = [file[name] for name in ("arr_0", "arr_1") if name in file.files]
+            has_images = "arr_0" in file.files
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError) as error:
+        reason = "no such file" if not path.exists() else f"not a whole .npz: {_first_line(error)}"
+        raise ValueError(f"{path}: {reason}") from None
+    if not has_images:
+        raise ValueError(f"{path}: no arr_0; save with numpy.savez(file, images, labels)")
+    images = arrays[0]
+    if images.dtype != np.uint8:
+        raise ValueError(f"{path}: arr_0 is {images.dtype}; make it uint8, 0 to 255")
+    if images.shape[1:] not in ((28, 28), (28, 28, 1)) or not len(images):
+        raise ValueError(f"{path}: arr_0 is of shape {images.shape}; make it (N, 28, 28)")
+    images = torch.from_numpy(images.reshape(-1, 1, 28, 28))
+    if len(arrays) == 1:
+        return images, None
+    labels = arrays[1]
+    if labels.dtype.kind not in "iu" or labels.shape != (len(images),):
+        raise ValueError(
+            f"{path}: arr_1 is {labels.dtype} of shape {labels.shape}; make it whole numbers, one "
+            f"for each of the {len(images)} images"
+        )
+    if labels.min() < 0 or labels.max() > 9:
+        raise ValueError(f"{path}: arr_1 has labels beyond 0 to 9")
+    return images, torch.from_numpy(labels.astype(np.int64))
 
 
 def image_grid(images: Tensor, columns: int, gap: int = 2) -> Image.Image:

@@ -55,6 +55,11 @@ def seeded_generator(*key: int, device: torch.device | str = "cpu") -> torch.Gen
     return torch.Generator(device).manual_seed(seed)
 
 
+def network_calls(steps: int, guidance: float) -> int:
+    """Network calls that an image costs: guidance other than 0 or 1 asks twice a step."""
+    return steps * (1 if guidance in (0, 1) else 2)
+
+
 class ImageNoise:
     """Standard normal noise for the images `first`, `first + 1`, … of a seed, each from a stream
     of its own. Drawn on the CPU in float32, so that a seed means the same noise everywhere."""

@@ -12,7 +12,7 @@ import torch
 
 import checkpoint
 from config import Config, Parser, add_flags, given_flags, parse_digits, run_script
-from data import image_grid, to_uint8
+from data import draw_labels, image_grid, to_uint8, write_npz
 from diffusion import Diffusion
 from model import UNet, pick_device
 
@@ -23,11 +23,9 @@ FLAGS = (
 
 
 def draw(
-    cfg: Config, model: UNet, diffusion: Diffusion, digits: list[int], count: int, output: Path
+    cfg: Config, model: UNet, diffusion: Diffusion, y: torch.Tensor, columns: int, output: Path
 ) -> None:
-    """Write a grid of `count` images of each digit, in the order given."""
-    columns = count if len(digits) > 1 else max(1, round(count**0.5))
-    y = torch.tensor(digits).repeat_interleave(count)
+    """Draw an image for each label in y (N,) and write them, as a grid or as an .npz."""
     began = time.perf_counter()
     x_0 = diffusion.sample(
         model, y.to(next(model.parameters()).device), sampler=cfg.sampler, steps=cfg.steps,
@@ -35,17 +33,20 @@ def draw(
         batch_size=cfg.sample_batch_size, progress=True,
     )  # fmt: skip
     seconds = time.perf_counter() - began
-    image_grid(to_uint8(x_0), columns).save(output)
+    if output.suffix == ".npz":
+        write_npz(output, to_uint8(x_0), y)
+    else:
+        image_grid(to_uint8(x_0), columns).save(output)
     say(f"{len(y)} images in {seconds:.1f} s ({cfg.sampler}, {cfg.steps} steps, seed {cfg.seed})")
     print(output, flush=True)
 
 
-def free_name(cfg: Config, digits: list[int]) -> Path:
+def free_name(cfg: Config, digits: str) -> Path:
     """A file name under output_dir/images that is not taken."""
     folder = Path(cfg.output_dir, "images")
     folder.mkdir(parents=True, exist_ok=True)
-    stem, number = f"generated_{''.join(map(str, digits))}", 1
-    while (path := folder / f"{stem}_{number:03d}.png").exists():
+    number = 1
+    while (path := folder / f"generated_{digits}_{number:03d}.png").exists():
         number += 1
     return path
 
@@ -116,15 +117,16 @@ def converse(cfg: Config, model: UNet, trained: Config, count: int, seed: int | 
         guidance = ask("Guidance", cfg.guidance, real_number)
         picture_seed = secrets.randbelow(2**31) if seed is None else seed
         cfg = replace(cfg, guidance=guidance, seed=picture_seed)
-        draw(cfg, model, diffusion, [digit], count, free_name(cfg, [digit]))
+        y = torch.full((count,), digit)
+        draw(cfg, model, diffusion, y, round(count**0.5), free_name(cfg, str(digit)))
 
 
 def main() -> int:
     parser = Parser(prog="generate.py", description="Draw digits with a trained model.")
-    parser.add_argument("--digits", metavar="TEXT", help="digits to draw; asks nothing")
+    parser.add_argument("--digits", metavar="TEXT", help="digits to draw, or all; asks nothing")
     parser.add_argument("--count", type=int, metavar="INT", help="images a digit (default: 16)")
     parser.add_argument("--model", type=Path, metavar="PATH", help="checkpoint (default: newest)")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="PNG file to write")
+    parser.add_argument("--output", type=Path, metavar="FILE", help=".png or .npz to write")
     add_flags(parser, FLAGS)
     args = parser.parse_args()
     given = given_flags(args)
@@ -134,8 +136,8 @@ def main() -> int:
         raise ValueError(f"count = {count}: must be at least 1")
     if args.digits is None and (args.output or args.count is not None):
         raise ValueError("--output and --count need --digits, say --digits 7")
-    if args.output and args.output.suffix.lower() != ".png":
-        raise ValueError(f"output = '{args.output}': must end in .png")
+    if args.output and args.output.suffix not in (".png", ".npz"):
+        raise ValueError(f"output = '{args.output}': must end in .png or .npz")
     if args.output and not args.output.parent.is_dir():
         raise ValueError(f"output = '{args.output}': no folder {args.output.parent}; make it first")
     torch.set_flush_denormal(True)  # denormals are slow; before any thread starts
@@ -155,10 +157,17 @@ def main() -> int:
         if args.digits is None:
             say(f"{path}: {progress}")
             converse(cfg, model, trained, count, given.get("seed"))
-        digits = parse_digits(args.digits, trained.num_classes)
-        output = args.output or free_name(cfg, digits)
+        if args.digits == "all":
+            digits = list(range(trained.num_classes))
+        else:
+            digits = parse_digits(args.digits, trained.num_classes)
+        y = torch.tensor(digits).repeat_interleave(count)
+        columns = count if len(digits) > 1 else round(count**0.5)
+        output = args.output or free_name(cfg, args.digits)
+        if args.digits == "all" and output.suffix == ".npz":
+            y = draw_labels(count, cfg.seed)  # a set to measure, `count` images in all
         say(f"{path}: {progress}")
-        draw(cfg, model, Diffusion(trained), digits, count, output)
+        draw(cfg, model, Diffusion(trained), y, columns, output)
     except EOFError:
         say("")
     return 0

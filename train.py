@@ -156,6 +156,7 @@ def train(cfg: Config, start: Path | None = None, began: float | None = None) ->
             last_saved = save()
             if not stopped:
                 save_preview(cfg, diffusion, ema, progress)
+                save_curves(cfg)
         if stopped:
             default = cfg.output_dir == Config().output_dir
             folder = "" if default else f" --output_dir {cfg.output_dir}"
@@ -201,6 +202,15 @@ def save_preview(cfg: Config, diffusion: Diffusion, ema: UNet, progress: Progres
         clip_x_0=cfg.clip_x_0, seed=cfg.seed, batch_size=cfg.sample_batch_size, progress=True,
     )  # fmt: skip
     image_grid(to_uint8(x_0), cfg.preview_columns).save(path)
+    tqdm.write(f"wrote {path}")
+
+
+def save_curves(cfg: Config) -> None:
+    """Write results/images/training.png from metrics.csv."""
+    from plots import plot_training  # here, because matplotlib would slow every start
+
+    path = Path(cfg.output_dir, "images", "training.png")
+    plot_training(Path(cfg.output_dir, "metrics.csv"), path)
     tqdm.write(f"wrote {path}")
 
 
@@ -252,10 +262,10 @@ def make_room(cfg: Config, start: Path | None, step: int) -> None:
     earlier = out / "earlier" / time.strftime("%Y-%m-%d_%H%M%S")
     if past or (metrics.exists() and not own):
         earlier.mkdir(parents=True)
-        for path in [*past, *images, metrics]:
+        for path in [*past, *images, metrics, samples / "training.png"]:
             if path.exists():
-                copy_or_move = shutil.copy2 if own and path == metrics else shutil.move
-                copy_or_move(path, earlier / path.name)
+                shared = own and path == metrics  # its rows up to `step` are this run's as well
+                (shutil.copy2 if shared else shutil.move)(path, earlier / path.name)
         print(f"an earlier run's files moved to {earlier}")
     if own and metrics.exists():
         with open(metrics, newline="") as file:

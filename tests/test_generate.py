@@ -13,10 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import REPO, TINY, assert_one_line, start_script
 from PIL import Image
 
 from checkpoint import Progress
+from data import LABEL_COUNTS, read_npz
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +58,29 @@ def test_each_digit_has_its_row(results, run, tmp_path):
     assert Image.open(out).size == (3 * 30 + 2, 3 * 30 + 2)
 
 
+def test_a_labelled_set_has_mnists_histogram(results, run, tmp_path):
+    out = tmp_path / "set.npz"
+    flags = ("--digits", "all", "--count", 2000, "--steps", 1, "--guidance", 1)
+    result = run("generate.py", *flags, "--output", out, "--output_dir", results)
+    assert result.out == f"{out}\n"
+    images, labels = read_npz(out)
+    assert images.shape == (2000, 1, 28, 28)
+    shares = labels.bincount(minlength=10) / 2000
+    real = torch.tensor(LABEL_COUNTS) / sum(LABEL_COUNTS)
+    assert (shares - real).abs().max() < 0.02
+    assert shares[1] > shares[5] + 0.005
+    few = tmp_path / "few.npz"
+    run("generate.py", "--digits", "31", "--count", 2, "--steps", 1, "--output", few,
+        "--output_dir", results)  # fmt: skip
+    assert read_npz(few)[1].tolist() == [3, 3, 1, 1]
+
+
+def test_all_digits_on_one_grid(results, run, tmp_path):
+    out = tmp_path / "all.png"
+    run("generate.py", "--digits", "all", "--count", 2, "--output", out, "--output_dir", results)
+    assert Image.open(out).size == (2 * 30 + 2, 10 * 30 + 2)
+
+
 def test_the_seed_sets_the_pictures_and_the_count_does_not(results, run, tmp_path):
     def pixels(name: str, *flags: object) -> np.ndarray:
         out = tmp_path / f"{name}.png"
@@ -91,7 +116,7 @@ def test_the_model_asked_for_is_used(results, run):
         (("--digits", "7", "--sampler", "euler"), ("sampler = 'euler'", "dpmpp")),
         (("--digits", "7", "--model", "none.pth"), ("none.pth", "no such checkpoint")),
         (("--digits", "7", "--model", str(REPO / "README.md")), ("README.md", "not a checkpoint")),
-        (("--digits", "7", "--output", "a.jpg"), ("a.jpg", ".png")),
+        (("--digits", "7", "--output", "a.jpg"), ("a.jpg", ".png or .npz")),
         (("--digits", "7", "--output", "no/such/a.png"), ("no/such", "make it first")),
         (("--count", "3"), ("--digits",)),
         (("--digit", "3"), ("--digit", "--help")),
@@ -201,8 +226,6 @@ def test_leaving(results, key, code):
 
 
 def test_the_listing_orders_numbers_as_numbers(results, run, monkeypatch):
-    import torch
-
     import checkpoint
 
     for epoch in (5, 30):

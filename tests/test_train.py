@@ -66,6 +66,8 @@ def test_a_run_writes_models_grids_and_metrics_and_names_them(whole):
     assert sorted(p.name for p in whole.glob("models/*")) == [
         "model_epoch_2.pth", "model_epoch_4.pth"
     ]  # fmt: skip
+    assert f"wrote {whole / 'images' / 'training.png'}" in output
+    assert Image.open(whole / "images" / "training.png").width > 300
     rows = metrics(whole)
     assert [(float(r["epoch"]), int(r["step"])) for r in rows] == [
         (1, 10), (2, 20), (3, 30), (4, 40)
@@ -193,7 +195,7 @@ def test_training_more_epochs_numbers_on_and_keeps_the_rest_aside(whole, tmp_pat
     assert all(float(r["learning_rate"]) <= 0.001 for r in metrics(tmp_path)[2:])
     moved = next((tmp_path / "earlier").iterdir())
     assert sorted(p.name for p in moved.iterdir()) == [
-        "metrics.csv", "model_epoch_4.pth", "samples_epoch_4.png"
+        "metrics.csv", "model_epoch_4.pth", "samples_epoch_4.png", "training.png"
     ]  # fmt: skip
     old = "models/model_epoch_4.pth"
     assert (moved / "model_epoch_4.pth").read_bytes() == (whole / old).read_bytes()
@@ -208,7 +210,7 @@ def test_a_second_run_from_scratch_overwrites_nothing(whole, tmp_path, run):
     assert f"moved to {moved}" in result.out
     assert sorted(p.name for p in moved.iterdir()) == [
         "metrics.csv", "model_epoch_2.pth", "model_epoch_4.pth", "samples_epoch_2.png",
-        "samples_epoch_4.png",
+        "samples_epoch_4.png", "training.png",
     ]  # fmt: skip
     assert [p.name for p in (tmp_path / "models").iterdir()] == ["model_epoch_1.pth"]
     assert len(metrics(tmp_path)) == 1

@@ -1,0 +1,312 @@
+"""Measure samples against MNIST: python evaluate.py judges the newest model. --help lists all."""
+
+import itertools
+import json
+import os
+import platform
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import checkpoint
+import evaluator
+from config import Config, Parser, add_flags, given_flags, run_script
+from data import draw_labels, image_grid, load_split, read_npz, to_uint8
+from diffusion import Diffusion, network_calls
+from metrics import (
+    GREY_EDGES,
+    agreement_figures,
+    feature_figures,
+    frechet_figures,
+    nearest,
+    pixel_figures,
+)
+from model import pick_device
+from plots import plot_sweep
+
+MOST = 10_000  # images at most: as many as the test split has, which sets the floor
+SWEPT = ("steps", "guidance", "sampler", "eta", "seed")
+FLAGS = (*SWEPT, "data_dir", "output_dir", "device", "clip_x_0", "sample_batch_size")
+
+
+class Judge:
+    """The frozen classifier, and the real images that samples are held against."""
+
+    def __init__(self, cfg: Config, device: torch.device) -> None:
+        self.net, self.train_moments, self.sha256 = evaluator.load(device)
+        self.train_images, self.train_labels = load_split(cfg, train=True, device=device)
+        self.test_images, self.test_labels = load_split(cfg, train=False, device=device)
+        order = torch.randperm(len(self.train_images), generator=torch.Generator().manual_seed(0))
+        some = self.train_images[order[:MOST].to(device)]
+        self.some_train_features = evaluator.features_of(self.net, some)
+
+    def measure(self, images: Tensor, labels: Tensor | None) -> dict[str, Any]:
+        """Every figure of uint8 images (N, 1, 28, 28) with int64 labels (N,), and under "real" the
+        same of N real test images. Raises ValueError for fewer images than features."""
+        N = len(images)
+        if N < evaluator.FEATURES:
+            raise ValueError(f"{N} images: at least {evaluator.FEATURES} are needed for a distance")
+        order = torch.randperm(MOST, generator=torch.Generator().manual_seed(1))[:N]
+        order = order.to(images.device)
+        real = self._figures(self.test_images[order], self.test_labels[order])
+        figures = self._figures(images, labels)
+        closer = figures.pop("nearest_distances") < real.pop("nearest_distances").min()
+        figures["copies"] = int(closer.sum())  # closer to a training image than any real test image
+        figures["fd_over_floor"] = figures["fd"] / real["fd"]
+        figures["nearest_over_real"] = figures["nearest_median"] / real["nearest_median"]
+        return {"images": N, "samples": figures, "real": real}
+
+    def _figures(self, images: Tensor, labels: Tensor | None) -> dict[str, Any]:
+        features = evaluator.features_of(self.net, images)
+        figures = frechet_figures(features, self.train_moments)
+        figures |= feature_figures(features, self.some_train_features[: len(features)])
+        figures |= {"pixels": pixel_figures(images)}
+        distances, _ = nearest(images, self.train_images)
+        figures |= {"nearest_distances": distances, "nearest_median": distances.median().item()}
+        if labels is not None:
+            figures |= agreement_figures(self.net.classify(features).argmax(dim=1), labels)
+        return figures
+
+
+def train_on_synthetic(judge: Judge, images: Tensor, labels: Tensor) -> dict[str, Any]:
+    """Test accuracy of the judge's architecture trained on the samples alone and on as many real
+    images, over 3 seeds (classification accuracy score, Ravuri & Vinyals 2019)."""
+    figures: dict[str, Any] = {"synthetic": [], "real": []}
+    for seed in (1, 2, 3):
+        order = torch.randperm(MOST * 6, generator=torch.Generator().manual_seed(seed))
+        some = order[: len(images)].to(images.device)
+        real = judge.train_images[some], judge.train_labels[some]
+        for name, (x, y) in (("synthetic", (images, labels)), ("real", real)):
+            net = evaluator.fit(x, y, epochs=12, seed=seed)
+            figures[name].append(evaluator.accuracy(net, judge.test_images, judge.test_labels))
+    figures["gap"] = float(np.mean(figures["real"]) - np.mean(figures["synthetic"]))
+    return figures
+
+
+def sample(
+    cfg: Config, path: Path, count: int, device: torch.device
+) -> tuple[Tensor, Tensor, dict]:
+    """`count` uint8 images with labels as MNIST has them, and what drawing them cost."""
+    model, trained, _ = checkpoint.load_model(path, device)
+    if (trained.img_size, trained.img_channels, trained.num_classes) != (28, 1, 10):
+        raise ValueError(f"{path}: draws images of another kind than MNIST's 28 by 28")
+    labels = draw_labels(count, cfg.seed).to(device)
+    began = time.perf_counter()
+    x_0 = Diffusion(trained).sample(
+        model, labels, sampler=cfg.sampler, steps=cfg.steps, guidance=cfg.guidance, eta=cfg.eta,
+        clip_x_0=cfg.clip_x_0, seed=cfg.seed, batch_size=cfg.sample_batch_size, progress=True,
+    )  # fmt: skip
+    images = to_uint8(x_0)
+    seconds = time.perf_counter() - began
+    cost = {"calls": network_calls(cfg.steps, cfg.guidance), "seconds": seconds}
+    return images, labels, cost | {"images_per_second": count / seconds}
+
+
+def report(result: dict[str, Any]) -> str:
+    """The figures as a table that a person reads."""
+    s, r = result["samples"], result["real"]
+    low, high = s["fd_interval"]
+    floor_low, floor_high = r["fd_interval"]
+    rows = [
+        ("", "samples", "real test images"),
+        ("FD-MNIST", f"{s['fd']:.4f} ({low:.4f} to {high:.4f})",
+         f"{r['fd']:.4f} ({floor_low:.4f} to {floor_high:.4f}), the floor"),
+        ("FD over the floor", f"{s['fd_over_floor']:.2f}", "1"),
+        ("KID x 1000", f"{1000 * s['kid']:.3f} ± {1000 * s['kid_std']:.3f}",
+         f"{1000 * r['kid']:.3f} ± {1000 * r['kid_std']:.3f}"),
+        ("precision", f"{s['precision']:.3f}", f"{r['precision']:.3f}"),
+        ("recall", f"{s['recall']:.3f}", f"{r['recall']:.3f}"),
+        ("black pixels", f"{s['pixels']['black']:.2%}", f"{r['pixels']['black']:.2%}"),
+        ("pixel mean, std", f"{s['pixels']['mean']:.1f}, {s['pixels']['std']:.1f}",
+         f"{r['pixels']['mean']:.1f}, {r['pixels']['std']:.1f}"),
+        *((f"pixels {a} to {b - 1}", f"{x:.2%}", f"{y:.2%}") for (a, b), x, y in zip(
+            itertools.pairwise(GREY_EDGES), s["pixels"]["histogram"], r["pixels"]["histogram"],
+            strict=True,
+        )),
+        ("nearest training image", f"{s['nearest_median']:.2f} ({s['nearest_over_real']:.2f} x)",
+         f"{r['nearest_median']:.2f}, the median distance"),
+        ("closer than any of those", f"{s['copies']}", "0"),
+    ]  # fmt: skip
+    if "agreement" in s:
+        rows.append(("label agreement", f"{s['agreement']:.2%}", f"{r['agreement']:.2%}"))
+        for digit in range(10):
+            row = (f"  digit {digit}", s["by_digit"][digit], r["by_digit"][digit])
+            rows.append((row[0], f"{row[1]:.2%}", f"{row[2]:.2%}"))
+        worst = ", ".join(f"{a} read as {b}: {n}" for a, b, n in s["confusions"])
+        rows.append(("  worst confusions", worst or "none", ""))
+    if "cas" in result:
+        cas = result["cas"]
+        rows.append(("train on, test on real", f"{np.mean(cas['synthetic']):.2%}",
+                     f"{np.mean(cas['real']):.2%}, gap {cas['gap']:.2%}"))  # fmt: skip
+    if "sampling" in result:
+        cost = result["sampling"]
+        rows.append(("sampling", f"{cost['images_per_second']:.0f} images/s",
+                     f"{cost['calls']} calls an image, {cost['seconds']:.1f} s"))  # fmt: skip
+    widths = [max(len(row[i]) for row in rows) for i in (0, 1)]
+    table = "\n".join(f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c}".rstrip() for a, b, c in rows)
+    title = f"{result['images']:,} images of {result['source']}, judge {result['evaluator'][:12]}"
+    return f"{title}\n{table}"
+
+
+def evaluate_model(judge: Judge, cfg: Config, path: Path, count: int, cas: bool) -> dict[str, Any]:
+    """Sample from a model, measure, write the JSON; a result that is there already is read."""
+    model_hash = evaluator.sha256(path)
+    settings = {name: getattr(cfg, name) for name in (*SWEPT, "clip_x_0")} | {"samples": count}
+    how = f"{cfg.sampler}-{cfg.steps}-w{cfg.guidance:g}-eta{cfg.eta:g}-n{count}-s{cfg.seed}"
+    file = Path(cfg.output_dir, "metrics", f"{path.stem}-{how}.json")
+    key = {"model": model_hash, "evaluator": judge.sha256, "settings": settings}
+    if file.exists():
+        known = json.loads(file.read_text())
+        if all(known.get(k) == v for k, v in key.items()) and ("cas" in known or not cas):
+            return known | {"file": str(file)}
+    images, labels, cost = sample(cfg, path, count, next(judge.net.parameters()).device)
+    result = {"source": str(path), **key, "sampling": cost, **judge.measure(images, labels)}
+    if cas:
+        result["cas"] = train_on_synthetic(judge, images, labels)
+    write_result(file, result)
+    show_nearest(judge, images, cfg)
+    return result | {"file": str(file)}
+
+
+def write_result(file: Path, result: dict[str, Any]) -> None:
+    """Write a result whole or not at all, with the versions and the machine that made it."""
+    result["made_by"] = {
+        "torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}",
+        "date": time.strftime("%Y-%m-%d"),
+    }  # fmt: skip
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(".partial")
+    partial.write_text(json.dumps(result, indent=1))
+    partial.replace(file)
+
+
+def show_nearest(judge: Judge, images: Tensor, cfg: Config) -> Path:
+    """results/images/nearest.png: the ten samples closest to a training image, each beside it."""
+    distances, index = nearest(images, judge.train_images)
+    closest = distances.argsort()[:10]
+    pairs = torch.stack([images[closest], judge.train_images[index[closest]]], dim=1).flatten(0, 1)
+    path = Path(cfg.output_dir, "images", "nearest.png")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image_grid(pairs, columns=4).save(path)
+    return path
+
+
+def parse_sweep(words: list[str]) -> list[dict[str, Any]]:
+    """["steps=4,8", "guidance=1,2"] → every combination; raises ValueError for what is no knob."""
+    values: dict[str, list[Any]] = {}
+    for word in words:
+        name, _, text = word.partition("=")
+        if name not in SWEPT or not text:
+            raise ValueError(f"sweep = {word!r}: write steps=4,8; knobs are {', '.join(SWEPT)}")
+        kind = type(getattr(Config(), name))
+        try:
+            values[name] = [kind(value) for value in text.split(",")]
+        except ValueError:
+            raise ValueError(f"sweep = {word!r}: {name} takes {kind.__name__} values") from None
+    return [dict(zip(values, each, strict=True)) for each in itertools.product(*values.values())]
+
+
+def pareto_best(results: list[dict[str, Any]]) -> list[bool]:
+    """Whether no other result has both a lower FD and no more network calls."""
+    points = [(r["sampling"]["calls"], r["samples"]["fd"]) for r in results]
+    return [
+        not any((c <= calls and f < fd) or (c < calls and f <= fd) for c, f in points)
+        for calls, fd in points
+    ]
+
+
+def sweep(judge: Judge, cfg: Config, path: Path, count: int, grid: list[dict[str, Any]]) -> None:
+    """Evaluate each setting of the grid that has no result yet; print the table, write the plot."""
+    results = [
+        evaluate_model(judge, replace(cfg, **each), path, count, cas=False)
+        for each in tqdm(grid, desc="sweep", disable=None)
+    ]
+    best = pareto_best(results)
+    print(f"{'':2}{'sampler':8}{'steps':>6}{'guidance':>9}{'eta':>5}{'calls':>6}{'FD':>9}"
+          f"{'/ floor':>8}{'agree':>8}{'prec.':>7}{'recall':>7}{'img/s':>7}")  # fmt: skip
+    for result, is_best in zip(results, best, strict=True):
+        k, s, cost = result["settings"], result["samples"], result["sampling"]
+        print(f"{'*' if is_best else '':2}{k['sampler']:8}{k['steps']:6}{k['guidance']:9g}"
+              f"{k['eta']:5g}{cost['calls']:6}{s['fd']:9.4f}{s['fd_over_floor']:8.2f}"
+              f"{s['agreement']:8.2%}{s['precision']:7.3f}{s['recall']:7.3f}"
+              f"{cost['images_per_second']:7.0f}")  # fmt: skip
+    print("* no other row has both a lower FD and no more network calls")
+    print(f"wrote {plot_sweep(results, best, Path(cfg.output_dir, 'images', 'sweep.png'))}")
+
+
+def main() -> int:
+    parser = Parser(prog="evaluate.py", description="Measure samples against MNIST.")
+    parser.add_argument("--model", type=Path, metavar="PATH", help="checkpoint (default: newest)")
+    parser.add_argument("--images", type=Path, metavar="FILE.npz", help="judge these: arr_0, arr_1")
+    parser.add_argument("--samples", type=int, default=MOST, metavar="INT", help="how many to draw")
+    parser.add_argument("--cas", action="store_true", help="train on the samples, test on MNIST")
+    parser.add_argument("--sweep", nargs="+", metavar="KNOB=A,B", help="evaluate every combination")
+    parser.add_argument("--train_evaluator", action="store_true", help="train the judge anew")
+    add_flags(parser, FLAGS)
+    args = parser.parse_args()
+    cfg = replace(Config(), **given_flags(args))
+    if not evaluator.FEATURES <= args.samples <= MOST:
+        raise ValueError(f"samples = {args.samples}: choose {evaluator.FEATURES} to {MOST}")
+    if args.images and (args.model or args.sweep):
+        raise ValueError("--images judges a file; drop --model and --sweep")
+    torch.set_flush_denormal(True)  # denormals are slow; before any thread starts
+    if args.train_evaluator:
+        test_accuracy = evaluator.train_and_save(cfg)
+        print(f"wrote {evaluator.PATH}: {test_accuracy:.2%} of the test split read right")
+        return 0
+    device = pick_device(cfg.device)
+    if args.images:
+        images, labels = read_npz(args.images)
+        result = judge_file(args.images, images, labels, Judge(cfg, device), cfg, args.cas)
+    else:
+        path = args.model or checkpoint.newest(Path(cfg.output_dir, "models"))
+        if path is None:
+            raise ValueError(
+                f"no model in {cfg.output_dir}/models; train one first: python train.py"
+            )
+        checkpoint.load(path)
+        grid = parse_sweep(args.sweep or [])
+        for each in grid:
+            replace(cfg, **each)  # complains now, not after an hour
+        judge = Judge(cfg, device)
+        if args.sweep:
+            sweep(judge, cfg, path, args.samples, grid)
+            return 0
+        result = evaluate_model(judge, cfg, path, args.samples, args.cas)
+    print(report(result))
+    print(f"wrote {result['file']}")
+    print(f"wrote {Path(cfg.output_dir, 'images', 'nearest.png')}")
+    return 0
+
+
+def judge_file(
+    file: Path, images: Tensor, labels: Tensor | None, judge: Judge, cfg: Config, cas: bool
+) -> dict[str, Any]:
+    """Measure the images of a file; of more than MOST, a random MOST."""
+    device = judge.test_images.device
+    if cas and labels is None:
+        raise ValueError(f"{file}: --cas needs labels (arr_1)")
+    if len(images) > MOST:
+        print(f"{file}: {len(images):,} images; a random {MOST:,} of them are judged")
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(2))[:MOST]
+        images, labels = images[order], None if labels is None else labels[order]
+    images, labels = images.to(device), None if labels is None else labels.to(device)
+    result = {"source": str(file), "images_sha256": evaluator.sha256(file)}
+    result |= {"evaluator": judge.sha256, **judge.measure(images, labels)}
+    if cas:
+        result["cas"] = train_on_synthetic(judge, images, labels)
+    out = Path(cfg.output_dir, "metrics", f"{file.stem}-{result['images_sha256'][:8]}.json")
+    write_result(out, result)
+    show_nearest(judge, images, cfg)
+    return result | {"file": str(out)}
+
+
+if __name__ == "__main__":
+    run_script("evaluate.py", main)

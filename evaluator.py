@@ -1,0 +1,138 @@
+"""The judge: a small MNIST classifier, trained once and then frozen, whose features and answers
+evaluate.py measures samples by. Figures from two different judges must never be mixed."""
+
+import hashlib
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from config import Config
+from data import load_split
+from diffusion import seeded_generator
+from metrics import moments
+
+PATH = Path(__file__).parent / "results" / "evaluator.pth"
+FEATURES = 128  # size of the penultimate layer
+
+# The recipe of the committed judge; changing it makes another judge
+EPOCHS, BATCH_SIZE, LEARNING_RATE, WEIGHT_DECAY, LABEL_SMOOTHING = 12, 128, 3e-3, 0.05, 0.05
+
+
+def _block(c_in: int, c_out: int, size: int = 3, stride: int = 1) -> nn.Sequential:
+    convolution = nn.Conv2d(c_in, c_out, size, stride, padding=size // 2, bias=False)
+    return nn.Sequential(convolution, nn.BatchNorm2d(c_out), nn.ReLU())
+
+
+class Evaluator(nn.Module):
+    """uint8 images (N, 1, 28, 28) → features (N, 128), or logits (N, 10) by `classify`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(
+            _block(1, 32, size=5, stride=2),  # (N, 32, 14, 14)
+            _block(32, 64),
+            nn.MaxPool2d(2),  # (N, 64, 7, 7)
+            _block(64, 128),
+            _block(128, FEATURES),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+        )
+        self.head = nn.Linear(FEATURES, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.features(images.float() / 255)
+
+    def classify(self, features: Tensor) -> Tensor:
+        return self.head(features)
+
+
+def _augment(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Small random turns, sizes, slants and shifts, as handwriting varies; float in 0…255."""
+    draw = (torch.rand(5, len(images), generator=generator) * 2 - 1).to(images.device)
+    angle, size = draw[0] * math.radians(12), 1 + draw[1] * 0.12
+    slant, shift = draw[2] * 0.15, draw[3:] * 2.5 / 14
+    rows = [
+        torch.stack([size * angle.cos(), slant - size * angle.sin(), shift[0]], dim=1),
+        torch.stack([size * angle.sin(), size * angle.cos(), shift[1]], dim=1),
+    ]
+    grid = F.affine_grid(torch.stack(rows, dim=1), list(images.shape), align_corners=False)
+    return F.grid_sample(images.float(), grid, align_corners=False)
+
+
+def fit(
+    images: Tensor, labels: Tensor, *, epochs: int, seed: int, augment: bool = True
+) -> Evaluator:
+    """Train a classifier on uint8 images (N, 1, 28, 28) and int64 labels (N,); deterministic."""
+    torch.manual_seed(seed)
+    net = Evaluator().to(images.device)
+    optimizer = torch.optim.AdamW(net.parameters(), weight_decay=WEIGHT_DECAY, betas=(0.9, 0.99))
+    per_epoch = len(images) // BATCH_SIZE
+    total = epochs * per_epoch
+    with tqdm(total=total * BATCH_SIZE, unit=" images", leave=False, disable=None) as bar:
+        for step in range(total):
+            if step % per_epoch == 0:
+                order = torch.randperm(len(images), generator=seeded_generator(seed, step))
+            begin = step % per_epoch * BATCH_SIZE
+            index = order[begin : begin + BATCH_SIZE].to(images.device)
+            batch = images[index]
+            if augment:
+                batch = _augment(batch, seeded_generator(seed, 1, step))
+            warmup = min(1.0, (step + 1) / 200)
+            optimizer.param_groups[0]["lr"] = LEARNING_RATE * warmup * (1 - step / total)
+            logits = net.classify(net(batch))
+            loss = F.cross_entropy(logits, labels[index], label_smoothing=LABEL_SMOOTHING)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            bar.set_postfix_str(f"loss {loss.item():.4f}", refresh=False)
+            bar.update(BATCH_SIZE)
+    return net.eval()
+
+
+@torch.no_grad()
+def features_of(net: Evaluator, images: Tensor, batch_size: int = 500) -> Tensor:
+    """Features (N, 128), float32, of uint8 images (N, 1, 28, 28)."""
+    return torch.cat([net(part) for part in images.split(batch_size)])
+
+
+@torch.no_grad()
+def accuracy(net: Evaluator, images: Tensor, labels: Tensor) -> float:
+    """Share of images that the classifier reads as their label."""
+    answers = net.classify(features_of(net, images)).argmax(dim=1)
+    return (answers == labels).float().mean().item()
+
+
+def train_and_save(cfg: Config, path: Path = PATH) -> float:
+    """Train the judge on the training split, write it, return its accuracy on the test split."""
+    device = torch.device("cpu")  # the committed file must not depend on who has a GPU
+    images, labels = load_split(cfg, train=True, device=device)
+    net = fit(images, labels, epochs=EPOCHS, seed=0)
+    reference = {k: torch.from_numpy(v) for k, v in moments(features_of(net, images)).items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"net": net.state_dict(), "train_moments": reference}, path)
+    return accuracy(net, *load_split(cfg, train=False, device=device))
+
+
+def load(device: torch.device, path: Path = PATH) -> tuple[Evaluator, dict[str, np.ndarray], str]:
+    """The committed judge, the mean and covariance of its features of the whole training split,
+    and the file's SHA-256; raises ValueError when it cannot be read."""
+    if not path.is_file():
+        raise ValueError(f"{path}: no evaluator; make it: python evaluate.py --train_evaluator")
+    net = Evaluator()
+    try:
+        contents = torch.load(path, map_location="cpu", weights_only=True)
+        net.load_state_dict(contents["net"])
+        reference = {k: v.numpy() for k, v in contents["train_moments"].items()}
+    except Exception as error:  # whatever torch says of a damaged file
+        raise ValueError(f"{path}: not an evaluator ({str(error).splitlines()[0]})") from None
+    return net.to(device).eval().requires_grad_(False), reference, sha256(path)
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()

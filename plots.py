@@ -1,0 +1,50 @@
+"""The two plots: training curves, and quality against cost."""
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")  # no window, and no screen needed
+import matplotlib.pyplot as plt
+
+
+def plot_training(metrics: Path, path: Path) -> None:
+    """Loss, learning rate and images a second over the optimizer steps of metrics.csv."""
+    with open(metrics, newline="") as file:
+        rows = list(csv.DictReader(file))
+    steps = [int(row["step"]) for row in rows]
+    curves = (("loss", "log"), ("learning_rate", "linear"), ("images_per_second", "linear"))
+    figure, panels = plt.subplots(1, 3, figsize=(12, 3.2))
+    for axes, (name, scale) in zip(panels, curves, strict=True):
+        axes.plot(steps, [float(row[name]) for row in rows], marker=".")
+        axes.set(xlabel="step", title=name.replace("_", " "), yscale=scale)
+        if scale == "linear":
+            axes.set_ylim(bottom=0)
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def plot_sweep(results: list[dict[str, Any]], best: list[bool], path: Path) -> Path:
+    """Quality against network calls, a line for each sampler and guidance."""
+    figure, axes = plt.subplots(figsize=(7, 4.5))
+    lines: dict[str, list[tuple[int, float]]] = {}
+    for result in results:
+        k = result["settings"]
+        point = (result["sampling"]["calls"], result["samples"]["fd"])
+        lines.setdefault(f"{k['sampler']}, guidance {k['guidance']:g}", []).append(point)
+    for label, points in lines.items():
+        axes.plot(*zip(*sorted(points), strict=True), marker="o", label=label)
+    chosen = [r for r, is_best in zip(results, best, strict=True) if is_best]
+    axes.scatter([r["sampling"]["calls"] for r in chosen], [r["samples"]["fd"] for r in chosen],
+                 s=140, facecolors="none", edgecolors="black", label="best")  # fmt: skip
+    axes.axhline(results[0]["real"]["fd"], linestyle="--", color="grey", label="real test images")
+    axes.set(xlabel="network calls an image", ylabel="FD-MNIST", xscale="log", yscale="log")
+    axes.legend(fontsize=8)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return path

@@ -1,0 +1,99 @@
+"""The figures against closed forms, independent computations and planted faults."""
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+
+from metrics import (
+    agreement_figures,
+    feature_figures,
+    frechet_distance,
+    frechet_figures,
+    moments,
+    nearest,
+    pixel_figures,
+)
+
+
+def gaussian(mean: float, std: float, count: int = 4000, size: int = 12, seed: int = 0):
+    generator = torch.Generator().manual_seed(seed)
+    return mean + std * torch.randn(count, size, generator=generator)
+
+
+def test_the_distance_of_a_set_to_itself_is_zero():
+    x = gaussian(1, 2)
+    assert frechet_distance(moments(x), moments(x)) == pytest.approx(0, abs=1e-9)
+
+
+def test_the_distance_of_two_gaussians_is_their_closed_form():
+    """For spherical Gaussians: D (m_1 - m_2)² + D (s_1 - s_2)²."""
+    sigma = np.eye(12)
+    a = {"mu": np.full(12, 0.5), "sigma": 4 * sigma}
+    b = {"mu": np.full(12, -1.0), "sigma": 0.25 * sigma}
+    assert frechet_distance(a, b) == pytest.approx(12 * (1.5**2 + 1.5**2))
+    drawn = frechet_distance(moments(gaussian(0.5, 2)), moments(gaussian(-1, 0.5, seed=1)))
+    assert drawn == pytest.approx(12 * (1.5**2 + 1.5**2), rel=0.03)
+
+
+def test_the_distance_against_scipys_matrix_square_root():
+    generator = torch.Generator().manual_seed(0)
+    mix_a, mix_b = torch.randn(2, 12, 12, generator=generator)
+    a, b = moments(gaussian(0, 1) @ mix_a), moments(gaussian(0.3, 1, seed=1) @ mix_b)
+    root = scipy.linalg.sqrtm(a["sigma"] @ b["sigma"]).real
+    gap = a["mu"] - b["mu"]
+    expected = gap @ gap + np.trace(a["sigma"] + b["sigma"] - 2 * root)
+    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-8)
+
+
+def test_the_interval_holds_the_distance_and_narrows_with_more_images():
+    reference = moments(gaussian(0, 1, count=20_000, seed=9))
+    widths = []
+    for count in (500, 4000):
+        figures = frechet_figures(gaussian(0.3, 1, count=count), reference)
+        low, high = figures["fd_interval"]
+        assert low < figures["fd"] < high
+        widths.append(high - low)
+    assert widths[1] < 0.6 * widths[0]
+
+
+def test_precision_and_recall_tell_two_faults_apart():
+    real = gaussian(0, 1, count=1000)
+    same = feature_figures(gaussian(0, 1, count=1000, seed=1), real)
+    narrow = feature_figures(gaussian(0, 0.5, count=1000, seed=1), real)
+    far = feature_figures(gaussian(6, 1, count=1000, seed=1), real)
+    assert narrow["precision"] > same["precision"]
+    assert narrow["recall"] < 0.5 * same["recall"]
+    assert far["precision"] == far["recall"] == 0
+    assert abs(same["kid"]) < 0.01 < narrow["kid"] < far["kid"]
+
+
+def test_pixel_figures_by_hand():
+    images = torch.tensor([0, 0, 10, 255], dtype=torch.uint8).view(1, 1, 2, 2)
+    figures = pixel_figures(images)
+    assert figures["black"] == 0.5
+    assert figures["mean"] == 66.25
+    assert figures["std"] == pytest.approx(np.std([0, 0, 10, 255]))
+    assert figures["histogram"] == [0.5, 0.25, 0, 0, 0, 0.25]
+
+
+def test_nearest_against_every_pair():
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randint(0, 256, (7, 1, 5, 5), generator=generator, dtype=torch.uint8)
+    b = torch.randint(0, 256, (30, 1, 5, 5), generator=generator, dtype=torch.uint8)
+    b[11] = a[3]
+    pairs = torch.cdist(a.flatten(1).double() / 255, b.flatten(1).double() / 255)
+    distances, index = nearest(a, b, batch_size=4)
+    torch.testing.assert_close(distances.double(), pairs.min(dim=1).values, rtol=0, atol=1e-5)
+    assert torch.equal(index, pairs.argmin(dim=1))
+    assert distances[3] == 0
+
+
+def test_agreement_by_hand():
+    labels = torch.tensor([3, 3, 3, 3, 8, 8, 1])
+    answers = torch.tensor([3, 5, 5, 8, 8, 8, 1])
+    figures = agreement_figures(answers, labels)
+    assert figures["agreement"] == pytest.approx(4 / 7)
+    assert figures["by_digit"][3] == 0.25
+    assert figures["by_digit"][8] == figures["by_digit"][1] == 1
+    assert figures["confusions"] == [[3, 5, 2], [3, 8, 1]]
