@@ -69,7 +69,7 @@ class Config:
         "v", "what the network predicts", choices=("eps", "v", "x_0"), shapes_model=True
     )
     loss_weighting: str = knob(
-        "min_snr", "weight of a timestep in the loss", choices=("uniform", "min_snr")
+        "uniform", "weight of a timestep in the loss", choices=("uniform", "min_snr")
     )
     min_snr_gamma: float = knob(5.0, "ceiling of the min-SNR weight", above=0)
     label_dropout: float = knob(0.1, "share of images trained without label", least=0, most=1)
