@@ -93,11 +93,32 @@ def load(path: str | Path, device: torch.device | str = "cpu", *, mmap: bool = F
             raise ValueError(f"{path}: format {contents['format']}, this program reads {FORMAT}")
         Progress(**contents["progress"])
         Config.from_dict(contents["config"])
-    except (RuntimeError, EOFError, OSError, KeyError, TypeError, pickle.UnpicklingError):
+        contents["ema"].items()
+    except PermissionError:
+        raise ValueError(f"{path}: may not be read; change its permissions") from None
+    except (RuntimeError, EOFError, OSError, LookupError, TypeError, AttributeError,
+            pickle.UnpicklingError):  # fmt: skip
         raise ValueError(
             f"{path}: damaged, or not a checkpoint of this program; choose another model"
         ) from None
     return contents
+
+
+def restore(path: Path, model: UNet, ema: UNet, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Fill in networks and optimizer from a checkpoint; returns its metrics.
+
+    Raises ValueError when it does not fit them, or is one that cannot be trained on.
+    """
+    contents = load(path, next(model.parameters()).device)
+    try:
+        model.load_state_dict(contents["model"])
+        ema.load_state_dict(contents["ema"])
+        optimizer.load_state_dict(contents["optimizer"])
+        return contents["metrics"]
+    except KeyError as error:
+        raise ValueError(f"{path}: has no {error}, so it cannot be trained on") from None
+    except (RuntimeError, ValueError):
+        raise ValueError(f"{path}: its weights do not fit this U-Net; train anew") from None
 
 
 def load_model(path: str | Path, device: torch.device | str) -> tuple[UNet, Config, Progress]:

@@ -254,6 +254,12 @@ def run_script(name: str, main: Any) -> None:
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"{name}: {error}", file=sys.stderr)
         sys.exit(1 if isinstance(error, FloatingPointError) else 2)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which this file cannot import
+            raise
+        reason = str(error).splitlines()[0]
+        print(f"{name}: {reason} Try a smaller --batch_size.", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         print(f"\n{name}: stopped", file=sys.stderr)
         sys.exit(130)

@@ -1,6 +1,7 @@
 """MNIST as tensors, and the one way from pixels to the model's range and back."""
 
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -32,11 +33,16 @@ def load_split(cfg: Config, train: bool, device: torch.device) -> tuple[Tensor, 
     raw = Path(cfg.data_dir) / "MNIST" / "raw"
     try:
         dataset = MNIST(cfg.data_dir, train=train, download=True)
+    except (PermissionError, FileExistsError, NotADirectoryError) as error:
+        raise ValueError(
+            f"data_dir = {cfg.data_dir!r}: {_first_line(error)}; make it a folder that can be read "
+            "and written, or choose another --data_dir"
+        ) from None
     # torchvision reports bad files and failed downloads in as many ways as these
     except (OSError, RuntimeError, ValueError, AssertionError, EOFError, IndexError) as error:
         raise ValueError(
             f"data_dir = {cfg.data_dir!r}: cannot read MNIST from {raw} ({_first_line(error)}); "
-            f"delete that folder and run again with a network, or copy the four .gz files back"
+            "delete that folder and run again with a network, or: git checkout mnist_data"
         ) from None
     images, labels = dataset.data[:, None], dataset.targets  # (N, 1, 28, 28), (N,)
     if len(images) != len(labels) or len(images) == 0:
@@ -80,10 +86,13 @@ def read_npz(path: Path) -> tuple[Tensor, Tensor | None]:
     """uint8 images (N, 1, 28, 28) and int64 labels (N,), None if the file has none, of an .npz in
     write_npz's form. Raises ValueError naming the file and what is wrong with it."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        file = np.load(path, allow_pickle=False)
+        if not isinstance(file, np.lib.npyio.NpzFile):
+            raise ValueError("it holds a single array")
+        with file:
             arrays = [file[name] for name in ("arr_0", "arr_1") if name in file.files]
             has_images = "arr_0" in file.files
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         reason = "no such file" if not path.exists() else f"not a whole .npz: {_first_line(error)}"
         raise ValueError(f"{path}: {reason}") from None
     if not has_images:

@@ -22,11 +22,11 @@ _HO_BETA = np.concatenate([[0.0], np.linspace(1e-4, 0.02, 1000)])
 
 
 def make_alpha_bar(schedule: str, T: int) -> Tensor:
-    """alpha_bar[0…T], float64: strictly falling from 1 to 4e-5 (linear, T = 1000), 4.1e-5 (others).
+    """alpha_bar[0…T], float64: strictly falling from 1 to 4.04e-5.
 
     "linear": Ho et al. 2020, section 4; for T other than 1000 the same curve at T points, so that
     the last step is always nearly pure noise. "cosine": Nichol & Dhariwal 2021, eq. 17.
-    "sigmoid": Jabri et al. 2022, algorithm 5 with start -3, end 3, tau 1. The last two would end
+    "sigmoid": Jabri et al. 2022, with start -3, end 3, tau 1. The last two would end
     at exactly 0, where eps says nothing about x_0; they are lifted by `floor · (1 - alpha_bar)`.
     """
     u = np.arange(T + 1) / T
@@ -104,7 +104,7 @@ class Diffusion:
     def _make_loss_weight(self, weighting: str, gamma: float) -> Tensor:
         """Weight of the squared error of the prediction itself at t = 0…T (t = 0 is not trained).
 
-        "uniform": 1, Ho et al. 2020, eq. 14. "min_snr": Hang et al. 2023, section 3.4, a weight
+        "uniform": 1, Ho et al. 2020, eq. 14. "min_snr": Hang et al. 2023, a weight
         min(snr, gamma) of the error of x_0, carried over to what the network predicts.
         """
         if weighting == "uniform":
@@ -149,7 +149,8 @@ class Diffusion:
         """Mean weighted squared error of the prediction, a scalar; x_0 in [-1, 1], y int64 (B,).
 
         All random numbers come from `generator`, on the device of x_0. Timesteps are stratified
-        over the batch: one in each B-th of 1…T, shifted together (Kingma et al. 2021, I.1). Each
+        over the batch: one in each B-th of 1…T, shifted together (Kingma et al. 2021,
+        appendix I). Each
         image loses its label with probability `label_dropout` (Ho & Salimans 2022, algorithm 1).
         """
         B, device = len(x_0), x_0.device
@@ -270,7 +271,7 @@ class Diffusion:
         s: int,
         log_snr_before: float,
     ) -> Tensor:
-        """x_s by one step of DPM-Solver++(2M), Lu et al. 2022, eq. 4.1 and algorithm 2, in
+        """x_s by one step of DPM-Solver++(2M), Lu et al. 2022, algorithm 2, in
         lambda = log_snr / 2. The first step has no history and the last, to lambda = inf, can use
         none: both are first-order, which is DDIM."""
         if s == 0:

@@ -39,27 +39,43 @@ class Judge:
     """The frozen classifier, and the real images that samples are held against."""
 
     def __init__(self, cfg: Config, device: torch.device) -> None:
+        cfg = evaluator.as_published(cfg)
         self.net, self.train_moments, self.sha256 = evaluator.load(device)
         self.train_images, self.train_labels = load_split(cfg, train=True, device=device)
         self.test_images, self.test_labels = load_split(cfg, train=False, device=device)
         order = torch.randperm(len(self.train_images), generator=torch.Generator().manual_seed(0))
         some = self.train_images[order[:MOST].to(device)]
         self.some_train_features = evaluator.features_of(self.net, some)
+        self._real: dict[int, dict[str, Any]] = {}  # figures of N real test images, once each
 
-    def measure(self, images: Tensor, labels: Tensor | None) -> dict[str, Any]:
+    def measure(
+        self, images: Tensor, labels: Tensor | None, pairs: Path | None = None
+    ) -> dict[str, Any]:
         """Every figure of uint8 images (N, 1, 28, 28) with int64 labels (N,), and under "real" the
-        same of N real test images. Raises ValueError for fewer images than features."""
+        same of N real test images. Writes the ten images closest to a training image, each beside
+        it, to `pairs`. Raises ValueError for fewer images than features."""
         N = len(images)
         if N < evaluator.FEATURES:
             raise ValueError(f"{N} images: at least {evaluator.FEATURES} are needed for a distance")
-        order = torch.randperm(MOST, generator=torch.Generator().manual_seed(1))[:N]
-        order = order.to(images.device)
-        real = self._figures(self.test_images[order], self.test_labels[order])
+        if N not in self._real:
+            order = torch.randperm(MOST, generator=torch.Generator().manual_seed(1))[:N]
+            order = order.to(images.device)
+            distances, _ = nearest(self.test_images[order], self.train_images)
+            self._real[N] = self._figures(self.test_images[order], self.test_labels[order])
+            self._real[N] |= {"nearest_median": distances.median().item()}
+            self._real[N] |= {"nearest_least": distances.min().item()}
+        real = self._real[N]
         figures = self._figures(images, labels)
-        closer = figures.pop("nearest_distances") < real.pop("nearest_distances").min()
-        figures["copies"] = int(closer.sum())  # closer to a training image than any real test image
         figures["fd_over_floor"] = figures["fd"] / real["fd"]
+        distances, index = nearest(images, self.train_images)
+        figures["nearest_median"] = distances.median().item()
         figures["nearest_over_real"] = figures["nearest_median"] / real["nearest_median"]
+        figures["copies"] = int((distances < real["nearest_least"]).sum())
+        if pairs:
+            closest = distances.argsort()[:10]
+            beside = torch.stack([images[closest], self.train_images[index[closest]]], dim=1)
+            pairs.parent.mkdir(parents=True, exist_ok=True)
+            image_grid(beside.flatten(0, 1), columns=4).save(pairs)
         return {"images": N, "samples": figures, "real": real}
 
     def _figures(self, images: Tensor, labels: Tensor | None) -> dict[str, Any]:
@@ -67,8 +83,6 @@ class Judge:
         figures = frechet_figures(features, self.train_moments)
         figures |= feature_figures(features, self.some_train_features[: len(features)])
         figures |= {"pixels": pixel_figures(images)}
-        distances, _ = nearest(images, self.train_images)
-        figures |= {"nearest_distances": distances, "nearest_median": distances.median().item()}
         if labels is not None:
             figures |= agreement_figures(self.net.classify(features).argmax(dim=1), labels)
         return figures
@@ -79,7 +93,8 @@ def train_on_synthetic(judge: Judge, images: Tensor, labels: Tensor) -> dict[str
     images, over 3 seeds (classification accuracy score, Ravuri & Vinyals 2019)."""
     figures: dict[str, Any] = {"synthetic": [], "real": []}
     for seed in (1, 2, 3):
-        order = torch.randperm(MOST * 6, generator=torch.Generator().manual_seed(seed))
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.randperm(len(judge.train_images), generator=generator)
         some = order[: len(images)].to(images.device)
         real = judge.train_images[some], judge.train_labels[some]
         for name, (x, y) in (("synthetic", (images, labels)), ("real", real)):
@@ -159,19 +174,21 @@ def evaluate_model(judge: Judge, cfg: Config, path: Path, count: int, cas: bool)
     model_hash = evaluator.sha256(path)
     settings = {name: getattr(cfg, name) for name in (*SWEPT, "clip_x_0")} | {"samples": count}
     how = f"{cfg.sampler}-{cfg.steps}-w{cfg.guidance:g}-eta{cfg.eta:g}-n{count}-s{cfg.seed}"
-    file = Path(cfg.output_dir, "metrics", f"{path.stem}-{how}.json")
+    file = Path(cfg.output_dir, "metrics", f"{path.stem}-{model_hash[:8]}-{how}.json")
     key = {"model": model_hash, "evaluator": judge.sha256, "settings": settings}
     if file.exists():
         known = json.loads(file.read_text())
         if all(known.get(k) == v for k, v in key.items()) and ("cas" in known or not cas):
-            return known | {"file": str(file)}
+            tqdm.write(f"measured before: {file}")
+            return known
     images, labels, cost = sample(cfg, path, count, next(judge.net.parameters()).device)
-    result = {"source": str(path), **key, "sampling": cost, **judge.measure(images, labels)}
+    pairs = Path(cfg.output_dir, "images", "nearest.png")
+    result = {"source": str(path), **key, "sampling": cost, **judge.measure(images, labels, pairs)}
     if cas:
         result["cas"] = train_on_synthetic(judge, images, labels)
     write_result(file, result)
-    show_nearest(judge, images, cfg)
-    return result | {"file": str(file)}
+    tqdm.write(f"wrote {file}\nwrote {pairs}")
+    return result
 
 
 def write_result(file: Path, result: dict[str, Any]) -> None:
@@ -187,24 +204,15 @@ def write_result(file: Path, result: dict[str, Any]) -> None:
     partial.replace(file)
 
 
-def show_nearest(judge: Judge, images: Tensor, cfg: Config) -> Path:
-    """results/images/nearest.png: the ten samples closest to a training image, each beside it."""
-    distances, index = nearest(images, judge.train_images)
-    closest = distances.argsort()[:10]
-    pairs = torch.stack([images[closest], judge.train_images[index[closest]]], dim=1).flatten(0, 1)
-    path = Path(cfg.output_dir, "images", "nearest.png")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image_grid(pairs, columns=4).save(path)
-    return path
-
-
 def parse_sweep(words: list[str]) -> list[dict[str, Any]]:
     """["steps=4,8", "guidance=1,2"] → every combination; raises ValueError for what is no knob."""
     values: dict[str, list[Any]] = {}
     for word in words:
         name, _, text = word.partition("=")
-        if name not in SWEPT or not text:
-            raise ValueError(f"sweep = {word!r}: write steps=4,8; knobs are {', '.join(SWEPT)}")
+        if name not in SWEPT or not text or name in values:
+            raise ValueError(
+                f"sweep = {word!r}: write steps=4,8; the knobs, once each, are {', '.join(SWEPT)}"
+            )
         kind = type(getattr(Config(), name))
         try:
             values[name] = [kind(value) for value in text.split(",")]
@@ -256,6 +264,8 @@ def main() -> int:
         raise ValueError(f"samples = {args.samples}: choose {evaluator.FEATURES} to {MOST}")
     if args.images and (args.model or args.sweep):
         raise ValueError("--images judges a file; drop --model and --sweep")
+    if args.sweep and args.cas:
+        raise ValueError("--sweep does not train on samples; drop --cas")
     torch.set_flush_denormal(True)  # denormals are slow; before any thread starts
     if args.train_evaluator:
         test_accuracy = evaluator.train_and_save(cfg)
@@ -271,18 +281,16 @@ def main() -> int:
             raise ValueError(
                 f"no model in {cfg.output_dir}/models; train one first: python train.py"
             )
-        checkpoint.load(path)
+        diffusion = Diffusion(Config.from_dict(checkpoint.load(path, mmap=True)["config"]))
         grid = parse_sweep(args.sweep or [])
-        for each in grid:
-            replace(cfg, **each)  # complains now, not after an hour
+        for each in grid or [{}]:  # complain now, not after an hour
+            diffusion.sampling_times(replace(cfg, **each).steps)
         judge = Judge(cfg, device)
         if args.sweep:
             sweep(judge, cfg, path, args.samples, grid)
             return 0
         result = evaluate_model(judge, cfg, path, args.samples, args.cas)
     print(report(result))
-    print(f"wrote {result['file']}")
-    print(f"wrote {Path(cfg.output_dir, 'images', 'nearest.png')}")
     return 0
 
 
@@ -299,13 +307,14 @@ def judge_file(
         images, labels = images[order], None if labels is None else labels[order]
     images, labels = images.to(device), None if labels is None else labels.to(device)
     result = {"source": str(file), "images_sha256": evaluator.sha256(file)}
-    result |= {"evaluator": judge.sha256, **judge.measure(images, labels)}
+    pairs = Path(cfg.output_dir, "images", "nearest.png")
+    result |= {"evaluator": judge.sha256, **judge.measure(images, labels, pairs)}
     if cas:
         result["cas"] = train_on_synthetic(judge, images, labels)
     out = Path(cfg.output_dir, "metrics", f"{file.stem}-{result['images_sha256'][:8]}.json")
     write_result(out, result)
-    show_nearest(judge, images, cfg)
-    return result | {"file": str(out)}
+    print(f"wrote {out}\nwrote {pairs}")
+    return result
 
 
 if __name__ == "__main__":

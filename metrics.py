@@ -6,9 +6,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch_fidelity.metric_fid import fid_statistics_to_metric
-from torch_fidelity.metric_kid import kid_features_to_metric
-from torch_fidelity.metric_prc import prc_features_to_metric
 
 RESAMPLES = 200  # of the bootstrap behind an interval
 GREY_EDGES = (0, 1, 64, 128, 192, 255, 256)  # of the histogram; exact black and white apart
@@ -22,6 +19,8 @@ def moments(features: Tensor) -> dict[str, np.ndarray]:
 
 def frechet_distance(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> float:
     """|mean difference|² + trace(C_a + C_b - 2 (C_a C_b)^½), Dowson & Landau 1982."""
+    from torch_fidelity.metric_fid import fid_statistics_to_metric  # not on import: it is slow
+
     return fid_statistics_to_metric(a, b, verbose=False)["frechet_inception_distance"]
 
 
@@ -41,6 +40,9 @@ def frechet_figures(features: Tensor, reference: dict[str, np.ndarray]) -> dict[
 def feature_figures(features: Tensor, real: Tensor) -> dict[str, float]:
     """KID (Binkowski et al. 2018), precision and recall (Kynkaanniemi et al. 2019, k = 3) of
     features against as many of real images, both (N, 128)."""
+    from torch_fidelity.metric_kid import kid_features_to_metric
+    from torch_fidelity.metric_prc import prc_features_to_metric
+
     features, real = features.cpu(), real.cpu()
     subset = min(1000, len(features))
     kid = kid_features_to_metric(features, real, kid_subset_size=subset, verbose=False)
@@ -58,8 +60,8 @@ def feature_figures(features: Tensor, real: Tensor) -> dict[str, float]:
 def pixel_figures(images: Tensor) -> dict[str, Any]:
     """Share of exactly black pixels, mean and standard deviation (of 0…255), and the share of
     pixels from each of GREY_EDGES up to the next."""
-    counts = torch.bincount(images.flatten().int(), minlength=256).double() / images.numel()
-    grey = torch.arange(256, dtype=torch.float64, device=images.device)
+    counts = torch.bincount(images.flatten().int(), minlength=256).cpu().double() / images.numel()
+    grey = torch.arange(256, dtype=torch.float64)
     mean = (counts * grey).sum()
     histogram = [counts[a:b].sum().item() for a, b in itertools.pairwise(GREY_EDGES)]
     std = (counts * (grey - mean) ** 2).sum().sqrt()

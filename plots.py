@@ -15,13 +15,11 @@ def plot_training(metrics: Path, path: Path) -> None:
     with open(metrics, newline="") as file:
         rows = list(csv.DictReader(file))
     steps = [int(row["step"]) for row in rows]
-    curves = (("loss", "log"), ("learning_rate", "linear"), ("images_per_second", "linear"))
     figure, panels = plt.subplots(1, 3, figsize=(12, 3.2))
-    for axes, (name, scale) in zip(panels, curves, strict=True):
+    for axes, name in zip(panels, ("loss", "learning_rate", "images_per_second"), strict=True):
         axes.plot(steps, [float(row[name]) for row in rows], marker=".")
-        axes.set(xlabel="step", title=name.replace("_", " "), yscale=scale)
-        if scale == "linear":
-            axes.set_ylim(bottom=0)
+        axes.set(xlabel="step", title=name.replace("_", " "))
+        axes.set_ylim(bottom=0)
     figure.tight_layout()
     figure.savefig(path, dpi=100)
     plt.close(figure)
@@ -34,7 +32,9 @@ def plot_sweep(results: list[dict[str, Any]], best: list[bool], path: Path) -> P
     for result in results:
         k = result["settings"]
         point = (result["sampling"]["calls"], result["samples"]["fd"])
-        lines.setdefault(f"{k['sampler']}, guidance {k['guidance']:g}", []).append(point)
+        eta = f", eta {k['eta']:g}" if k["sampler"] == "ddim" else ""
+        label = f"{k['sampler']}{eta}, guidance {k['guidance']:g}, seed {k['seed']}"
+        lines.setdefault(label, []).append(point)
     for label, points in lines.items():
         axes.plot(*zip(*sorted(points), strict=True), marker="o", label=label)
     chosen = [r for r, is_best in zip(results, best, strict=True) if is_best]

@@ -38,14 +38,13 @@ ORDER_STREAM, NOISE_STREAM = 1, 2
 METRICS = ("epoch", "step", "loss", "learning_rate", "grad_norm", "images_per_second", "seconds")
 
 
-def train(cfg: Config, start: Path | None = None, began: float | None = None) -> int:
-    """Train as `cfg` says, going on from the checkpoint `start` if given.
+def train(cfg: Config, progress: Progress, start: Path | None, began: float) -> int:
+    """Train as `cfg` says from `progress` on, with the weights of the checkpoint `start` if any.
 
-    `began` (a time.perf_counter) is when the run's seconds start to count, now if None. Returns
-    the exit code: 0, or 128 + the signal that stopped the run. Raises ValueError for settings
-    that do not fit the data or the machine, FloatingPointError when training diverges.
+    `began` (a time.perf_counter) is when the run's seconds start to count. Returns the exit code:
+    0, or 128 + the signal that stopped the run. Raises ValueError for settings that do not fit the
+    data or the machine, FloatingPointError when training diverges.
     """
-    began = time.perf_counter() if began is None else began
     device = pick_device(cfg.device)
     dtype = pick_precision(cfg.precision, device)
     images, labels = load_split(cfg, train=True, device=device)
@@ -59,16 +58,11 @@ def train(cfg: Config, start: Path | None = None, began: float | None = None) ->
     model = UNet(cfg).to(device)
     ema = copy.deepcopy(model).requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), fused=device.type in ("cpu", "cuda"))
-    progress, totals = Progress(), torch.zeros(2, device=device)  # of the epoch: loss, grad norm
-    epoch_seconds = 0.0
+    totals, epoch_seconds = torch.zeros(2, device=device), 0.0  # of the epoch: loss, grad norm
     if start:
-        saved = checkpoint.load(start, device)
-        progress = Progress(**saved["progress"])
-        model.load_state_dict(saved["model"])
-        ema.load_state_dict(saved["ema"])
-        optimizer.load_state_dict(saved["optimizer"])
-        totals += torch.tensor(saved["metrics"]["totals"], device=device)
-        epoch_seconds = saved["metrics"]["seconds"]
+        epoch_metrics = checkpoint.restore(start, model, ema, optimizer)
+        totals += torch.tensor(epoch_metrics["totals"], device=device)
+        epoch_seconds = epoch_metrics["seconds"]
     optimizer.param_groups[0].update(  # after loading, which would bring the old ones back
         betas=(cfg.adam_beta1, cfg.adam_beta2), weight_decay=cfg.weight_decay
     )
@@ -100,13 +94,17 @@ def train(cfg: Config, start: Path | None = None, began: float | None = None) ->
         tqdm.write(f"wrote {path}")
         return path
 
+    fraction = fraction_done()
+    if fraction >= 1:
+        raise ValueError(f"budget = {cfg.budget!r}: start-up alone took longer; give it more time")
     make_room(cfg, start, progress.step)  # only now that nothing can be wrong any more
     size = sum(p.numel() for p in parameters)
     print(f"U-Net of {size:,} parameters on {device}, {str(dtype)[6:]}; {len(images):,} images")
     until = f"for {cfg.budget}" if budget else f"to epoch {cfg.epochs}"
     print(f"training {until} from {progress}; results in {cfg.output_dir}", flush=True)
 
-    fraction = fraction_done()
+    if start:  # so that --resume knows the new plan, should the run be killed before its next save
+        last_saved = save()
     while fraction < 1:
         order = torch.randperm(
             len(images), generator=seeded_generator(cfg.seed, ORDER_STREAM, progress.epoch)
@@ -154,10 +152,10 @@ def train(cfg: Config, start: Path | None = None, began: float | None = None) ->
         whole_epoch = progress.images == 0
         if fraction >= 1 or stopped or (whole_epoch and progress.epoch % cfg.save_every == 0):
             last_saved = save()
-            if not stopped:
+            if not stopped or fraction >= 1:
                 save_preview(cfg, diffusion, ema, progress)
-                save_curves(cfg)
-        if stopped:
+            save_curves(cfg)
+        if stopped and fraction < 1:
             default = cfg.output_dir == Config().output_dir
             folder = "" if default else f" --output_dir {cfg.output_dir}"
             print(f"stopped at {progress}; to go on: python train.py --resume{folder}")
@@ -173,8 +171,8 @@ def learning_rate(cfg: Config, step: int, fraction: float) -> float:
 
 def ema_gamma(sigma_rel: float) -> float:
     """The exponent gamma of the power-function average whose width is `sigma_rel` of the run so
-    far. Karras et al. 2024 (EDM2), eq. 126 to 128: the decay at step k is (1 - 1/k)^(gamma + 1),
-    so that the average suits a run of any length."""
+    far. Karras et al. 2024 (EDM2), section 3 and appendix C: the decay at step k is
+    (1 - 1/k)^(gamma + 1), so that the average suits a run of any length."""
     return float(np.roots([1, 7, 16 - sigma_rel**-2, 12 - sigma_rel**-2]).real.max())
 
 
@@ -206,12 +204,16 @@ def save_preview(cfg: Config, diffusion: Diffusion, ema: UNet, progress: Progres
 
 
 def save_curves(cfg: Config) -> None:
-    """Write results/images/training.png from metrics.csv."""
-    from plots import plot_training  # here, because matplotlib would slow every start
-
-    path = Path(cfg.output_dir, "images", "training.png")
-    plot_training(Path(cfg.output_dir, "metrics.csv"), path)
-    tqdm.write(f"wrote {path}")
+    """Write results/images/training.png from metrics.csv, once that has a row."""
+    metrics, path = Path(cfg.output_dir, "metrics.csv"), Path(cfg.output_dir, "images/training.png")
+    try:
+        from plots import plot_training  # here, because matplotlib would slow every start
+    except ImportError as error:  # no reason to lose a run
+        tqdm.write(f"{path} not written: {error}; pip install -r requirement.txt")
+        return
+    if metrics.exists():
+        plot_training(metrics, path)
+        tqdm.write(f"wrote {path}")
 
 
 def epoch_bar(cfg: Config, progress: Progress, per_epoch: int) -> tqdm:
@@ -225,16 +227,18 @@ def epoch_bar(cfg: Config, progress: Progress, per_epoch: int) -> tqdm:
 
 def time_left(cfg: Config, progress: Progress, fraction: float) -> str:
     """What is left of the whole run; without a budget, judged by its average speed so far."""
-    spent = progress.seconds - progress.budget_from
-    total = parse_duration(cfg.budget) if cfg.budget else spent / fraction
-    minutes, seconds = divmod(max(0, round(total - spent)), 60)
+    if cfg.budget:
+        left = progress.budget_from + parse_duration(cfg.budget) - progress.seconds
+    else:
+        left = progress.seconds * (1 / fraction - 1)
+    minutes, seconds = divmod(max(0, round(left)), 60)
     return f"run ends in {minutes}m{seconds:02d}s"
 
 
 def append_metrics(cfg: Config, *row: object) -> None:
     """Add a row to metrics.csv, in the order of METRICS, with its header if the file is new."""
     path = Path(cfg.output_dir, "metrics.csv")
-    new = not path.exists()
+    new = not path.exists() or path.stat().st_size == 0
     with open(path, "a", newline="") as file:
         writer = csv.writer(file)
         if new:
@@ -258,24 +262,29 @@ def make_room(cfg: Config, start: Path | None, step: int) -> None:
     steps = {path: p.step for path, p in checkpoint.list_checkpoints(models)}
     keep = step if own else -1
     past = [p for p in models.glob("model_epoch_*.pth") if steps.get(p, math.inf) > keep]
-    images = [samples / p.name.replace("model_", "samples_").replace(".pth", ".png") for p in past]
-    earlier = out / "earlier" / time.strftime("%Y-%m-%d_%H%M%S")
+    kept = {p.stem for p in models.glob("model_epoch_*.pth") if p not in past}
+    grids = samples.glob("samples_epoch_*.png")
+    past += [p for p in grids if p.stem.replace("samples_", "model_") not in kept]
     if past or (metrics.exists() and not own):
+        earlier = out / "earlier" / time.strftime("%Y-%m-%d_%H%M%S")
+        while earlier.exists():
+            earlier = earlier.with_name(earlier.name + "_")
         earlier.mkdir(parents=True)
-        for path in [*past, *images, metrics, samples / "training.png"]:
+        for path in [*past, metrics, samples / "training.png"]:
             if path.exists():
                 shared = own and path == metrics  # its rows up to `step` are this run's as well
                 (shutil.copy2 if shared else shutil.move)(path, earlier / path.name)
         print(f"an earlier run's files moved to {earlier}")
     if own and metrics.exists():
-        with open(metrics, newline="") as file:
-            rows = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
-        kept = metrics.with_name(".metrics.csv.partial")
-        with open(kept, "w", newline="") as file:
-            writer = csv.DictWriter(file, METRICS)
+        with open(metrics, newline="") as file:  # a power cut may have left half a row
+            rows = [r for r in csv.DictReader(file) if (r.get("step") or "").isdecimal()]
+            rows = [row for row in rows if int(row["step"]) <= step]
+        partial = metrics.with_name(".metrics.csv.partial")
+        with open(partial, "w", newline="") as file:
+            writer = csv.DictWriter(file, METRICS, extrasaction="ignore")
             writer.writeheader()
             writer.writerows(rows)
-        os.replace(kept, metrics)
+        os.replace(partial, metrics)
 
 
 def describe(path: Path, progress: Progress, cfg: Config) -> str:
@@ -322,14 +331,15 @@ def main() -> int:
     torch.set_flush_denormal(True)  # denormals are slow; before any thread starts
     cfg, start, progress = replace(Config(), **given), args.load_checkpoint_path, Progress()
     if args.resume:
-        start = checkpoint.newest(Path(cfg.output_dir, "models"), "model_epoch_*.pth")
+        models = Path(cfg.output_dir, "models")
+        start = checkpoint.newest(models, "model_epoch_*.pth")
+        if start is None and list(models.glob("model_epoch_*.pth")):
+            raise ValueError(f"{models}: none of its checkpoints can be read; mend or move them")
         if start is None:
-            print(f"nothing to resume in {cfg.output_dir}/models: starting from scratch")
+            print(f"nothing to resume in {models}: starting from scratch")
     if start:
         saved = checkpoint.load(start)
         progress = Progress(**saved["progress"])
-        if "optimizer" not in saved:
-            raise ValueError(f"{start}: made for sampling, it cannot be trained on; choose another")
         trained = Config.from_dict(saved["config"])
         if more:
             begun = progress.epoch + (progress.images > 0)  # an epoch under way is finished first
@@ -354,7 +364,7 @@ def main() -> int:
         if spent >= parse_duration(cfg.budget) if cfg.budget else progress.epoch >= cfg.epochs:
             print(f"nothing left to do.\n{describe(start, progress, cfg)}")
             return 0
-    return train(cfg, start, began)
+    return train(cfg, progress, start, began)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ def judge() -> Judge:
 
 @pytest.fixture(scope="module")
 def real(judge) -> tuple[torch.Tensor, torch.Tensor]:
-    """Real images that neither the floor (test images) nor the reference subset are made of."""
+    """Real images other than those of the floor, which are test images."""
     return judge.train_images[-COUNT:], judge.train_labels[-COUNT:]
 
 
@@ -144,6 +144,8 @@ def test_a_file_of_samples_is_judged_with_and_without_labels(judge, real, run, t
         ("missing", ("no such file",)),
         ("empty", ("not a whole .npz",)),
         ("cut", ("not a whole .npz",)),
+        ("flipped", ("not a whole .npz",)),
+        ("npy", ("not a whole .npz", "single array")),
         ("no images", ("no arr_0",)),
         ("float", ("float64", "uint8")),
         ("shape", ("(200, 32, 32)", "(N, 28, 28)")),
@@ -162,6 +164,14 @@ def test_a_bad_file_is_one_line(run, tmp_path, fault, words):
     elif fault == "cut":
         save(file, np.random.default_rng(0).integers(0, 255, (200, 28, 28), np.uint8), labels)
         file.write_bytes(file.read_bytes()[:5000])
+    elif fault == "flipped":
+        np.savez_compressed(file, np.random.default_rng(0).integers(0, 9, (200, 28, 28), np.uint8))
+        data = bytearray(file.read_bytes())
+        data[3000:3050] = b"\xff" * 50
+        file.write_bytes(data)
+    elif fault == "npy":
+        with open(file, "wb") as plain:
+            np.save(plain, images)
     elif fault == "no images":
         np.savez(file, pictures=images)
     elif fault != "missing":
@@ -227,6 +237,7 @@ def test_a_sweep_is_printed_plotted_and_resumed(run, tmp_path):
     files = {path: path.stat().st_mtime_ns for path in tmp_path.glob("metrics/*.json")}
     assert len(files) == 2
     assert Image.open(tmp_path / "images" / "sweep.png").width > 300
+    assert_one_line(sweep("steps=1,2000"), "steps = 2000", "1 to 1000")
     second = sweep("steps=1,2", "guidance=1,2")
     rows = [line for line in second.out.splitlines() if "dpmpp" in line]
     assert len(rows) == 4

@@ -91,7 +91,7 @@ def test_resuming_from_an_epochs_end_gives_the_same_bits(whole, tmp_path, run):
     assert (tmp_path / grid).read_bytes() == (whole / grid).read_bytes()
 
 
-LONG = (*TINY, "--max_images", 3200, "--epochs", 2, "--save_every", 1)  # 100 steps an epoch
+LONG = (*TINY, "--max_images", 6400, "--epochs", 2, "--save_every", 1)  # 200 steps an epoch
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +102,7 @@ def long_run(tmp_path_factory) -> Path:
     return out
 
 
-def stop_when(pattern: str, out: Path, signum: int, delay: float = 0.3) -> tuple[int, str]:
+def stop_when(pattern: str, out: Path, signum: int, delay: float = 0.25) -> tuple[int, str]:
     """Start the long run, wait for output that has `pattern`, then send the signal."""
     process = start_script("train.py", *LONG, "--output_dir", out)
     output = ""
@@ -123,7 +123,7 @@ def test_an_interrupted_epoch_resumes_to_the_same_bits(long_run, tmp_path, run, 
     returned, output = stop_when("^training to", tmp_path, signum)
     assert returned == code, output
     stopped = checkpoint.newest(tmp_path / "models")
-    assert 0 < checkpoint.load(stopped)["progress"]["images"] < 3200
+    assert 0 < checkpoint.load(stopped)["progress"]["images"] < 6400
     assert f"wrote {stopped}" in output
     assert f"python train.py --resume --output_dir {tmp_path}" in output
     result = run("train.py", *LONG, "--resume", "--output_dir", tmp_path)
@@ -234,7 +234,7 @@ def test_a_budget_ends_the_run_in_time_with_the_learning_rate_at_zero(tmp_path):
     assert process.returncode == 0, output
     assert 11 < time.perf_counter() - began < 17
     rows = metrics(tmp_path)
-    assert float(rows[-1]["learning_rate"]) < 0.01 * Config().learning_rate
+    assert float(rows[-1]["learning_rate"]) < 0.05 * Config().learning_rate
     assert 11.9 < float(rows[-1]["seconds"]) < 14
     newest = checkpoint.newest(tmp_path / "models")
     assert (
@@ -254,9 +254,68 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_last_good_checkpo
     assert result.code == 1
     message = result.err.strip().splitlines()[-1]
     assert re.search(r"no longer finite at step 2[2-9]", message)
-    assert str(path) in message
+    assert str(tmp_path / "models" / "model_epoch_2.pth") in message
     assert "--lr" in message
-    assert not list((tmp_path / "models").iterdir())
+    assert [p.name for p in (tmp_path / "models").iterdir()] == ["model_epoch_2.pth"]
+
+
+def test_a_budget_from_a_checkpoint_counts_from_there(whole, tmp_path):
+    path = whole / "models" / "model_epoch_4.pth"
+    process = start_script(
+        "train.py", *TINY, "--load_checkpoint_path", path, "--budget", "10s",
+        "--output_dir", tmp_path,
+    )  # fmt: skip
+    output = process.communicate()[0]
+    assert process.returncode == 0, output
+    first, last = metrics(tmp_path)[0], metrics(tmp_path)[-1]
+    assert float(first["learning_rate"]) > float(last["learning_rate"])
+    newest = checkpoint.newest(tmp_path / "models")
+    progress = checkpoint.load(newest)["progress"]
+    assert progress["budget_from"] == checkpoint.load(path)["progress"]["seconds"]
+    assert progress["step"] > 40
+
+
+def test_a_continuation_killed_before_its_first_save_keeps_its_plan(whole, tmp_path, run):
+    path = whole / "models" / "model_epoch_4.pth"
+    process = start_script(
+        "train.py", *LONG[:-2], "--save_every", 50, "--load_checkpoint_path", path,
+        "--continue_training_epochs", 1, "--output_dir", tmp_path,
+    )  # fmt: skip
+    for line in process.stdout:
+        if line.startswith("wrote"):
+            break
+    process.kill()
+    process.wait()
+    result = run("train.py", "--data_dir", TINY[5], "--resume", "--output_dir", tmp_path)
+    assert result.code == 0, result
+    assert checkpoint.newest(tmp_path / "models").name == "model_epoch_5.pth"
+
+
+def test_metrics_cut_short_by_a_power_cut_do_not_stop_a_resume(whole, tmp_path, run):
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "models" / "model_epoch_4.pth").unlink()
+    with open(tmp_path / "metrics.csv", "a") as file:
+        file.write("5,")
+    assert run("train.py", *TINY, "--resume", "--output_dir", tmp_path).code == 0
+    assert losses(tmp_path) == losses(whole)
+
+
+def test_checkpoints_that_cannot_be_read_stop_a_resume(run, tmp_path):
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "model_epoch_3.pth").write_text("damaged")
+    result = run("train.py", *TINY, "--resume", "--output_dir", tmp_path)
+    assert_one_line(result, str(tmp_path / "models"), "can be read")
+
+
+def test_a_checkpoint_for_sampling_alone_cannot_be_trained_on(whole, run, tmp_path):
+    contents = checkpoint.load(whole / "models" / "model_epoch_4.pth")
+    del contents["optimizer"], contents["model"]
+    path = tmp_path / "small.pth"
+    torch.save(contents, path)
+    result = run("train.py", *TINY, "--load_checkpoint_path", path,
+                 "--continue_training_epochs", 1, "--output_dir", tmp_path)  # fmt: skip
+    assert_one_line(result, str(path), "cannot be trained on")
+    assert run("generate.py", "--digits", "1", "--model", path, "--output_dir", tmp_path).code == 0
 
 
 @pytest.mark.parametrize(
@@ -272,6 +331,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_last_good_checkpo
         (("--batch_size", 100_000), ("batch_size = 100000", "60000 images")),
         (("--device", "gpu"), ("device = 'gpu'", "auto")),
         (("--timesteps", 10), ("steps = 20", "1 to 10")),
+        (("--budget", "0.1s"), ("budget = '0.1s'", "more time")),
     ],
 )
 def test_bad_input_is_one_line(flags, words, run, tmp_path, monkeypatch):
