@@ -125,7 +125,9 @@ def load_model(path: str | Path, device: torch.device | str) -> tuple[UNet, Conf
     """The averaged network of a checkpoint, built from the file alone, ready to sample."""
     contents = load(path, device)
     cfg = Config.from_dict(contents["config"])
-    model = UNet(cfg).to(device).requires_grad_(False).eval()
+    # In this layout convolutions without a backward pass are up to twice as fast on a CPU
+    model = UNet(cfg).to(device, memory_format=torch.channels_last)
+    model.requires_grad_(False).eval()
     try:
         model.load_state_dict(contents["ema"])
     except RuntimeError:

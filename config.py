@@ -95,7 +95,7 @@ class Config:
 
     # Sampling
     sampler: str = knob("dpmpp", "sampler", choices=("ddpm", "ddim", "dpmpp"))
-    steps: int = knob(20, "sampling steps, 1 to timesteps", least=1)
+    steps: int = knob(16, "sampling steps, 1 to timesteps", least=1)
     guidance: float = knob(1.5, "guidance w (1: plain conditional; more: clearer, less varied)")
     eta: float = knob(0.0, "noise of ddim (0: none, 1: as ddpm)", least=0, most=1)
     clip_x_0: bool = knob(True, "clamp each estimate of x_0 to [-1, 1]")

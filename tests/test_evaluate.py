@@ -10,11 +10,18 @@ from conftest import MNIST, TINY, Result, assert_one_line, start_script
 from PIL import Image
 
 import evaluator
+import metrics
 from config import Config
 from evaluate import Judge, pareto_best, parse_sweep
 
 CPU = torch.device("cpu")
-COUNT = 1000
+COUNT = 500
+
+
+@pytest.fixture(autouse=True)
+def few_resamples(monkeypatch):
+    """The bootstrap is tested in test_metrics.py; here it would only take time."""
+    monkeypatch.setattr(metrics, "RESAMPLES", 5)
 
 
 @pytest.fixture(scope="module")
@@ -24,8 +31,10 @@ def judge() -> Judge:
 
 @pytest.fixture(scope="module")
 def real(judge) -> tuple[torch.Tensor, torch.Tensor]:
-    """Real images other than those of the floor, which are test images."""
-    return judge.train_images[-COUNT:], judge.train_labels[-COUNT:]
+    """Training images, drawn at random from those that are not among the judge's reference."""
+    order = torch.randperm(60_000, generator=torch.Generator().manual_seed(0))  # as in Judge
+    some = order[10_000 : 10_000 + COUNT]
+    return judge.train_images[some], judge.train_labels[some]
 
 
 def measure(judge, images, labels=None) -> dict:
@@ -55,7 +64,7 @@ def test_training_a_judge_is_deterministic(judge):
 def test_real_images_stand_at_their_floor(judge, real):
     result = judge.measure(*real)
     samples, floor = result["samples"], result["real"]
-    assert 0.5 < samples["fd_over_floor"] < 1.5
+    assert samples["fd_over_floor"] < 1.3
     assert samples["precision"] == pytest.approx(floor["precision"], abs=0.06)
     assert samples["recall"] == pytest.approx(floor["recall"], abs=0.06)
     assert samples["agreement"] > 0.98
@@ -89,7 +98,7 @@ def test_more_of_a_fault_is_further_from_the_real_images(judge, real, fault):
     assert precisions[2] < precisions[0]
     if fault is noisy:
         black = [figures["pixels"]["black"] for figures in worse]
-        assert black == sorted(black, reverse=True)
+        assert max(black[1:]) < 0.6 < black[0]
 
 
 def test_swapped_labels_lower_agreement_by_their_share_and_nothing_else(judge, real):
@@ -239,7 +248,7 @@ def test_a_sweep_is_printed_plotted_and_resumed(run, tmp_path):
     assert Image.open(tmp_path / "images" / "sweep.png").width > 300
     assert_one_line(sweep("steps=1,2000"), "steps = 2000", "1 to 1000")
     second = sweep("steps=1,2", "guidance=1,2")
-    rows = [line for line in second.out.splitlines() if "dpmpp" in line]
+    rows = [line for line in second.out.splitlines() if line[2:].startswith("dpmpp ")]
     assert len(rows) == 4
     assert any(row.startswith("*") for row in rows)
     assert all(path.stat().st_mtime_ns == when for path, when in files.items())
