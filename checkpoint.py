@@ -5,6 +5,7 @@ only, so that reading it runs nothing in it. No random state is among them: trai
 random number from config's seed and progress.
 """
 
+import hashlib
 import os
 import pickle
 import warnings
@@ -18,6 +19,7 @@ from config import Config
 from model import UNet
 
 FORMAT = 1
+SHIPPED = "pretrained.pth"
 
 
 @dataclass
@@ -135,15 +137,23 @@ def load_model(path: str | Path, device: torch.device | str) -> tuple[UNet, Conf
     return model, cfg, Progress(**contents["progress"])
 
 
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def list_checkpoints(folder: str | Path, pattern: str = "*.pth") -> list[tuple[Path, Progress]]:
-    """The readable checkpoints of a folder, newest last: by completed steps, then by time."""
+    """The readable checkpoints of a folder, newest last: by completed steps, then by time; the
+    one that came with the repo before all others, so that it stands for what nobody trained yet."""
     found = []
     for path in sorted(Path(folder).glob(pattern)):
         try:
             found.append((path, Progress(**load(path, mmap=True)["progress"])))
         except ValueError:
             continue  # somebody else's file, or one cut short: not ours to offer
-    return sorted(found, key=lambda item: (item[1].step, item[0].stat().st_mtime))
+    return sorted(
+        found, key=lambda item: (item[0].name != SHIPPED, item[1].step, item[0].stat().st_mtime)
+    )
 
 
 def newest(folder: str | Path, pattern: str = "*.pth") -> Path | None:

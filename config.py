@@ -97,6 +97,12 @@ class Config:
     sampler: str = knob("dpmpp", "sampler", choices=("ddpm", "ddim", "dpmpp"))
     steps: int = knob(16, "sampling steps, 1 to timesteps", least=1)
     guidance: float = knob(1.5, "guidance w (1: plain conditional; more: clearer, less varied)")
+    guidance_low: float = knob(
+        0.0, "guidance acts only where t / timesteps is above this", least=0, most=1
+    )
+    guidance_high: float = knob(
+        1.0, "guidance acts only where t / timesteps is at most this", least=0, most=1
+    )
     eta: float = knob(0.0, "noise of ddim (0: none, 1: as ddpm)", least=0, most=1)
     clip_x_0: bool = knob(True, "clamp each estimate of x_0 to [-1, 1]")
     sample_batch_size: int = knob(128, "images sampled at a time", least=1)
@@ -127,6 +133,12 @@ class Config:
         """The label that means "no label"."""
         return self.num_classes
 
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """What Diffusion.sample takes from the settings."""
+        names = (*SAMPLING, "seed", "clip_x_0")
+        return {k: getattr(self, k) for k in names} | {"batch_size": self.sample_batch_size}
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for a checkpoint."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
@@ -138,6 +150,12 @@ class Config:
         names = {f.name for f in fields(cls)}
         known = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in names}
         return cls(**known)
+
+
+# What generate.py --fast changes: the best that 6 network calls an image can do
+FAST = {"steps": 6, "guidance": 1.0}
+
+SAMPLING = ("sampler", "steps", "guidance", "guidance_low", "guidance_high", "eta")
 
 
 def _problem(f: Any, value: Any) -> str:

@@ -2,6 +2,8 @@
 
 import zipfile
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -75,11 +77,23 @@ def draw_labels(count: int, seed: int) -> Tensor:
     return torch.from_numpy(np.random.default_rng(seed).choice(10, size=count, p=frequency))
 
 
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """A name beside `path` to write to; it becomes `path` once all is written, or vanishes."""
+    partial = path.with_name(f".{path.name}")
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def write_npz(path: Path, images: Tensor, labels: Tensor) -> None:
     """arr_0 uint8 images (N, H, W) or (N, H, W, C), arr_1 int64 labels: as OpenAI's diffusion
     repositories exchange samples."""
     pixels = images[:, 0] if images.shape[1] == 1 else images.permute(0, 2, 3, 1)
-    np.savez_compressed(path, pixels.cpu().numpy(), labels.cpu().numpy())
+    with written_whole(path) as partial:
+        np.savez_compressed(partial, pixels.cpu().numpy(), labels.cpu().numpy())
 
 
 def read_npz(path: Path) -> tuple[Tensor, Tensor | None]:

@@ -55,11 +55,6 @@ def seeded_generator(*key: int, device: torch.device | str = "cpu") -> torch.Gen
     return torch.Generator(device).manual_seed(seed)
 
 
-def network_calls(steps: int, guidance: float) -> int:
-    """Network calls that an image costs: guidance other than 0 or 1 asks twice a step."""
-    return steps * (1 if guidance in (0, 1) else 2)
-
-
 class ImageNoise:
     """Standard normal noise for the images `first`, `first + 1`, … of a seed, each from a stream
     of its own. Drawn on the CPU in float32, so that a seed means the same noise everywhere."""
@@ -90,6 +85,7 @@ class Diffusion:
         self.prediction = cfg.prediction
         self.null_class = cfg.null_class
         self.label_dropout = cfg.label_dropout
+        self.clip_x_0 = cfg.clip_x_0
         self.image_shape = (cfg.img_channels, cfg.img_size, cfg.img_size)
 
         self.alpha_bar = make_alpha_bar(cfg.schedule, self.T)
@@ -161,8 +157,12 @@ class Diffusion:
         y = torch.where(dropped, self.null_class, y)
         eps = torch.randn(x_0.shape, generator=generator, device=device)
 
-        prediction = model(self.add_noise(x_0, t, eps), t, y).float()
+        x_t = self.add_noise(x_0, t, eps)
+        prediction = model(x_t, t, y).float()
         error = (prediction - self.target(x_0, t, eps)).square()  # (B, C, H, W)
+        if self.clip_x_0:
+            x_0_hat, _ = self.denoise(prediction, x_t, t)
+            error = error.masked_fill(x_0_hat.clamp(-1, 1) == x_0, 0)
         return (self._at(t, x_0)[2] * error).mean()
 
     def sampling_times(self, steps: int) -> list[int]:
@@ -170,6 +170,19 @@ class Diffusion:
         if not 1 <= steps <= self.T:
             raise ValueError(f"steps = {steps}: choose 1 to {self.T}, the model's timesteps")
         return [(self.T * i + steps // 2) // steps for i in range(steps, -1, -1)]
+
+    def guidance_at(self, t: int, guidance: float, low: float, high: float) -> float:
+        """The w in force at time t: `guidance` where low < t / T <= high, elsewhere 1
+        (Kynkäänniemi et al. 2024). A guidance of 0, which ignores the label, holds throughout."""
+        return guidance if guidance == 0 or low < t / self.T <= high else 1.0
+
+    def network_calls(
+        self, steps: int, guidance: float, guidance_low: float = 0.0, guidance_high: float = 1.0
+    ) -> int:
+        """Network calls that an image costs: two at a time t whose w is neither 0 nor 1."""
+        times = self.sampling_times(steps)[:-1]
+        w = [self.guidance_at(t, guidance, guidance_low, guidance_high) for t in times]
+        return sum(1 if each in (0, 1) else 2 for each in w)
 
     @torch.no_grad()
     def sample(
@@ -180,6 +193,8 @@ class Diffusion:
         sampler: str = "dpmpp",
         steps: int = 20,
         guidance: float = 1.0,
+        guidance_low: float = 0.0,
+        guidance_high: float = 1.0,
         eta: float = 0.0,
         clip_x_0: bool = True,
         seed: int = 0,
@@ -192,9 +207,9 @@ class Diffusion:
 
         Image i takes all its noise from a stream of its own, given by (seed, i): the same picture
         whatever N and `batch_size`, and on any device up to rounding. `guidance` 1 (plain
-        conditional) and 0 (label ignored) cost one network call a step, others a call of twice
-        the size. With `progress` a bar is shown where stderr is a terminal. With
-        `return_intermediates` also x at every time, from noise to the image:
+        conditional) and 0 (label ignored) cost one network call a step, others two, but only
+        where `guidance_low` < t / T <= `guidance_high`. With `progress` a bar is shown where stderr
+        is a terminal. With `return_intermediates` also x at every time, from noise to the image:
         (steps + 1, N, C, H, W).
 
         sampler: "ddpm" (Ho et al. 2020, eq. 6 and 7), "ddim" (Song et al. 2021, eq. 12, with
@@ -218,7 +233,8 @@ class Diffusion:
                 for t, s in itertools.pairwise(times):
                     if return_intermediates:
                         history.append(x)
-                    x_0, eps = self._guided_denoise(model, x, t, y_batch, guidance, clip_x_0)
+                    w = self.guidance_at(t, guidance, guidance_low, guidance_high)
+                    x_0, eps = self._guided_denoise(model, x, t, y_batch, w, clip_x_0)
                     if sampler == "dpmpp":
                         x = self._dpmpp_step(x, x_0, x_0_before, t, s, log_snr_before)
                         x_0_before, log_snr_before = x_0, float(self.log_snr[t])

@@ -16,9 +16,9 @@ from tqdm import tqdm
 
 import checkpoint
 import evaluator
-from config import Config, Parser, add_flags, given_flags, run_script
-from data import draw_labels, image_grid, load_split, read_npz, to_uint8
-from diffusion import Diffusion, network_calls
+from config import SAMPLING, Config, Parser, add_flags, given_flags, run_script
+from data import draw_labels, image_grid, load_split, read_npz, to_uint8, written_whole
+from diffusion import Diffusion
 from metrics import (
     GREY_EDGES,
     agreement_figures,
@@ -31,7 +31,7 @@ from model import pick_device
 from plots import plot_sweep
 
 MOST = 10_000  # images at most: as many as the test split has, which sets the floor
-SWEPT = ("steps", "guidance", "sampler", "eta", "seed")
+SWEPT = (*SAMPLING, "seed")
 FLAGS = (*SWEPT, "data_dir", "output_dir", "device", "clip_x_0", "sample_batch_size")
 
 
@@ -113,13 +113,12 @@ def sample(
         raise ValueError(f"{path}: draws images of another kind than MNIST's 28 by 28")
     labels = draw_labels(count, cfg.seed).to(device)
     began = time.perf_counter()
-    x_0 = Diffusion(trained).sample(
-        model, labels, sampler=cfg.sampler, steps=cfg.steps, guidance=cfg.guidance, eta=cfg.eta,
-        clip_x_0=cfg.clip_x_0, seed=cfg.seed, batch_size=cfg.sample_batch_size, progress=True,
-    )  # fmt: skip
+    diffusion = Diffusion(trained)
+    x_0 = diffusion.sample(model, labels, **cfg.sampling, progress=True)
     images = to_uint8(x_0)
     seconds = time.perf_counter() - began
-    cost = {"calls": network_calls(cfg.steps, cfg.guidance), "seconds": seconds}
+    calls = diffusion.network_calls(cfg.steps, cfg.guidance, cfg.guidance_low, cfg.guidance_high)
+    cost = {"calls": calls, "seconds": seconds}
     return images, labels, cost | {"images_per_second": count / seconds}
 
 
@@ -171,9 +170,12 @@ def report(result: dict[str, Any]) -> str:
 
 def evaluate_model(judge: Judge, cfg: Config, path: Path, count: int, cas: bool) -> dict[str, Any]:
     """Sample from a model, measure, write the JSON; a result that is there already is read."""
-    model_hash = evaluator.sha256(path)
+    model_hash = checkpoint.sha256(path)
     settings = {name: getattr(cfg, name) for name in (*SWEPT, "clip_x_0")} | {"samples": count}
-    how = f"{cfg.sampler}-{cfg.steps}-w{cfg.guidance:g}-eta{cfg.eta:g}-n{count}-s{cfg.seed}"
+    how = (
+        f"{cfg.sampler}-{cfg.steps}-w{cfg.guidance:g}-from{cfg.guidance_low:g}to"
+        f"{cfg.guidance_high:g}-eta{cfg.eta:g}-n{count}-s{cfg.seed}"
+    )
     file = Path(cfg.output_dir, "metrics", f"{path.stem}-{model_hash[:8]}-{how}.json")
     key = {"model": model_hash, "evaluator": judge.sha256, "settings": settings}
     if file.exists():
@@ -199,9 +201,8 @@ def write_result(file: Path, result: dict[str, Any]) -> None:
         "date": time.strftime("%Y-%m-%d"),
     }  # fmt: skip
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(".partial")
-    partial.write_text(json.dumps(result, indent=1))
-    partial.replace(file)
+    with written_whole(file) as partial:
+        partial.write_text(json.dumps(result, indent=1))
 
 
 def parse_sweep(words: list[str]) -> list[dict[str, Any]]:
@@ -237,12 +238,12 @@ def sweep(judge: Judge, cfg: Config, path: Path, count: int, grid: list[dict[str
         for each in tqdm(grid, desc="sweep", disable=None)
     ]
     best = pareto_best(results)
-    print(f"{'':2}{'sampler':8}{'steps':>6}{'guidance':>9}{'eta':>5}{'calls':>6}{'FD':>9}"
+    print(f"{'':2}{'sampler':8}{'steps':>6}{'guidance':>9}{'from':>6}{'to':>6}{'eta':>5}{'calls':>6}{'FD':>9}"
           f"{'/ floor':>8}{'agree':>8}{'prec.':>7}{'recall':>7}{'img/s':>7}")  # fmt: skip
     for result, is_best in zip(results, best, strict=True):
         k, s, cost = result["settings"], result["samples"], result["sampling"]
         print(f"{'*' if is_best else '':2}{k['sampler']:8}{k['steps']:6}{k['guidance']:9g}"
-              f"{k['eta']:5g}{cost['calls']:6}{s['fd']:9.4f}{s['fd_over_floor']:8.2f}"
+              f"{k['guidance_low']:6g}{k['guidance_high']:6g}{k['eta']:5g}{cost['calls']:6}{s['fd']:9.4f}{s['fd_over_floor']:8.2f}"
               f"{s['agreement']:8.2%}{s['precision']:7.3f}{s['recall']:7.3f}"
               f"{cost['images_per_second']:7.0f}")  # fmt: skip
     print("* no other row has both a lower FD and no more network calls")
@@ -306,7 +307,7 @@ def judge_file(
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(2))[:MOST]
         images, labels = images[order], None if labels is None else labels[order]
     images, labels = images.to(device), None if labels is None else labels.to(device)
-    result = {"source": str(file), "images_sha256": evaluator.sha256(file)}
+    result = {"source": str(file), "images_sha256": checkpoint.sha256(file)}
     pairs = Path(cfg.output_dir, "images", "nearest.png")
     result |= {"evaluator": judge.sha256, **judge.measure(images, labels, pairs)}
     if cas:

@@ -1,7 +1,6 @@
 """The judge: a small MNIST classifier, trained once and then frozen, whose features and answers
 evaluate.py measures samples by. Figures from two different judges must never be mixed."""
 
-import hashlib
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from checkpoint import sha256
 from config import Config
 from data import load_split
 from diffusion import seeded_generator
@@ -140,8 +140,3 @@ def load(device: torch.device, path: Path = PATH) -> tuple[Evaluator, dict[str, 
     except Exception as error:  # whatever torch says of a damaged file
         raise ValueError(f"{path}: not an evaluator ({str(error).splitlines()[0]})") from None
     return net.to(device).eval().requires_grad_(False), reference, sha256(path)
-
-
-def sha256(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -195,10 +195,7 @@ def save_preview(cfg: Config, diffusion: Diffusion, ema: UNet, progress: Progres
     path = Path(cfg.output_dir, "images", f"samples_{progress.name}.png")
     digits = torch.tensor(parse_digits(cfg.preview_digits, cfg.num_classes))
     y = digits.repeat_interleave(cfg.preview_columns).to(next(ema.parameters()).device)
-    x_0 = diffusion.sample(
-        ema, y, sampler=cfg.sampler, steps=cfg.steps, guidance=cfg.guidance, eta=cfg.eta,
-        clip_x_0=cfg.clip_x_0, seed=cfg.seed, batch_size=cfg.sample_batch_size, progress=True,
-    )  # fmt: skip
+    x_0 = diffusion.sample(ema, y, **cfg.sampling, progress=True)
     image_grid(to_uint8(x_0), cfg.preview_columns).save(path)
     tqdm.write(f"wrote {path}")
 

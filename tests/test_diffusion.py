@@ -158,6 +158,21 @@ def test_uniform_loss_is_the_plain_squared_error():
     assert silent.item() == pytest.approx(1, abs=0.05)  # the mean of eps²
 
 
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize(("error", "free"), [(-0.3, -1.0), (0.3, 1.0)])
+def test_an_estimate_that_the_sampler_clamps_onto_x_0_costs_nothing(prediction, error, free):
+    y = torch.zeros(1, dtype=torch.int64)
+    for grey in (-1.0, 1.0, 0.5):
+        x_0 = torch.full((1, 1, 8, 8), grey)
+        losses = []
+        for clip in (True, False):
+            process = diffusion(prediction=prediction, clip_x_0=clip)
+            model = off_by(process, x_0, error)
+            losses.append(process.loss(model, x_0, y, seeded_generator(0)).item())
+        assert losses[1] > 0
+        assert losses[0] == (0 if grey == free else losses[1])
+
+
 def record_calls(process: Diffusion, y: torch.Tensor, seed: int = 0):
     seen = {}
 
@@ -357,6 +372,28 @@ def test_guidance_costs_a_second_call_only_where_it_must(sampler):
     assert torch.equal(sampled[0.0], ignored)  # w = 0 is the null class
     # All classes share one std, so each path is linear in its class mean, and guidance with it
     torch.testing.assert_close(sampled[2.0], 2 * sampled[1.0] - sampled[0.0])
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_guidance_acts_and_costs_only_within_its_interval(sampler):
+    process, y = diffusion(), torch.arange(3)  # times 1000, 800, 600, 400, 200
+    settings = {"sampler": sampler, "steps": 5, "clip_x_0": False, "return_intermediates": True}
+    paths = {}
+    for interval, twice in (((0.0, 1.0), 5), ((0.2, 0.8), 3), ((0.5, 0.5), 0)):
+        model, (low, high) = GaussianData(process), interval
+        limits = {"guidance": 2.0, "guidance_low": low, "guidance_high": high}
+        paths[interval] = process.sample(model, y, **settings, **limits)[1]
+        assert sum(model.calls) == 3 * (5 + twice) == 3 * process.network_calls(5, *limits.values())
+    plain = process.sample(GaussianData(process), y, **settings, guidance=1.0)[1]
+    assert torch.equal(paths[0.5, 0.5], plain)
+    middle = paths[0.2, 0.8]
+    assert torch.equal(middle[:2], plain[:2])  # not yet at t = 1000
+    assert not torch.allclose(middle[2], plain[2])
+    null = process.sample(
+        GaussianData(process), y, **settings, guidance=0, guidance_low=0.2, guidance_high=0.8
+    )[1]
+    nothing = process.sample(GaussianData(process), y, **settings, guidance=0)[1]
+    assert torch.equal(null, nothing)  # a guidance of 0 is the null class throughout
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
