@@ -1,0 +1,56 @@
+"""benchmark.py by its command line, on a tiny network."""
+
+import json
+
+import pytest
+from conftest import MNIST, TINY_MODEL, assert_one_line
+
+import benchmark
+
+FLAGS = (*TINY_MODEL, "--data_dir", MNIST, "--device", "cpu", "--batch_size", 16)
+
+
+def test_the_figures_are_printed_written_and_agree(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmark, "SECONDS", 0.2)
+    file = tmp_path / "speed.json"
+    result = run("benchmark.py", *FLAGS, "--sample_batch_size", 4, "--json", file)
+    assert result.code == 0, result
+    figures = json.loads(file.read_text())
+    train, draw = figures["training"], figures["sampling"]
+    for text in (f"{train['images_per_second']:.0f} images/s", "peak memory", f"wrote {file}"):
+        assert text in result.out
+    assert list(train["milliseconds"]) == ["data", "forward", "backward", "optimizer", "average"]
+    step = sum(train["milliseconds"].values()) / 1000
+    assert 16 / train["images_per_second"] == pytest.approx(step, rel=0.5)
+    assert 0 < train["share_of_convolution_peak"] < 1
+    speed = list(draw["images_per_second_at_calls"].values())
+    assert len(speed) == 5
+    assert speed == sorted(speed, reverse=True)
+    assert 0 < draw["one_image_seconds"] < 5
+    assert 1e8 < figures["peak_memory_bytes"] < 2e10
+
+
+def test_the_operations_are_those_of_the_convolutions(monkeypatch):
+    import torch
+
+    from config import Config
+    from model import UNet
+
+    monkeypatch.setattr(benchmark, "SECONDS", 0.0)
+    cfg = Config(widths=(8, 16), embedding_size=8, batch_size=2)
+    _, flops = benchmark.convolutions(UNet(cfg), cfg, torch.device("cpu"), torch.float32)
+    pixels = {14: 14 * 14, 7: 7 * 7}
+    forward = 2 * 2 * (
+        pixels[14] * (4 * 8 * 9)  # stem
+        + pixels[14] * 2 * (2 * 8 * 8 * 9)  # a block down, one up
+        + pixels[7] * (4 * 8 * 16 + 16 * 4 * 8)  # shrink, grow
+        + pixels[7] * 3 * (2 * 16 * 16 * 9)  # a block down, the middle, one up
+        + pixels[14] * (8 * 4 * 9)  # head
+    )  # fmt: skip
+    stem = 2 * 2 * pixels[14] * (4 * 8 * 9)
+    assert flops == 3 * forward - stem  # the image needs no gradient
+
+
+def test_bad_input_is_one_line(run, tmp_path):
+    assert_one_line(run("benchmark.py", "--json", tmp_path / "no" / "a.json"), "make it first")
+    assert_one_line(run("benchmark.py", "--batch_size", 0), "batch_size = 0", "at least 1")
