@@ -1,86 +1,158 @@
 """Draw digits with a trained model: python generate.py asks; with flags it asks nothing."""
 
+import json
+import os
 import secrets
 import sys
 import time
-from collections.abc import Callable
+from argparse import BooleanOptionalAction
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
 
 import checkpoint
-from config import Config, Parser, add_flags, given_flags, parse_digits, run_script
-from data import draw_labels, image_grid, to_uint8, write_npz
+from config import FAST, SAMPLING, Config, Parser, add_flags, given_flags, parse_digits, run_script
+from data import draw_labels, image_grid, to_uint8, write_npz, written_whole
 from diffusion import Diffusion
-from model import UNet, pick_device
+from model import pick_device
+from terminal import ask, say, show, whole_number
 
-FLAGS = (
-    "seed", "steps", "sampler", "eta", "guidance", "clip_x_0", "sample_batch_size", "device",
-    "output_dir",
-)  # fmt: skip
+VERSION = "1.0"
+FLAGS = (*SAMPLING, "seed", "clip_x_0", "sample_batch_size", "device", "output_dir")
+PLACES = {"device", "output_dir"}
+RECORDED = (*SAMPLING, "seed", "clip_x_0", "sample_batch_size")  # they settle a picture's pixels
 
 
-def draw(
-    cfg: Config, model: UNet, diffusion: Diffusion, y: torch.Tensor, columns: int, output: Path
-) -> None:
-    """Draw an image for each label in y (N,) and write them, as a grid or as an .npz."""
+class Pen:
+    """A trained model, ready to draw."""
+
+    def __init__(self, path: Path, device: torch.device) -> None:
+        self.path, self.device = path, device
+        self.model, self.trained, self.progress = checkpoint.load_model(path, device)
+        self.diffusion = Diffusion(self.trained)
+
+    def labels(self, digits: str, count: int) -> tuple[Tensor, int]:
+        """Labels (N,) of `count` variants of the number `digits`, or of each digit for "all"; and
+        how many digits a variant has."""
+        if digits == "all":
+            return torch.arange(self.trained.num_classes).repeat_interleave(count), 1
+        number = parse_digits(digits, self.trained.num_classes)
+        return torch.tensor(number * count), len(number)
+
+    def draw(self, cfg: Config, y: Tensor, every_step: bool = False) -> Tensor:
+        """uint8 (N, C, H, W); with `every_step` from noise to image (steps + 1, N, C, H, W)."""
+        x = self.diffusion.sample(
+            self.model, y.to(self.device), **cfg.sampling, progress=True,
+            return_intermediates=every_step,
+        )  # fmt: skip
+        return to_uint8(x[1] if every_step else x)
+
+
+def side_by_side(images: Tensor, length: int) -> Tensor:
+    """Images (N, C, H, W) → numbers of `length` digits (N / length, C, H, length · W)."""
+    return torch.cat(list(images.unflatten(0, (-1, length)).unbind(1)), dim=-1)
+
+
+def write(pen: Pen, cfg: Config, digits: str, count: int, output: Path, look: bool) -> None:
+    """Draw `count` variants of `digits` into one file, of the kind that its ending says."""
+    y, length = pen.labels(digits, count)
+    columns = count if digits == "all" else max(1, round((count / length) ** 0.5))
+    moving = output.suffix in (".gif", ".webp")
+    if output.suffix == ".npz" and digits == "all":
+        y = draw_labels(count, cfg.seed)  # a set to measure, `count` images in all
     began = time.perf_counter()
-    x_0 = diffusion.sample(
-        model, y.to(next(model.parameters()).device), sampler=cfg.sampler, steps=cfg.steps,
-        guidance=cfg.guidance, eta=cfg.eta, clip_x_0=cfg.clip_x_0, seed=cfg.seed,
-        batch_size=cfg.sample_batch_size, progress=True,
-    )  # fmt: skip
-    seconds = time.perf_counter() - began
+    images = pen.draw(cfg, y, every_step=moving)
+    say(f"{len(y)} images in {time.perf_counter() - began:.2f} s ({cfg.sampler}, {cfg.steps} "
+        f"steps, guidance {cfg.guidance:g}, seed {cfg.seed})")  # fmt: skip
     if output.suffix == ".npz":
-        write_npz(output, to_uint8(x_0), y)
+        write_npz(output, images, y)
+    elif moving:
+        grids = [image_grid(side_by_side(step, length), columns) for step in images]
+        images = images[-1]
+        pace = max(20, 1500 // len(grids))  # milliseconds: 1.5 s of denoising, 1 s of the digits
+        options = {"lossless": True} if output.suffix == ".webp" else {}
+        with written_whole(output) as partial:
+            grids[0].save(
+                partial, save_all=True, append_images=grids[1:], loop=0,
+                duration=[pace] * (len(grids) - 1) + [1000], **options,
+            )  # fmt: skip
     else:
-        image_grid(to_uint8(x_0), columns).save(output)
-    say(f"{len(y)} images in {seconds:.1f} s ({cfg.sampler}, {cfg.steps} steps, seed {cfg.seed})")
+        grid = image_grid(side_by_side(images, length), columns)
+        with written_whole(output) as partial:
+            grid.save(partial, pnginfo=provenance(pen, cfg, digits, count))
+    if look:
+        edge = images.shape[-1] // 14  # the empty margin; a terminal has few characters
+        inside = slice(edge, images.shape[-1] - edge)
+        show(side_by_side(images[..., inside, inside], length))
     print(output, flush=True)
 
 
-def free_name(cfg: Config, digits: str) -> Path:
+def write_folder(pen: Pen, cfg: Config, digits: str, count: int, folder: Path) -> None:
+    """Write each image to its own PNG, with its own seed: --digits 7 --count 1 --seed 12 is
+    7_seed12.png. Raises ValueError before anything is drawn if one of them exists."""
+    y = pen.labels(digits, count)[0].tolist()
+    paths = [folder / f"{digit}_seed{cfg.seed + i}.png" for i, digit in enumerate(y)]
+    for path in paths:
+        if path.exists():
+            raise ValueError(f"{path}: exists already; choose another folder or --seed")
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, (digit, path) in enumerate(zip(y, paths, strict=True)):
+        own = replace(cfg, seed=cfg.seed + i)
+        image = image_grid(pen.draw(own, torch.tensor([digit])), columns=1)
+        with written_whole(path) as partial:
+            image.save(partial, pnginfo=provenance(pen, own, str(digit), 1))
+        print(path, flush=True)
+
+
+def provenance(pen: Pen, cfg: Config, digits: str, count: int) -> PngInfo:
+    """The text chunks from which --reproduce draws a picture again."""
+    chunks = {"model": checkpoint.sha256(pen.path), "digits": digits, "count": count}
+    chunks |= {name: getattr(cfg, name) for name in RECORDED}
+    chunks |= {"version": VERSION, "torch": torch.__version__}
+    info = PngInfo()
+    for name, value in chunks.items():
+        info.add_text(name, json.dumps(value))
+    return info
+
+
+def reproduce(picture: Path, folder: Path, cfg: Config, output: Path | None, look: bool) -> None:
+    """Draw a picture again from its text chunks; raises ValueError when it has none, when its
+    model is not in `folder`, and when the bytes come out differently."""
+    try:
+        with Image.open(picture) as image:
+            known = {name: json.loads(text) for name, text in image.text.items()}
+        settings = {name: known[name] for name in RECORDED}
+        model, digits, count, made_by = (known[k] for k in ("model", "digits", "count", "torch"))
+    except FileNotFoundError:
+        raise ValueError(f"{picture}: no such picture") from None
+    except (OSError, AttributeError, LookupError, TypeError, ValueError):
+        raise ValueError(f"{picture}: not a PNG that generate.py wrote") from None
+    paths = [path for path in folder.glob("*.pth") if checkpoint.sha256(path) == model]
+    if not paths:
+        raise ValueError(f"{picture}: its model, SHA-256 {model}, is not in {folder}; put it there")
+    cfg = replace(cfg, **settings)
+    output = output or free_name(cfg, f"{digits}_again")
+    write(Pen(paths[0], pick_device(cfg.device)), cfg, digits, count, output, look)
+    if output.read_bytes() != picture.read_bytes():
+        raise ValueError(
+            f"{output}: not the same bytes as {picture}, which torch {made_by} made; here is torch "
+            f"{torch.__version__} on {cfg.device}"
+        )
+    say(f"the same bytes as {picture}")
+
+
+def free_name(cfg: Config, digits: str, ending: str = ".png") -> Path:
     """A file name under output_dir/images that is not taken."""
     folder = Path(cfg.output_dir, "images")
     folder.mkdir(parents=True, exist_ok=True)
     number = 1
-    while (path := folder / f"generated_{digits}_{number:03d}.png").exists():
+    while (path := folder / f"generated_{digits[:20]}_{number:03d}{ending}").exists():
         number += 1
     return path
-
-
-def say(message: str) -> None:
-    """Talk to the person; stdout carries the written paths alone."""
-    print(message, file=sys.stderr, flush=True)
-
-
-def ask(question: str, default: Any, parse: Callable[[str], Any]) -> Any:
-    """Ask until `parse` accepts the answer; Enter takes the default. `q` raises EOFError."""
-    hint = "" if default is None else f" [{default}]"
-    while True:
-        print(f"{question}{hint}: ", end="", file=sys.stderr, flush=True)
-        answer = input().strip()
-        if answer.lower() == "q":
-            raise EOFError
-        if not answer and default is not None:
-            return default
-        try:
-            return parse(answer)
-        except ValueError as error:
-            say(f"  {error}")
-
-
-def whole_number(most: int) -> Callable[[str], int]:
-    """A parser of whole numbers from 1 to `most`."""
-
-    def parse(text: str) -> int:
-        if not text.isdecimal() or not 1 <= int(text) <= most:
-            raise ValueError(f"{text!r} is not a whole number from 1 to {most}")
-        return int(text)
-
-    return parse
 
 
 def real_number(text: str) -> float:
@@ -101,73 +173,94 @@ def choose_model(folder: Path) -> Path:
     return found[ask("Which model", len(found), whole_number(len(found))) - 1][0]
 
 
-def converse(cfg: Config, model: UNet, trained: Config, count: int, seed: int | None) -> None:
-    """Ask for a digit and draw it, again and again; without `seed` every picture is new."""
-    diffusion, last = Diffusion(trained), trained.num_classes - 1
+def find_model(text: str, folder: Path) -> Path:
+    """The model that a user means by a path, a name in `folder`, its number there or "newest"."""
+    found = [path for path, _ in checkpoint.list_checkpoints(folder)]
+    if not found and not Path(text).is_file():
+        raise ValueError(f"no model in {folder}; train one first: python train.py --budget 10m")
+    if text == "newest":
+        return found[-1]
+    if text.isdecimal() and 1 <= int(text) <= len(found):
+        return found[int(text) - 1]
+    places = (Path(text), folder / text, folder / f"{text}.pth")
+    return next((path for path in places if path.is_file()), Path(text))
 
-    def one_digit(text: str) -> int:
-        if len(text) != 1:
-            raise ValueError(f"{text!r} is not one digit from 0 to {last}")
-        return parse_digits(text, trained.num_classes, "digit")[0]
 
-    say("q leaves.")
+def converse(pen: Pen, cfg: Config, count: int, seed: int | None, look: bool) -> None:
+    """Ask what to draw and draw it, again and again; without `seed` every picture is new."""
+    last = pen.trained.num_classes - 1
+
+    def number(text: str) -> str:
+        if text != "all":
+            parse_digits(text, pen.trained.num_classes, "digits")
+        if len(text) > 20:
+            raise ValueError(f"{text!r} is too long: 20 digits at most")
+        return text
+
+    say("? explains, q leaves.")
     while True:
-        digit = ask(f"Digit to draw, 0 to {last}", None, one_digit)
+        digits = ask(f"Digit to draw, 0 to {last}", None, number)
         count = ask("How many", count, whole_number(10_000))
         guidance = ask("Guidance", cfg.guidance, real_number)
         picture_seed = secrets.randbelow(2**31) if seed is None else seed
         cfg = replace(cfg, guidance=guidance, seed=picture_seed)
-        y = torch.full((count,), digit)
-        draw(cfg, model, diffusion, y, round(count**0.5), free_name(cfg, str(digit)))
+        write(pen, cfg, digits, count, free_name(cfg, digits), look)
 
 
 def main() -> int:
     parser = Parser(prog="generate.py", description="Draw digits with a trained model.")
-    parser.add_argument("--digits", metavar="TEXT", help="digits to draw, or all; asks nothing")
-    parser.add_argument("--count", type=int, metavar="INT", help="images a digit (default: 16)")
-    parser.add_argument("--model", type=Path, metavar="PATH", help="checkpoint (default: newest)")
-    parser.add_argument("--output", type=Path, metavar="FILE", help=".png or .npz to write")
+    parser.add_argument("--digits", metavar="TEXT", help="7, 2026 or all; asks nothing")
+    parser.add_argument("--count", type=int, metavar="INT", help="variants to draw (default: 16)")
+    parser.add_argument("--model", metavar="TEXT", help="path, name, number or newest (default)")
+    parser.add_argument("--output", metavar="FILE", help=".png, .gif, .webp, .npz or a folder/")
+    parser.add_argument("--fast", action="store_true", help="few network calls, a little worse")
+    parser.add_argument(
+        "--show", action=BooleanOptionalAction, default=sys.stderr.isatty(),
+        help="also draw in the terminal (default: where there is one)",
+    )  # fmt: skip
+    parser.add_argument("--reproduce", type=Path, metavar="FILE.png", help="draw that picture anew")
     add_flags(parser, FLAGS)
     args = parser.parse_args()
     given = given_flags(args)
-    cfg = replace(Config(), **given)
+    cfg = replace(Config(), **{**(FAST if args.fast else {}), **given})
     count = 16 if args.count is None else args.count
     if count < 1:
         raise ValueError(f"count = {count}: must be at least 1")
-    if args.digits is None and (args.output or args.count is not None):
+    asks = args.digits is None and not args.reproduce
+    if asks and (args.output or args.count is not None):
         raise ValueError("--output and --count need --digits, say --digits 7")
-    if args.output and args.output.suffix not in (".png", ".npz"):
-        raise ValueError(f"output = '{args.output}': must end in .png or .npz")
-    if args.output and not args.output.parent.is_dir():
-        raise ValueError(f"output = '{args.output}': no folder {args.output.parent}; make it first")
+    if args.reproduce and (
+        args.digits or args.count or args.model or args.fast or given.keys() - PLACES
+    ):
+        raise ValueError("--reproduce takes everything from the picture; drop the other flags")
+    output = Path(args.output) if args.output else None
+    to_folder = bool(output) and (args.output.endswith(("/", os.sep)) or output.is_dir())
+    if output and not to_folder and output.suffix not in (".png", ".gif", ".webp", ".npz"):
+        raise ValueError(
+            f"output = '{output}': must end in .png, .gif, .webp, .npz, or / (a folder)"
+        )
+    if output and not output.parent.is_dir():
+        raise ValueError(f"output = '{output}': no folder {output.parent}; make it first")
     torch.set_flush_denormal(True)  # denormals are slow; before any thread starts
-    device = pick_device(cfg.device)
-
     folder = Path(cfg.output_dir, "models")
-    path = args.model or checkpoint.newest(folder)
-    if path is None:
-        raise ValueError(f"no model in {folder}; train one first: python train.py --budget 10m")
     try:
-        if args.digits is None and not args.model:
+        if args.reproduce:
+            reproduce(args.reproduce, folder, cfg, output, args.show)
+            return 0
+        path = find_model(args.model or "newest", folder)
+        if asks and not args.model:
             path = choose_model(folder)
-        model, trained, progress = checkpoint.load_model(path, device)
+        pen = Pen(path, pick_device(cfg.device))
         if "steps" not in given:
-            cfg = replace(cfg, steps=min(cfg.steps, trained.timesteps))
-        Diffusion(trained).sampling_times(cfg.steps)  # complains now if the model has fewer
-        if args.digits is None:
-            say(f"{path}: {progress}")
-            converse(cfg, model, trained, count, given.get("seed"))
-        if args.digits == "all":
-            digits = list(range(trained.num_classes))
+            cfg = replace(cfg, steps=min(cfg.steps, pen.trained.timesteps))
+        pen.diffusion.sampling_times(cfg.steps)  # complains now if the model has fewer
+        say(f"{path}: {pen.progress}")
+        if asks:
+            converse(pen, cfg, count, given.get("seed"), args.show)
+        elif to_folder:
+            write_folder(pen, cfg, args.digits, count, output)
         else:
-            digits = parse_digits(args.digits, trained.num_classes)
-        y = torch.tensor(digits).repeat_interleave(count)
-        columns = count if len(digits) > 1 else round(count**0.5)
-        output = args.output or free_name(cfg, args.digits)
-        if args.digits == "all" and output.suffix == ".npz":
-            y = draw_labels(count, cfg.seed)  # a set to measure, `count` images in all
-        say(f"{path}: {progress}")
-        draw(cfg, model, Diffusion(trained), y, columns, output)
+            write(pen, cfg, args.digits, count, output or free_name(cfg, args.digits), args.show)
     except EOFError:
         say("")
     return 0

@@ -3,6 +3,7 @@
 import os
 import pty
 import re
+import resource
 import select
 import shutil
 import signal
@@ -50,12 +51,16 @@ def test_no_file_is_ever_overwritten(results, run):
     assert all(Path(path.strip()).exists() for path in paths)
 
 
-def test_each_digit_has_its_row(results, run, tmp_path):
+def test_a_number_is_written_as_one_picture_in_each_variant(results, run, tmp_path):
     out = tmp_path / "mine.png"
-    result = run("generate.py", "--digits", "707", "--count", 3, "--output", out,
-                 "--output_dir", results)  # fmt: skip
+    flags = ("--output", out, "--output_dir", results, "--seed", 3)
+    result = run("generate.py", "--digits", "707", "--count", 3, *flags)
     assert result.out == f"{out}\n"
-    assert Image.open(out).size == (3 * 30 + 2, 3 * 30 + 2)
+    assert Image.open(out).size == (3 * 28 + 4, 3 * 30 + 2)  # three digits with nothing between
+    number = np.asarray(Image.open(out)).astype(int)[2:30, 2:86]
+    run("generate.py", "--digits", "7", "--count", 1, *flags)
+    first = np.asarray(Image.open(out)).astype(int)[2:30, 2:30]
+    assert abs(number[:, :28] - first).max() <= 1
 
 
 def test_a_labelled_set_has_mnists_histogram(results, run, tmp_path):
@@ -72,7 +77,7 @@ def test_a_labelled_set_has_mnists_histogram(results, run, tmp_path):
     few = tmp_path / "few.npz"
     run("generate.py", "--digits", "31", "--count", 2, "--steps", 1, "--output", few,
         "--output_dir", results)  # fmt: skip
-    assert read_npz(few)[1].tolist() == [3, 3, 1, 1]
+    assert read_npz(few)[1].tolist() == [3, 1, 3, 1]
 
 
 def test_all_digits_on_one_grid(results, run, tmp_path):
@@ -116,9 +121,14 @@ def test_the_model_asked_for_is_used(results, run):
         (("--digits", "7", "--sampler", "euler"), ("sampler = 'euler'", "dpmpp")),
         (("--digits", "7", "--model", "none.pth"), ("none.pth", "no such checkpoint")),
         (("--digits", "7", "--model", str(REPO / "README.md")), ("README.md", "not a checkpoint")),
-        (("--digits", "7", "--output", "a.jpg"), ("a.jpg", ".png or .npz")),
+        (("--digits", "7", "--output", "a.jpg"), ("a.jpg", ".npz, or / (a folder)")),
         (("--digits", "7", "--output", "no/such/a.png"), ("no/such", "make it first")),
         (("--count", "3"), ("--digits",)),
+        (("--digits", "7", "--output", "no/such/folder/"), ("no/such", "make it first")),
+        (("--digits", "7", "--model", "9"), ("9", "no such checkpoint")),
+        (("--reproduce", "none.png"), ("none.png", "no such picture")),
+        (("--reproduce", str(REPO / "README.md")), ("README.md", "not a PNG that generate.py")),
+        (("--reproduce", "a.png", "--seed", "1"), ("--reproduce", "drop the other flags")),
         (("--digit", "3"), ("--digit", "--help")),
     ],
 )
@@ -194,7 +204,8 @@ def test_a_conversation(results):
     assert "'9' is not a whole number from 1 to 2" in terminal.type("9\n", "[2]: ")
     assert "'x' is not" in terminal.type("x\n", "[2]: ")
     assert "model_epoch_2.pth" in terminal.type("\n", "Digit to draw, 0 to 9: ")
-    for wrong in ("12", "x", "-1", ""):
+    assert "2026" in terminal.type("?\n", "to draw, 0 to 9: ")
+    for wrong in ("1x", "x", "-1", ""):
         shown = terminal.type(f"{wrong}\n", "to draw, 0 to 9: ")
         assert "digit" in shown
         assert "How many" not in shown
@@ -209,6 +220,9 @@ def test_a_conversation(results):
     terminal.type("4\n", "How many [3]: ")  # the last answers are the defaults now
     terminal.type("\n", "Guidance [2.0]: ")
     assert "generated_4_002.png" in terminal.type("\n", "Digit to draw, 0 to 9: ")
+    terminal.type("2026\n", "How many [3]: ")
+    terminal.type("1\n", "Guidance [2.0]: ")
+    assert "generated_2026_001.png" in terminal.type("\n", "Digit to draw, 0 to 9: ")
     os.write(terminal.screen, b"q\n")
     assert terminal.exit_code() == 0
     pictures = [results / "images" / f"generated_4_00{n}.png" for n in (1, 2)]
@@ -240,3 +254,125 @@ def test_the_listing_orders_numbers_as_numbers(results, run, monkeypatch):
     assert [progress.epoch for _, progress in found] == [1, 2, 5, 30]
     assert isinstance(found[0][1], Progress)
     assert "model_epoch_30.pth" in run("generate.py", "--digits", "1", "--output_dir", results).err
+
+
+SETTINGS = (
+    ("--digits", "7"),
+    ("--digits", "2026", "--count", 3, "--seed", 12),
+    ("--digits", "all", "--count", 2, "--guidance", 2.5),
+    ("--digits", "31", "--sampler", "ddim", "--eta", 0.7, "--steps", 3, "--seed", 2**40),
+    ("--digits", "5", "--sampler", "ddpm", "--steps", 5, "--guidance_low", 0.3, "--no-clip_x_0"),
+    ("--digits", "4", "--fast", "--count", 5, "--sample_batch_size", 2, "--model", 1),
+)
+
+
+@pytest.mark.parametrize("flags", SETTINGS, ids=lambda flags: flags[1])
+def test_a_picture_is_reproduced_byte_for_byte(results, run, flags):
+    made = Path(run("generate.py", *flags, "--output_dir", results).out.strip())
+    again = run("generate.py", "--reproduce", made, "--output_dir", results)
+    assert again.code == 0, again
+    assert again.out.strip() != str(made)
+    assert Path(again.out.strip()).read_bytes() == made.read_bytes()
+    assert "the same bytes" in again.err
+
+
+def test_reproducing_without_the_model_names_it(results, run):
+    made = Path(run("generate.py", "--digits", "7", "--output_dir", results).out.strip())
+    text = Image.open(made).text
+    assert {"model", "seed", "digits", "sampler", "steps", "guidance", "version"} <= text.keys()
+    for model in (results / "models").glob("*.pth"):
+        model.unlink()
+    result = run("generate.py", "--reproduce", made, "--output_dir", results)
+    assert_one_line(result, str(made), text["model"].strip('"'), "is not in")
+
+
+def test_a_reproduction_that_differs_says_so(results, run, tmp_path):
+    made = Path(run("generate.py", "--digits", "7", "--output_dir", results).out.strip())
+    made.write_bytes(made.read_bytes() + b"more")
+    result = run("generate.py", "--reproduce", made, "--output_dir", results)
+    assert_one_line(result, "not the same bytes", str(made))
+
+
+@pytest.mark.parametrize("ending", ["gif", "webp"])
+def test_an_animation_runs_from_noise_to_the_digits(results, run, tmp_path, ending):
+    out, still = tmp_path / f"moving.{ending}", tmp_path / "still.png"
+    flags = ("--digits", "26", "--count", 4, "--steps", 7, "--seed", 1, "--output_dir", results)
+    assert run("generate.py", *flags, "--output", out).out == f"{out}\n"
+    run("generate.py", *flags, "--output", still)
+    with Image.open(out) as moving:
+        assert moving.n_frames == 7 + 1
+        assert moving.size == Image.open(still).size == (1 * 58 + 2, 4 * 30 + 2)
+        assert moving.info["loop"] == 0
+        seconds, frames = 0.0, []
+        for frame in range(moving.n_frames):
+            moving.seek(frame)
+            frames.append(np.asarray(moving.convert("L")).astype(int))
+            seconds += moving.info["duration"] / 1000
+    assert 2 <= seconds <= 3
+    assert abs(frames[-1] - np.asarray(Image.open(still)).astype(int)).max() <= 1
+    assert frames[0].std() > 50  # noise
+
+
+def test_a_folder_takes_one_png_an_image(results, run, tmp_path):
+    flags = ("--digits", "72", "--count", 2, "--seed", 11, "--output_dir", results)
+    result = run("generate.py", *flags, "--output", f"{tmp_path}/many/")
+    names = ["7_seed11.png", "2_seed12.png", "7_seed13.png", "2_seed14.png"]
+    assert result.out.split() == [str(tmp_path / "many" / name) for name in names]
+    one = tmp_path / "one.png"
+    run("generate.py", "--digits", 2, "--count", 1, "--seed", 12, "--output", one,
+        "--output_dir", results)  # fmt: skip
+    assert one.read_bytes() == (tmp_path / "many" / names[1]).read_bytes()
+
+    before = {path: path.read_bytes() for path in (tmp_path / "many").iterdir()}
+    (tmp_path / "many" / names[0]).unlink()
+    again = run("generate.py", *flags, "--output", tmp_path / "many")  # now a folder by itself
+    assert_one_line(again, names[1], "exists already")
+    assert len(list((tmp_path / "many").iterdir())) == len(before) - 1
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(results, run, tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    flags = ("--digits", "7", "--count", 1, "--output_dir", results)
+    for folder in (tmp_path / "file", Path("/proc/self")):
+        result = run("generate.py", *flags, "--output", f"{folder}/")
+        assert_one_line(result, str(folder))
+
+
+@pytest.mark.parametrize("kind", ["a.png", "a.gif", "a.npz", "many/"])
+def test_a_full_disk_is_one_line_and_leaves_nothing(results, tmp_path, kind):
+    def full() -> None:  # no file may grow beyond 100 bytes
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+
+    flags = ("--digits", "7", "--count", 4, "--output_dir", results)
+    process = start_script("generate.py", *flags, "--output", f"{tmp_path}/out_{kind}",
+                           stderr=subprocess.PIPE, preexec_fn=full)  # fmt: skip
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 2, err
+    assert out == ""
+    assert "File too large" in err.splitlines()[-1]
+    assert "Traceback" not in err
+    assert [path for path in tmp_path.rglob("*out_*") if path.is_file()] == []
+
+
+def test_digits_appear_in_the_terminal_and_nowhere_else(results):
+    terminal = Terminal("--digits", "7", "--count", 2, "--output_dir", results)
+    assert "▀" in terminal.read_until("generated_7_001.png")
+    assert terminal.exit_code() == 0
+    terminal = Terminal("--digits", "7", "--no-show", "--output_dir", results)
+    assert "▀" not in terminal.read_until("generated_7_002.png")
+    assert terminal.exit_code() == 0
+    process = start_script("generate.py", "--digits", "7", "--output_dir", results)
+    assert "▀" not in process.communicate(timeout=60)[0]
+
+
+def test_the_shipped_model_stands_in_until_one_is_trained(results, run, tmp_path):
+    models = results / "models"
+    shutil.copy(models / "model_epoch_2.pth", models / "pretrained.pth")
+    flags = ("generate.py", "--digits", "7", "--count", 1, "--steps", 1, "--output_dir", results)
+    assert "model_epoch_2.pth" in run(*flags).err
+    for name in ("pretrained", "pretrained.pth", "1", models / "pretrained.pth"):
+        assert "pretrained.pth" in run(*flags, "--model", name).err
+    assert "model_epoch_2.pth" in run(*flags, "--model", "newest").err
+    for model in models.glob("model_*.pth"):
+        model.unlink()
+    assert "pretrained.pth" in run(*flags).err

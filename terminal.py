@@ -1,0 +1,128 @@
+"""Talking to a person: questions, messages, and pictures made of characters."""
+
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, TextIO
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+with suppress(ImportError):
+    import readline  # noqa: F401  arrow keys and history in input(), where the system has it
+
+ASCII = " .:-=+*#%@"  # from black to white
+RESET = "\x1b[0m"
+
+HELP = """  7     draws sevens
+  2026  writes a number, in as many variants as you ask for
+  all   draws every digit
+  ?     says this; q leaves; Enter takes the answer in brackets
+Guidance 1 draws as the model learned, a little more is clearer, a lot more all alike."""
+
+
+def say(message: str) -> None:
+    """Talk to the person; stdout carries the written paths alone."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def ask(question: str, default: Any, parse: Callable[[str], Any]) -> Any:
+    """Ask until `parse` accepts the answer; Enter takes the default. `q` raises EOFError."""
+    prompt = f"{question}: " if default is None else f"{question} [{default}]: "
+    while True:
+        if sys.stdin.isatty() and sys.stdout.isatty():
+            answer = input(prompt).strip()  # with the arrow keys' history
+        else:
+            print(prompt, end="", file=sys.stderr, flush=True)
+            answer = input().strip()
+        if answer.lower() == "q":
+            raise EOFError
+        if answer == "?":
+            say(HELP)
+        elif not answer and default is not None:
+            return default
+        else:
+            try:
+                return parse(answer)
+            except ValueError as error:
+                say(f"  {error}")
+
+
+def whole_number(most: int) -> Callable[[str], int]:
+    """A parser of whole numbers from 1 to `most`."""
+
+    def parse(text: str) -> int:
+        if not text.isdecimal() or not 1 <= int(text) <= most:
+            raise ValueError(f"{text!r} is not a whole number from 1 to {most}")
+        return int(text)
+
+    return parse
+
+
+def has_colour(stream: TextIO) -> bool:
+    """Whether half blocks in greys will come out on `stream`: it is a terminal, in UTF-8, that
+    knows colours (see no-color.org for NO_COLOR)."""
+    capable = (
+        os.environ.get("TERM", "dumb") != "dumb" if os.name != "nt" else "WT_SESSION" in os.environ
+    )
+    utf8 = (stream.encoding or "").lower().replace("-", "") == "utf8"
+    return stream.isatty() and capable and utf8 and not os.environ.get("NO_COLOR")
+
+
+def show(tiles: Tensor, stream: TextIO = sys.stderr) -> None:
+    """Print uint8 pictures (N, C, H, W) on `stream`, as many side by side as its terminal is wide,
+    as large as lets all of them fit, and no more rows of them than the terminal is high."""
+    colour = has_colour(stream)
+    size = shutil.get_terminal_size()
+    grey = tiles.float().mean(dim=1, keepdim=True).cpu()  # (N, 1, H, W)
+    N, _, H, W = grey.shape
+    for shrink in (1, 2, 3, 4):
+        width, height = -(-W // shrink), -(-H // (2 * shrink))  # two pixels a character
+        columns = max(1, size.columns // width)
+        rows = -(-N // columns)
+        if width <= size.columns and rows * height <= size.lines - 4:
+            break
+        if shrink >= 2 and width <= size.columns:
+            break  # smaller is hard to read: rather leave some out
+    if width > size.columns:
+        print(f"(the terminal is {size.columns} wide, the picture needs {width})", file=stream)
+        return
+    shown = min(N, columns * max(1, (size.lines - 4) // height))
+    small = F.avg_pool2d(grey[:shown], shrink, ceil_mode=True)[:, 0].round().int()
+    if small.shape[1] % 2:  # a character holds two rows
+        small = F.pad(small, (0, 0, 0, 1))
+    for row in small.split(columns):
+        for line in torch.cat(list(row), dim=1).view(-1, 2, width * len(row)):
+            top, bottom = line.tolist()
+            print((half_blocks if colour else ascii_line)(top, bottom), file=stream)
+    if shown < N:
+        print(f"({N - shown} more in the file)", file=stream)
+    stream.flush()
+
+
+def half_blocks(top: list[int], bottom: list[int]) -> str:
+    """Two rows of pixels, 0…255, as upper half blocks: the foreground is the upper pixel, the
+    background the lower."""
+    line, before = "", None
+    for pair in zip(map(grey_of_256, top), map(grey_of_256, bottom), strict=True):
+        if pair != before:
+            line += f"\x1b[38;5;{pair[0]};48;5;{pair[1]}m"
+        line, before = line + "▀", pair
+    return line + RESET
+
+
+def grey_of_256(value: int) -> int:
+    """The nearest grey of the 256-colour palette: 16 is black, 231 white, 232 to 255 lie between
+    as 8, 18, … 238."""
+    if value < 4:
+        return 16
+    return 231 if value > 246 else 232 + min(23, max(0, round((value - 8) / 10)))
+
+
+def ascii_line(top: list[int], bottom: list[int]) -> str:
+    """Two rows of pixels, 0…255, as plain characters."""
+    means = ((a + b) / 2 for a, b in zip(top, bottom, strict=True))
+    return "".join(ASCII[round(mean / 255 * (len(ASCII) - 1))] for mean in means).rstrip()
