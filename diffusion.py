@@ -146,8 +146,13 @@ class Diffusion:
 
         All random numbers come from `generator`, on the device of x_0. Timesteps are stratified
         over the batch: one in each B-th of 1…T, shifted together (Kingma et al. 2021,
-        appendix I). Each
-        image loses its label with probability `label_dropout` (Ho & Salimans 2022, algorithm 1).
+        appendix I). Each image loses its label with probability `label_dropout` (Ho & Salimans
+        2022, algorithm 1).
+
+        With `clip_x_0` a pixel costs nothing where the clamp of its estimated x_0 gives x_0
+        exactly: the sampler clamps as well, so that black has to be black, not any one number.
+        What the loss is least at stays the same up to that clamp, because the mean of all x_0
+        that fit an x_t never lies beyond [-1, 1].
         """
         B, device = len(x_0), x_0.device
         shift = torch.rand(1, generator=generator, device=device)
