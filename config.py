@@ -66,7 +66,7 @@ class Config:
         "cosine", "noise schedule", choices=("linear", "cosine", "sigmoid"), shapes_model=True
     )
     prediction: str = knob(
-        "v", "what the network predicts", choices=("eps", "v", "x_0"), shapes_model=True
+        "x_0", "what the network predicts", choices=("eps", "v", "x_0"), shapes_model=True
     )
     loss_weighting: str = knob(
         "uniform", "weight of a timestep in the loss", choices=("uniform", "min_snr")

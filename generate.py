@@ -66,8 +66,7 @@ def write(pen: Pen, cfg: Config, digits: str, count: int, output: Path, look: bo
         y = draw_labels(count, cfg.seed)  # a set to measure, `count` images in all
     began = time.perf_counter()
     images = pen.draw(cfg, y, every_step=moving)
-    say(f"{len(y)} images in {time.perf_counter() - began:.2f} s ({cfg.sampler}, {cfg.steps} "
-        f"steps, guidance {cfg.guidance:g}, seed {cfg.seed})")  # fmt: skip
+    told(pen, cfg, len(y), time.perf_counter() - began)
     if output.suffix == ".npz":
         write_npz(output, images, y)
     elif moving:
@@ -91,6 +90,12 @@ def write(pen: Pen, cfg: Config, digits: str, count: int, output: Path, look: bo
     print(output, flush=True)
 
 
+def told(pen: Pen, cfg: Config, count: int, seconds: float) -> None:
+    """Say what was drawn, how and how fast."""
+    say(f"{count} images in {seconds:.2f} s by {pen.path}: {cfg.sampler}, {cfg.steps} steps, "
+        f"guidance {cfg.guidance:g}, seed {cfg.seed}")  # fmt: skip
+
+
 def write_folder(pen: Pen, cfg: Config, digits: str, count: int, folder: Path) -> None:
     """Write each image to its own PNG, with its own seed: --digits 7 --count 1 --seed 12 is
     7_seed12.png. Raises ValueError before anything is drawn if one of them exists."""
@@ -99,13 +104,18 @@ def write_folder(pen: Pen, cfg: Config, digits: str, count: int, folder: Path) -
     for path in paths:
         if path.exists():
             raise ValueError(f"{path}: exists already; choose another folder or --seed")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{folder}: no folder ({error.strerror}); choose another") from None
+    began = time.perf_counter()
     for i, (digit, path) in enumerate(zip(y, paths, strict=True)):
         own = replace(cfg, seed=cfg.seed + i)
         image = image_grid(pen.draw(own, torch.tensor([digit])), columns=1)
         with written_whole(path) as partial:
             image.save(partial, pnginfo=provenance(pen, own, str(digit), 1))
         print(path, flush=True)
+    told(pen, cfg, len(y), time.perf_counter() - began)
 
 
 def provenance(pen: Pen, cfg: Config, digits: str, count: int) -> PngInfo:
@@ -254,8 +264,8 @@ def main() -> int:
         if "steps" not in given:
             cfg = replace(cfg, steps=min(cfg.steps, pen.trained.timesteps))
         pen.diffusion.sampling_times(cfg.steps)  # complains now if the model has fewer
-        say(f"{path}: {pen.progress}")
         if asks:
+            say(f"{path}: {pen.progress}")
             converse(pen, cfg, count, given.get("seed"), args.show)
         elif to_folder:
             write_folder(pen, cfg, args.digits, count, output)

@@ -33,7 +33,8 @@ def plot_sweep(results: list[dict[str, Any]], best: list[bool], path: Path) -> P
         k = result["settings"]
         point = (result["sampling"]["calls"], result["samples"]["fd"])
         eta = f", eta {k['eta']:g}" if k["sampler"] == "ddim" else ""
-        label = f"{k['sampler']}{eta}, guidance {k['guidance']:g}, seed {k['seed']}"
+        where = f"{k['guidance_low']:g} to {k['guidance_high']:g}"
+        label = f"{k['sampler']}{eta}, guidance {k['guidance']:g} ({where}), seed {k['seed']}"
         lines.setdefault(label, []).append(point)
     for label, points in lines.items():
         axes.plot(*zip(*sorted(points), strict=True), marker="o", label=label)
