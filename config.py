@@ -95,10 +95,10 @@ class Config:
 
     # Sampling
     sampler: str = knob("dpmpp", "sampler", choices=("ddpm", "ddim", "dpmpp"))
-    steps: int = knob(16, "sampling steps, 1 to timesteps", least=1)
+    steps: int = knob(12, "sampling steps, 1 to timesteps", least=1)
     guidance: float = knob(1.5, "guidance w (1: plain conditional; more: clearer, less varied)")
     guidance_low: float = knob(
-        0.0, "guidance acts only where t / timesteps is above this", least=0, most=1
+        0.35, "guidance acts only where t / timesteps is above this", least=0, most=1
     )
     guidance_high: float = knob(
         1.0, "guidance acts only where t / timesteps is at most this", least=0, most=1
@@ -153,7 +153,7 @@ class Config:
 
 
 # What generate.py --fast changes: the best that 6 network calls an image can do
-FAST = {"steps": 6, "guidance": 1.0}
+FAST = {"steps": 5, "guidance": 2.0, "guidance_low": 0.85}
 
 SAMPLING = ("sampler", "steps", "guidance", "guidance_low", "guidance_high", "eta")
 

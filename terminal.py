@@ -76,7 +76,10 @@ def show(tiles: Tensor, stream: TextIO = sys.stderr) -> None:
     """Print uint8 pictures (N, C, H, W) on `stream`, as many side by side as its terminal is wide,
     as large as lets all of them fit, and no more rows of them than the terminal is high."""
     colour = has_colour(stream)
-    size = shutil.get_terminal_size()
+    size = os.terminal_size((80, 24))
+    with suppress(OSError, ValueError):  # not a terminal
+        size = os.get_terminal_size(stream.fileno())
+    size = shutil.get_terminal_size(size)  # which also asks COLUMNS, LINES and stdout
     grey = tiles.float().mean(dim=1, keepdim=True).cpu()  # (N, 1, H, W)
     N, _, H, W = grey.shape
     for shrink in (1, 2, 3, 4):
