@@ -70,7 +70,7 @@ def pixel_figures(images: Tensor) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def nearest(images: Tensor, others: Tensor, batch_size: int = 500) -> tuple[Tensor, Tensor]:
+def nearest(images: Tensor, others: Tensor, batch_size: int = 200) -> tuple[Tensor, Tensor]:
     """Euclidean distance (N,), grey levels 0…1, from each image to the nearest of `others`, and
     which it is (N,)."""
     b = others.flatten(1).float() / 255
