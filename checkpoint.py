@@ -78,8 +78,8 @@ def save(
 
 
 def slim(source: str | Path, target: str | Path) -> None:
-    """Write what drawing needs of a checkpoint, a quarter of its size: the averaged weights, without
-    what training on would need. Raises ValueError as load does."""
+    """Write what drawing needs of a checkpoint, a quarter of its size: it has the averaged weights
+    and nothing that training on would need. Raises ValueError as load does."""
     contents = load(source)
     torch.save({k: contents[k] for k in ("format", "config", "progress", "ema")}, target)
 

@@ -52,6 +52,11 @@ class Pen:
         return to_uint8(x[1] if every_step else x)
 
 
+def usual_count(digits: str) -> int:
+    """How many variants to draw if nobody says: 16 images, of "all" 16 of each digit."""
+    return 16 if digits == "all" else max(1, 16 // len(digits))
+
+
 def side_by_side(images: Tensor, length: int) -> Tensor:
     """Images (N, C, H, W) → numbers of `length` digits (N / length, C, H, length · W)."""
     return torch.cat(list(images.unflatten(0, (-1, length)).unbind(1)), dim=-1)
@@ -196,9 +201,9 @@ def find_model(text: str, folder: Path) -> Path:
     return next((path for path in places if path.is_file()), Path(text))
 
 
-def converse(pen: Pen, cfg: Config, count: int, seed: int | None, look: bool) -> None:
+def converse(pen: Pen, cfg: Config, seed: int | None, look: bool) -> None:
     """Ask what to draw and draw it, again and again; without `seed` every picture is new."""
-    last = pen.trained.num_classes - 1
+    last, count = pen.trained.num_classes - 1, None
 
     def number(text: str) -> str:
         if text != "all":
@@ -210,7 +215,7 @@ def converse(pen: Pen, cfg: Config, count: int, seed: int | None, look: bool) ->
     say("? explains, q leaves.")
     while True:
         digits = ask(f"Digit to draw, 0 to {last}", None, number)
-        count = ask("How many", count, whole_number(10_000))
+        count = ask("How many", count or usual_count(digits), whole_number(10_000))
         guidance = ask("Guidance", cfg.guidance, real_number)
         picture_seed = secrets.randbelow(2**31) if seed is None else seed
         cfg = replace(cfg, guidance=guidance, seed=picture_seed)
@@ -220,7 +225,9 @@ def converse(pen: Pen, cfg: Config, count: int, seed: int | None, look: bool) ->
 def main() -> int:
     parser = Parser(prog="generate.py", description="Draw digits with a trained model.")
     parser.add_argument("--digits", metavar="TEXT", help="7, 2026 or all; asks nothing")
-    parser.add_argument("--count", type=int, metavar="INT", help="variants to draw (default: 16)")
+    parser.add_argument(
+        "--count", type=int, metavar="INT", help="variants to draw (default: 16 images)"
+    )
     parser.add_argument("--model", metavar="TEXT", help="path, name, number or newest (default)")
     parser.add_argument("--output", metavar="FILE", help=".png, .gif, .webp, .npz or a folder/")
     parser.add_argument("--fast", action="store_true", help="few network calls, a little worse")
@@ -233,7 +240,7 @@ def main() -> int:
     args = parser.parse_args()
     given = given_flags(args)
     cfg = replace(Config(), **{**(FAST if args.fast else {}), **given})
-    count = 16 if args.count is None else args.count
+    count = usual_count(args.digits or "all") if args.count is None else args.count
     if count < 1:
         raise ValueError(f"count = {count}: must be at least 1")
     asks = args.digits is None and not args.reproduce
@@ -266,7 +273,7 @@ def main() -> int:
         pen.diffusion.sampling_times(cfg.steps)  # complains now if the model has fewer
         if asks:
             say(f"{path}: {pen.progress}")
-            converse(pen, cfg, count, given.get("seed"), args.show)
+            converse(pen, cfg, given.get("seed"), args.show)
         elif to_folder:
             write_folder(pen, cfg, args.digits, count, output)
         else:

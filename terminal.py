@@ -73,8 +73,8 @@ def has_colour(stream: TextIO) -> bool:
 
 
 def show(tiles: Tensor, stream: TextIO = sys.stderr) -> None:
-    """Print uint8 pictures (N, C, H, W) on `stream`, as many side by side as its terminal is wide,
-    as large as lets all of them fit, and no more rows of them than the terminal is high."""
+    """Print uint8 pictures (N, C, H, W) on `stream`, as many side by side as its terminal is wide:
+    at full size where all of them fit, else at half or less, and two screens of them at most."""
     colour = has_colour(stream)
     size = os.terminal_size((80, 24))
     with suppress(OSError, ValueError):  # not a terminal
@@ -86,14 +86,12 @@ def show(tiles: Tensor, stream: TextIO = sys.stderr) -> None:
         width, height = -(-W // shrink), -(-H // (2 * shrink))  # two pixels a character
         columns = max(1, size.columns // width)
         rows = -(-N // columns)
-        if width <= size.columns and rows * height <= size.lines - 4:
-            break
-        if shrink >= 2 and width <= size.columns:
-            break  # smaller is hard to read: rather leave some out
+        if width <= size.columns and (shrink > 1 or rows * height <= size.lines - 4):
+            break  # smaller than need be is hard to read
     if width > size.columns:
         print(f"(the terminal is {size.columns} wide, the picture needs {width})", file=stream)
         return
-    shown = min(N, columns * max(1, (size.lines - 4) // height))
+    shown = min(N, columns * max(1, 2 * size.lines // height))
     small = F.avg_pool2d(grey[:shown], shrink, ceil_mode=True)[:, 0].round().int()
     if small.shape[1] % 2:  # a character holds two rows
         small = F.pad(small, (0, 0, 0, 1))

@@ -69,7 +69,7 @@ def test_sixteen_digits_fit_an_ordinary_terminal(sized):
 
 
 def test_what_does_not_fit_is_told(sized):
-    assert shown(digits(500), Screen())[-1] == "(482 more in the file)"
+    assert shown(digits(500), Screen())[-1] == "(452 more in the file)"
     sized(20, 24)
     assert "20 wide" in shown(digits(1, 240), Screen())[0]
 
