@@ -1,5 +1,6 @@
 """Measure this machine's speed: python benchmark.py --json speed.json. Takes under two minutes."""
 
+import itertools
 import json
 import os
 import platform
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from config import Config, Parser, add_flags, given_flags, run_script
-from data import load_split, to_model_range
+from data import load_split, to_model_range, written_whole
 from diffusion import Diffusion, seeded_generator
 from model import UNet, pick_device, pick_precision
 
@@ -50,46 +51,45 @@ def clock(device: torch.device) -> float:
 def training(cfg: Config, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     """Images a second of training steps as train.py takes them, and where the time goes."""
     images, labels = load_split(cfg, train=True, device=device)
+    if cfg.batch_size > len(images):
+        raise ValueError(f"batch_size = {cfg.batch_size}: there are only {len(images)} images")
     diffusion, model = Diffusion(cfg), UNet(cfg).to(device)
     parameters = list(model.parameters())
     averages = [p.detach().clone() for p in parameters]
     optimizer = torch.optim.AdamW(parameters, fused=device.type in ("cpu", "cuda"))
     order = torch.randperm(len(images)).to(device)
-    times: dict[str, list[float]] = {part: [] for part in PARTS}
 
-    def step(number: int) -> None:
-        marks = [clock(device)]
+    def step(number: int, mark: Callable[[], None] = lambda: None) -> None:
+        mark()
         index = order.roll(-number * cfg.batch_size)[: cfg.batch_size]
         x_0, y = to_model_range(images[index]), labels[index]
         generator = seeded_generator(cfg.seed, number, device=device)
-        marks.append(clock(device))
+        mark()
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             loss = diffusion.loss(model, x_0, y, generator)
-        marks.append(clock(device))
+        mark()
         optimizer.zero_grad()
         loss.backward()
-        marks.append(clock(device))
+        mark()
         nn.utils.clip_grad_norm_(parameters, cfg.grad_clip)
         optimizer.step()
-        marks.append(clock(device))
+        mark()
         torch._foreach_lerp_(averages, parameters, 0.01)
-        marks.append(clock(device))
-        for part, begin, end in zip(PARTS, marks, marks[1:], strict=False):
-            times[part].append(end - begin)
+        mark()
 
-    until = time.perf_counter() + SECONDS
-    number = 0
-    while time.perf_counter() < until or number < 8:
-        step(number)
-        number += 1
-    warm = {part: statistics.median(taken[3:]) for part, taken in times.items()}
-    total = statistics.median(
-        sum(each) for each in zip(*(t[3:] for t in times.values()), strict=True)
-    )
+    numbers = itertools.count()
+    total = seconds_of(lambda: step(next(numbers)), device, share=0.6)
+    marked: list[list[float]] = []
+    while len(marked) < 3 or sum(m[-1] - m[0] for m in marked) < 0.4 * SECONDS:
+        marked.append([])
+        step(next(numbers), lambda: marked[-1].append(clock(device)))
+    parts = {
+        part: statistics.median(m[i + 1] - m[i] for m in marked) for i, part in enumerate(PARTS)
+    }
     alone, flops = convolutions(model, cfg, device, dtype)
     return {
         "images_per_second": cfg.batch_size / total,
-        "milliseconds": {part: 1000 * taken for part, taken in warm.items()},
+        "milliseconds": {part: 1000 * taken for part, taken in parts.items()},
         "tera_flops": flops / total / 1e12,
         "convolutions_alone_tera_flops": flops / alone / 1e12,
         "share_of_convolution_peak": alone / total,
@@ -148,14 +148,15 @@ def sampling(cfg: Config, device: torch.device) -> dict[str, Any]:
     return {"images_per_second_at_calls": speed, "one_image_seconds": draw(1)}
 
 
-def peak_memory(device: torch.device) -> float:
-    """Largest memory in use so far, in bytes: the device's on CUDA, else the process's."""
+def peak_memory(device: torch.device) -> int | None:
+    """Largest memory in use so far, in bytes: the device's on CUDA, else the process's, which
+    Windows does not tell."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:
         import resource
-    except ImportError:  # Windows
-        return float("nan")
+    except ImportError:
+        return None
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
         1 if sys.platform == "darwin" else 1024
     )
@@ -163,7 +164,7 @@ def peak_memory(device: torch.device) -> float:
 
 def report(result: dict[str, Any]) -> str:
     """The result as a person reads it."""
-    train, draw = result["training"], result["sampling"]
+    train, draw, memory = result["training"], result["sampling"], result["peak_memory_bytes"]
     parts = ", ".join(f"{part} {ms:.1f}" for part, ms in train["milliseconds"].items())
     speeds = ", ".join(f"{n}: {s:.0f}" for n, s in draw["images_per_second_at_calls"].items())
     return "\n".join(
@@ -173,7 +174,7 @@ def report(result: dict[str, Any]) -> str:
             f"training         {train['images_per_second']:.0f} images/s, {train['tera_flops']:.3f}"
             f" TFLOP/s: {train['share_of_convolution_peak']:.0%} of its convolutions alone",
             f"a step, in ms    {parts}",
-            f"peak memory      {result['peak_memory_bytes'] / 1e9:.2f} GB",
+            f"peak memory      {memory / 1e9:.2f} GB" if memory else "peak memory      unknown",
             f"sampling         images/s at so many network calls each: {speeds}",
             f"one image        {draw['one_image_seconds']:.3f} s at the default settings",
         )
@@ -205,7 +206,8 @@ def main() -> int:
     result["peak_memory_bytes"] = peak_memory(device)
     print(report(result))
     if args.json:
-        args.json.write_text(json.dumps(result, indent=1))
+        with written_whole(args.json) as partial:
+            partial.write_text(json.dumps(result, indent=1))
         print(f"wrote {args.json}")
     return 0
 

@@ -64,6 +64,17 @@ def save(
         "optimizer": optimizer.state_dict(),
         "metrics": metrics,
     }
+    _write(path, contents)
+
+
+def slim(source: str | Path, target: str | Path) -> None:
+    """Write what drawing needs of a checkpoint, a quarter of its size: it has the averaged weights
+    and nothing that training on would need. Raises ValueError as load and save do."""
+    contents = load(source)
+    _write(Path(target), {k: contents[k] for k in ("format", "config", "progress", "ema")})
+
+
+def _write(path: Path, contents: dict[str, Any]) -> None:
     partial = path.with_name(f".{path.name}.partial")
     try:
         with open(partial, "wb") as file:
@@ -75,13 +86,6 @@ def save(
         partial.unlink(missing_ok=True)
         reason = str(error).splitlines()[0]
         raise ValueError(f"{path}: cannot be written ({reason}); make room there") from None
-
-
-def slim(source: str | Path, target: str | Path) -> None:
-    """Write what drawing needs of a checkpoint, a quarter of its size: it has the averaged weights
-    and nothing that training on would need. Raises ValueError as load does."""
-    contents = load(source)
-    torch.save({k: contents[k] for k in ("format", "config", "progress", "ema")}, target)
 
 
 def load(path: str | Path, device: torch.device | str = "cpu", *, mmap: bool = False) -> dict:

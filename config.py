@@ -43,7 +43,7 @@ class Config:
     # Images
     img_size: int = knob(28, "image side in pixels; a multiple of 4", least=4, shapes_model=True)
     img_channels: int = knob(1, "colour channels of an image", least=1, shapes_model=True)
-    num_classes: int = knob(10, "number of labels", least=1, shapes_model=True)
+    num_classes: int = knob(10, "number of labels", least=1, most=10, shapes_model=True)
     max_images: int = knob(0, "train on only the first N images (0: all)", least=0)
 
     # U-Net
@@ -104,7 +104,9 @@ class Config:
         1.0, "guidance acts only where t / timesteps is at most this", least=0, most=1
     )
     eta: float = knob(0.0, "noise of ddim (0: none, 1: as ddpm)", least=0, most=1)
-    clip_x_0: bool = knob(True, "clamp each estimate of x_0 to [-1, 1]")
+    clip_x_0: bool = knob(
+        True, "clamp each estimate of x_0 to [-1, 1]; the loss then forgives what lies beyond"
+    )
     sample_batch_size: int = knob(128, "images sampled at a time", least=1)
     preview_digits: str = knob("0123456789", "digits of the sample grid, one row each")
     preview_columns: int = knob(10, "samples of each digit in the grid", least=1)
@@ -272,11 +274,12 @@ def run_script(name: str, main: Any) -> None:
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"{name}: {error}", file=sys.stderr)
         sys.exit(1 if isinstance(error, FloatingPointError) else 2)
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's, which this file cannot import
+    except (RuntimeError, MemoryError) as error:
+        reason = (str(error) or "out of memory").splitlines()[0]
+        kind = type(error).__name__  # OutOfMemoryError is torch's, which this file cannot import
+        if "MemoryError" not in kind and "allocate memory" not in reason:
             raise
-        reason = str(error).splitlines()[0]
-        print(f"{name}: {reason} Try a smaller --batch_size.", file=sys.stderr)
+        print(f"{name}: {reason}; use a smaller batch size or count", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print(f"\n{name}: stopped", file=sys.stderr)

@@ -32,6 +32,8 @@ def load_split(cfg: Config, train: bool, device: torch.device) -> tuple[Tensor, 
         ) from None
     if cfg.img_channels != 1:
         raise ValueError(f"img_channels = {cfg.img_channels}: MNIST has 1; use --img_channels 1")
+    if cfg.num_classes != 10:
+        raise ValueError(f"num_classes = {cfg.num_classes}: MNIST has 10; use --num_classes 10")
     raw = Path(cfg.data_dir) / "MNIST" / "raw"
     try:
         dataset = MNIST(cfg.data_dir, train=train, download=True)
@@ -80,7 +82,7 @@ def draw_labels(count: int, seed: int) -> Tensor:
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
     """A name beside `path` to write to; it becomes `path` once all is written, or vanishes."""
-    partial = path.with_name(f".{path.name}")
+    partial = path.with_name(f".{path.stem}.partial{path.suffix}")
     try:
         yield partial
         partial.replace(path)

@@ -210,8 +210,8 @@ class Diffusion:
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Draw an image for each label in y int64 (N,): (N, C, H, W), in [-1, 1] if clipped.
 
-        Image i takes all its noise from a stream of its own, given by (seed, i): the same picture
-        whatever N and `batch_size`, and on any device up to rounding. `guidance` 1 (plain
+        Image i takes all its noise from a stream of its own, given by (seed, i): up to rounding the
+        same picture whatever N, `batch_size` and device. `guidance` 1 (plain
         conditional) and 0 (label ignored) cost one network call a step, others two, but only
         where `guidance_low` < t / T <= `guidance_high`. With `progress` a bar is shown where stderr
         is a terminal. With `return_intermediates` also x at every time, from noise to the image:
@@ -256,17 +256,22 @@ class Diffusion:
         self, model: Model, x: Tensor, t: int, y: Tensor, guidance: float, clip_x_0: bool
     ) -> tuple[Tensor, Tensor]:
         """x_0_hat and eps_hat at time t with classifier-free guidance (Ho & Salimans 2022, eq. 6,
-        with their 1 + w written as `guidance`). Every prediction type is linear in eps, so
-        guiding the raw prediction is the same as guiding eps."""
+        with their 1 + w written as `guidance`). x_0 and eps are linear in each other, so guiding
+        both is the same as guiding eps."""
         batch_t = torch.full_like(y, t)
         null = torch.full_like(y, self.null_class)
         if guidance in (0, 1):
             prediction = model(x, batch_t, y if guidance == 1 else null)
+            x_0, eps = self.denoise(prediction.to(x.dtype), x, batch_t)
         else:
-            both = model(torch.cat([x, x]), batch_t.repeat(2), torch.cat([y, null]))
-            conditional, unconditional = both.chunk(2)
-            prediction = unconditional + guidance * (conditional - unconditional)
-        x_0, eps = self.denoise(prediction.to(x.dtype), x, batch_t)
+            twice_x, twice_t = torch.cat([x, x]), batch_t.repeat(2)
+            prediction = model(twice_x, twice_t, torch.cat([y, null]))
+            both = self.denoise(prediction.to(x.dtype), twice_x, twice_t)
+            if clip_x_0:  # each, because beyond the clamp the loss leaves them to chance
+                both = both[0].clamp(-1, 1), both[1]
+            (x_0, null_x_0), (eps, null_eps) = (each.chunk(2) for each in both)
+            x_0 = null_x_0 + guidance * (x_0 - null_x_0)
+            eps = null_eps + guidance * (eps - null_eps)
         if clip_x_0:
             x_0 = x_0.clamp(-1, 1)
             signal, noise, _ = self._at(batch_t, x)

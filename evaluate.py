@@ -75,7 +75,8 @@ class Judge:
             closest = distances.argsort()[:10]
             beside = torch.stack([images[closest], self.train_images[index[closest]]], dim=1)
             pairs.parent.mkdir(parents=True, exist_ok=True)
-            image_grid(beside.flatten(0, 1), columns=4).save(pairs)
+            with written_whole(pairs) as partial:
+                image_grid(beside.flatten(0, 1), columns=4).save(partial)
         return {"images": N, "samples": figures, "real": real}
 
     def _figures(self, images: Tensor, labels: Tensor | None) -> dict[str, Any]:
@@ -115,7 +116,7 @@ def sample(
     began = time.perf_counter()
     diffusion = Diffusion(trained)
     x_0 = diffusion.sample(model, labels, **cfg.sampling, progress=True)
-    images = to_uint8(x_0)
+    images = to_uint8(x_0).cpu().to(device)  # by way of the CPU, so that the clock waits for it
     seconds = time.perf_counter() - began
     calls = diffusion.network_calls(cfg.steps, cfg.guidance, cfg.guidance_low, cfg.guidance_high)
     cost = {"calls": calls, "seconds": seconds}
@@ -175,11 +176,15 @@ def evaluate_model(judge: Judge, cfg: Config, path: Path, count: int, cas: bool)
     how = (
         f"{cfg.sampler}-{cfg.steps}-w{cfg.guidance:g}-from{cfg.guidance_low:g}to"
         f"{cfg.guidance_high:g}-eta{cfg.eta:g}-n{count}-s{cfg.seed}"
+        f"{'' if cfg.clip_x_0 else '-unclipped'}"
     )
     file = Path(cfg.output_dir, "metrics", f"{path.stem}-{model_hash[:8]}-{how}.json")
     key = {"model": model_hash, "evaluator": judge.sha256, "settings": settings}
     if file.exists():
-        known = json.loads(file.read_text())
+        try:
+            known = dict(json.loads(file.read_text()))
+        except (ValueError, TypeError):
+            raise ValueError(f"{file}: damaged; delete it") from None
         if all(known.get(k) == v for k, v in key.items()) and ("cas" in known or not cas):
             tqdm.write(f"measured before: {file}")
             return known
@@ -282,7 +287,10 @@ def main() -> int:
             raise ValueError(
                 f"no model in {cfg.output_dir}/models; train one first: python train.py"
             )
-        diffusion = Diffusion(Config.from_dict(checkpoint.load(path, mmap=True)["config"]))
+        trained = Config.from_dict(checkpoint.load(path, mmap=True)["config"])
+        if "clip_x_0" not in given_flags(args):  # the model was trained for one of the two
+            cfg = replace(cfg, clip_x_0=trained.clip_x_0)
+        diffusion = Diffusion(trained)
         grid = parse_sweep(args.sweep or [])
         for each in grid or [{}]:  # complain now, not after an hour
             diffusion.sampling_times(replace(cfg, **each).steps)

@@ -1,6 +1,5 @@
 """Draw digits with a trained model: python generate.py asks; with flags it asks nothing."""
 
-import json
 import os
 import secrets
 import sys
@@ -8,48 +7,49 @@ import time
 from argparse import BooleanOptionalAction
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 import checkpoint
 from config import FAST, SAMPLING, Config, Parser, add_flags, given_flags, parse_digits, run_script
-from data import draw_labels, image_grid, to_uint8, write_npz, written_whole
+from data import draw_labels, image_grid, to_uint8, write_npz
 from diffusion import Diffusion
 from model import pick_device
+from picture import arrange, made_with, read_png, save_animation, save_png
 from terminal import ask, say, show, whole_number
 
 VERSION = "1.0"
-FLAGS = (*SAMPLING, "seed", "clip_x_0", "sample_batch_size", "device", "output_dir")
-PLACES = {"device", "output_dir"}
+MOST, MOST_MOVING = 100_000, 500  # images in a file; of an animation WebP ends at 16,383 pixels
 RECORDED = (*SAMPLING, "seed", "clip_x_0", "sample_batch_size")  # they settle a picture's pixels
+PLACES = ("device", "output_dir")
 
 
 class Pen:
     """A trained model, ready to draw."""
 
     def __init__(self, path: Path, device: torch.device) -> None:
-        self.path, self.device = path, device
+        self.path, self.device, self.sha256 = path, device, checkpoint.sha256(path)
         self.model, self.trained, self.progress = checkpoint.load_model(path, device)
         self.diffusion = Diffusion(self.trained)
 
-    def labels(self, digits: str, count: int) -> tuple[Tensor, int]:
-        """Labels (N,) of `count` variants of the number `digits`, or of each digit for "all"; and
-        how many digits a variant has."""
-        if digits == "all":
-            return torch.arange(self.trained.num_classes).repeat_interleave(count), 1
-        number = parse_digits(digits, self.trained.num_classes)
-        return torch.tensor(number * count), len(number)
+    def labels(self, digits: str, count: int) -> Tensor:
+        """Labels (N,) of `count` variants of the number `digits`, where "all" stands for every
+        digit once."""
+        everything = list(range(self.trained.num_classes))
+        number = everything if digits == "all" else parse_digits(digits, len(everything))
+        if len(number) * count > MOST:
+            raise ValueError(f"count = {count}: more than {MOST:,} images in all; draw fewer")
+        return torch.tensor(number * count)
 
     def draw(self, cfg: Config, y: Tensor, every_step: bool = False) -> Tensor:
-        """uint8 (N, C, H, W); with `every_step` from noise to image (steps + 1, N, C, H, W)."""
+        """uint8 (N, C, H, W) on the CPU; with `every_step` from the noise on (steps + 1, …)."""
         x = self.diffusion.sample(
             self.model, y.to(self.device), **cfg.sampling, progress=True,
             return_intermediates=every_step,
         )  # fmt: skip
-        return to_uint8(x[1] if every_step else x)
+        return to_uint8(x[1] if every_step else x).cpu()
 
 
 def usual_count(digits: str) -> int:
@@ -57,41 +57,31 @@ def usual_count(digits: str) -> int:
     return 16 if digits == "all" else max(1, 16 // len(digits))
 
 
-def side_by_side(images: Tensor, length: int) -> Tensor:
-    """Images (N, C, H, W) → numbers of `length` digits (N / length, C, H, length · W)."""
-    return torch.cat(list(images.unflatten(0, (-1, length)).unbind(1)), dim=-1)
-
-
 def write(pen: Pen, cfg: Config, digits: str, count: int, output: Path, look: bool) -> None:
     """Draw `count` variants of `digits` into one file, of the kind that its ending says."""
-    y, length = pen.labels(digits, count)
-    columns = count if digits == "all" else max(1, round((count / length) ** 0.5))
-    moving = output.suffix in (".gif", ".webp")
+    y, moving = pen.labels(digits, count), output.suffix in (".gif", ".webp")
     if output.suffix == ".npz" and digits == "all":
+        if pen.trained.num_classes != 10:
+            raise ValueError(f"digits = 'all': {pen.path} does not know MNIST's ten; name digits")
         y = draw_labels(count, cfg.seed)  # a set to measure, `count` images in all
+    elif moving and len(y) > MOST_MOVING:
+        raise ValueError(f"count = {count}: more than {MOST_MOVING} images for {output.suffix}")
     began = time.perf_counter()
     images = pen.draw(cfg, y, every_step=moving)
     told(pen, cfg, len(y), time.perf_counter() - began)
     if output.suffix == ".npz":
         write_npz(output, images, y)
     elif moving:
-        grids = [image_grid(side_by_side(step, length), columns) for step in images]
+        grids = [image_grid(*arrange(step, digits, count)) for step in images]
         images = images[-1]
-        pace = max(20, 1500 // len(grids))  # milliseconds: 1.5 s of denoising, 1 s of the digits
-        options = {"lossless": True} if output.suffix == ".webp" else {}
-        with written_whole(output) as partial:
-            grids[0].save(
-                partial, save_all=True, append_images=grids[1:], loop=0,
-                duration=[pace] * (len(grids) - 1) + [1000], **options,
-            )  # fmt: skip
+        save_animation(grids, output)
     else:
-        grid = image_grid(side_by_side(images, length), columns)
-        with written_whole(output) as partial:
-            grid.save(partial, pnginfo=provenance(pen, cfg, digits, count))
+        grid = image_grid(*arrange(images, digits, count))
+        save_png(grid, output, provenance(pen, cfg, digits, count))
     if look:
         edge = images.shape[-1] // 14  # the empty margin; a terminal has few characters
         inside = slice(edge, images.shape[-1] - edge)
-        show(side_by_side(images[..., inside, inside], length))
+        show(arrange(images[..., inside, inside], digits, count)[0])
     print(output, flush=True)
 
 
@@ -104,7 +94,8 @@ def told(pen: Pen, cfg: Config, count: int, seconds: float) -> None:
 def write_folder(pen: Pen, cfg: Config, digits: str, count: int, folder: Path) -> None:
     """Write each image to its own PNG, with its own seed: --digits 7 --count 1 --seed 12 is
     7_seed12.png. Raises ValueError before anything is drawn if one of them exists."""
-    y = pen.labels(digits, count)[0].tolist()
+    y = pen.labels(digits, count).tolist()
+    replace(cfg, seed=cfg.seed + len(y) - 1)  # complains now if seeds run out
     paths = [folder / f"{digit}_seed{cfg.seed + i}.png" for i, digit in enumerate(y)]
     for path in paths:
         if path.exists():
@@ -117,45 +108,39 @@ def write_folder(pen: Pen, cfg: Config, digits: str, count: int, folder: Path) -
     for i, (digit, path) in enumerate(zip(y, paths, strict=True)):
         own = replace(cfg, seed=cfg.seed + i)
         image = image_grid(pen.draw(own, torch.tensor([digit])), columns=1)
-        with written_whole(path) as partial:
-            image.save(partial, pnginfo=provenance(pen, own, str(digit), 1))
+        save_png(image, path, provenance(pen, own, str(digit), 1))
         print(path, flush=True)
     told(pen, cfg, len(y), time.perf_counter() - began)
 
 
-def provenance(pen: Pen, cfg: Config, digits: str, count: int) -> PngInfo:
-    """The text chunks from which --reproduce draws a picture again."""
-    chunks = {"model": checkpoint.sha256(pen.path), "digits": digits, "count": count}
-    chunks |= {name: getattr(cfg, name) for name in RECORDED}
-    chunks |= {"version": VERSION, "torch": torch.__version__}
-    info = PngInfo()
-    for name, value in chunks.items():
-        info.add_text(name, json.dumps(value))
-    return info
+def provenance(pen: Pen, cfg: Config, digits: str, count: int) -> dict[str, Any]:
+    """What --reproduce needs to draw a picture again."""
+    known = {"model": pen.sha256, "digits": digits, "count": count, "version": VERSION}
+    return known | {name: getattr(cfg, name) for name in RECORDED} | {"made with": made_with()}
 
 
 def reproduce(picture: Path, folder: Path, cfg: Config, output: Path | None, look: bool) -> None:
     """Draw a picture again from its text chunks; raises ValueError when it has none, when its
     model is not in `folder`, and when the bytes come out differently."""
+    known, original = read_png(picture), picture.read_bytes()
     try:
-        with Image.open(picture) as image:
-            known = {name: json.loads(text) for name, text in image.text.items()}
-        settings = {name: known[name] for name in RECORDED}
-        model, digits, count, made_by = (known[k] for k in ("model", "digits", "count", "torch"))
-    except FileNotFoundError:
-        raise ValueError(f"{picture}: no such picture") from None
-    except (OSError, AttributeError, LookupError, TypeError, ValueError):
+        cfg = replace(cfg, **{name: known[name] for name in RECORDED})
+        digits, count, model = known["digits"], known["count"], known["model"]
+        if type(digits) is not str or type(count) is not int or count < 1:
+            raise TypeError
+    except (LookupError, TypeError, ValueError):
         raise ValueError(f"{picture}: not a PNG that generate.py wrote") from None
-    paths = [path for path in folder.glob("*.pth") if checkpoint.sha256(path) == model]
-    if not paths:
-        raise ValueError(f"{picture}: its model, SHA-256 {model}, is not in {folder}; put it there")
-    cfg = replace(cfg, **settings)
+    models = [p for p in folder.glob("*.pth") if checkpoint.sha256(p) == model]
+    if not models:
+        raise ValueError(f"{picture}: its model, SHA-256 {model}, is not in {folder}")
     output = output or free_name(cfg, f"{digits}_again")
-    write(Pen(paths[0], pick_device(cfg.device)), cfg, digits, count, output, look)
-    if output.read_bytes() != picture.read_bytes():
+    if output.exists() and output.samefile(picture):
+        raise ValueError(f"output = '{output}': is the picture itself; choose another name")
+    write(Pen(models[0], pick_device(cfg.device)), cfg, digits, count, output, look)
+    if output.read_bytes() != original:
         raise ValueError(
-            f"{output}: not the same bytes as {picture}, which torch {made_by} made; here is torch "
-            f"{torch.__version__} on {cfg.device}"
+            f"{output}: not the same bytes as {picture}, made with {known.get('made with')}; "
+            f"this is {made_with()} on {pick_device(cfg.device)}"
         )
     say(f"the same bytes as {picture}")
 
@@ -180,7 +165,7 @@ def real_number(text: str) -> float:
 
 def choose_model(folder: Path) -> Path:
     """List the models of a folder and ask for one; Enter takes the newest."""
-    found = checkpoint.list_checkpoints(folder)
+    found = list_models(folder)
     say(f"Models in {folder}:")
     for number, (path, progress) in enumerate(found, 1):
         date = time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime))
@@ -188,17 +173,25 @@ def choose_model(folder: Path) -> Path:
     return found[ask("Which model", len(found), whole_number(len(found))) - 1][0]
 
 
+def list_models(folder: Path) -> list[tuple[Path, checkpoint.Progress]]:
+    """The models of a folder, newest last; raises ValueError when there is none."""
+    found = checkpoint.list_checkpoints(folder)
+    if not found:
+        raise ValueError(f"no model in {folder}; train one first: python train.py --budget 10m")
+    return found
+
+
 def find_model(text: str, folder: Path) -> Path:
     """The model that a user means by a path, a name in `folder`, its number there or "newest"."""
-    found = [path for path, _ in checkpoint.list_checkpoints(folder)]
-    if not found and not Path(text).is_file():
-        raise ValueError(f"no model in {folder}; train one first: python train.py --budget 10m")
-    if text == "newest":
-        return found[-1]
-    if text.isdecimal() and 1 <= int(text) <= len(found):
-        return found[int(text) - 1]
-    places = (Path(text), folder / text, folder / f"{text}.pth")
-    return next((path for path in places if path.is_file()), Path(text))
+    for path in (Path(text), folder / text, folder / f"{text}.pth"):
+        if path.is_file():
+            return path
+    if text == "newest" or text.isdecimal():
+        found = [path for path, _ in list_models(folder)]
+        number = len(found) if text == "newest" else int(text)
+        if 1 <= number <= len(found):
+            return found[number - 1]
+    return Path(text)  # of which load says that it is none
 
 
 def converse(pen: Pen, cfg: Config, seed: int | None, look: bool) -> None:
@@ -236,7 +229,7 @@ def main() -> int:
         help="also draw in the terminal (default: where there is one)",
     )  # fmt: skip
     parser.add_argument("--reproduce", type=Path, metavar="FILE.png", help="draw that picture anew")
-    add_flags(parser, FLAGS)
+    add_flags(parser, (*RECORDED, *PLACES))
     args = parser.parse_args()
     given = given_flags(args)
     cfg = replace(Config(), **{**(FAST if args.fast else {}), **given})
@@ -247,11 +240,13 @@ def main() -> int:
     if asks and (args.output or args.count is not None):
         raise ValueError("--output and --count need --digits, say --digits 7")
     if args.reproduce and (
-        args.digits or args.count or args.model or args.fast or given.keys() - PLACES
+        args.digits or args.count or args.model or args.fast or given.keys() - set(PLACES)
     ):
         raise ValueError("--reproduce takes everything from the picture; drop the other flags")
     output = Path(args.output) if args.output else None
     to_folder = bool(output) and (args.output.endswith(("/", os.sep)) or output.is_dir())
+    if args.reproduce and output and (to_folder or output.suffix != ".png"):
+        raise ValueError(f"output = '{args.output}': --reproduce writes a .png")
     if output and not to_folder and output.suffix not in (".png", ".gif", ".webp", ".npz"):
         raise ValueError(
             f"output = '{output}': must end in .png, .gif, .webp, .npz, or / (a folder)"
@@ -262,12 +257,17 @@ def main() -> int:
     folder = Path(cfg.output_dir, "models")
     try:
         if args.reproduce:
+            if "device" not in given:
+                cfg = replace(cfg, device="cpu")  # a GPU rounds differently
             reproduce(args.reproduce, folder, cfg, output, args.show)
             return 0
-        path = find_model(args.model or "newest", folder)
         if asks and not args.model:
             path = choose_model(folder)
+        else:
+            path = find_model(args.model or "newest", folder)
         pen = Pen(path, pick_device(cfg.device))
+        if "clip_x_0" not in given:  # the model was trained for one of the two
+            cfg = replace(cfg, clip_x_0=pen.trained.clip_x_0)
         if "steps" not in given:
             cfg = replace(cfg, steps=min(cfg.steps, pen.trained.timesteps))
         pen.diffusion.sampling_times(cfg.steps)  # complains now if the model has fewer

@@ -9,6 +9,8 @@ import matplotlib
 matplotlib.use("Agg")  # no window, and no screen needed
 import matplotlib.pyplot as plt
 
+from data import written_whole
+
 
 def plot_training(metrics: Path, path: Path) -> None:
     """Loss, learning rate and images a second over the optimizer steps of metrics.csv."""
@@ -21,7 +23,8 @@ def plot_training(metrics: Path, path: Path) -> None:
         axes.set(xlabel="step", title=name.replace("_", " "))
         axes.set_ylim(bottom=0)
     figure.tight_layout()
-    figure.savefig(path, dpi=100)
+    with written_whole(path) as partial:
+        figure.savefig(partial, dpi=100)
     plt.close(figure)
 
 
@@ -46,6 +49,7 @@ def plot_sweep(results: list[dict[str, Any]], best: list[bool], path: Path) -> P
     axes.legend(fontsize=8)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    with written_whole(path) as partial:
+        figure.savefig(partial, dpi=120)
     plt.close(figure)
     return path

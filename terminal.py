@@ -76,10 +76,10 @@ def show(tiles: Tensor, stream: TextIO = sys.stderr) -> None:
     """Print uint8 pictures (N, C, H, W) on `stream`, as many side by side as its terminal is wide:
     at full size where all of them fit, else at half or less, and two screens of them at most."""
     colour = has_colour(stream)
-    size = os.terminal_size((80, 24))
+    wide, high = 0, 0
     with suppress(OSError, ValueError):  # not a terminal
-        size = os.get_terminal_size(stream.fileno())
-    size = shutil.get_terminal_size(size)  # which also asks COLUMNS, LINES and stdout
+        wide, high = os.get_terminal_size(stream.fileno())
+    size = shutil.get_terminal_size((wide or 80, high or 24))  # COLUMNS and LINES come first
     grey = tiles.float().mean(dim=1, keepdim=True).cpu()  # (N, 1, H, W)
     N, _, H, W = grey.shape
     for shrink in (1, 2, 3, 4):

@@ -54,8 +54,8 @@ def start_script(script: str, *args: object, **options: object) -> subprocess.Po
     """Start a script as a process of its own, with its output as text."""
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
     command = [sys.executable, str(REPO / script), *map(str, args)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(command, env=environment, **(pipes | options))
+    usual = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, **(usual | {"env": environment} | options))
 
 
 def assert_one_line(result: Result, *words: str) -> None:

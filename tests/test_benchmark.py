@@ -20,12 +20,12 @@ def test_the_figures_are_printed_written_and_agree(run, tmp_path, monkeypatch):
     for text in (f"{train['images_per_second']:.0f} images/s", "peak memory", f"wrote {file}"):
         assert text in result.out
     assert list(train["milliseconds"]) == ["data", "forward", "backward", "optimizer", "average"]
-    step = sum(train["milliseconds"].values()) / 1000
-    assert 16 / train["images_per_second"] == pytest.approx(step, rel=0.5)
-    assert 0 < train["share_of_convolution_peak"] < 1
-    speed = list(draw["images_per_second_at_calls"].values())
-    assert len(speed) == 5
-    assert speed == sorted(speed, reverse=True)
+    assert min(train["milliseconds"].values()) > 0
+    alone = train["convolutions_alone_tera_flops"]
+    assert train["share_of_convolution_peak"] == pytest.approx(train["tera_flops"] / alone)
+    speed = draw["images_per_second_at_calls"]
+    assert list(speed) == ["1", "4", "8", "20", "50"]
+    assert speed["1"] > 5 * speed["50"]
     assert 0 < draw["one_image_seconds"] < 5
     assert 1e8 < figures["peak_memory_bytes"] < 2e10
 
@@ -54,3 +54,4 @@ def test_the_operations_are_those_of_the_convolutions(monkeypatch):
 def test_bad_input_is_one_line(run, tmp_path):
     assert_one_line(run("benchmark.py", "--json", tmp_path / "no" / "a.json"), "make it first")
     assert_one_line(run("benchmark.py", "--batch_size", 0), "batch_size = 0", "at least 1")
+    assert_one_line(run("benchmark.py", *FLAGS, "--batch_size", 70_000), "60000 images")

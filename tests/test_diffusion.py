@@ -356,6 +356,23 @@ def test_the_clamp_keeps_x_0_and_eps_consistent():
     assert beyond > 100
 
 
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_guidance_mixes_estimates_that_are_clamped_already(prediction):
+    process, y = diffusion(prediction=prediction), torch.tensor([0])
+    null = process.null_class
+
+    def beyond_black(x_t, t, y):  # how far is left to chance; both mean black
+        x_0 = torch.where(y == null, -5.0, -1.1)[:, None, None, None].expand_as(x_t).double()
+        a = process.alpha_bar[t][:, None, None, None]
+        eps = (x_t - a.sqrt() * x_0) / (1 - a).sqrt()
+        v = a.sqrt() * eps - (1 - a).sqrt() * x_0
+        return {"eps": eps, "v": v, "x_0": x_0}[prediction]
+
+    for steps in (1, 4):
+        x_0 = process.sample(beyond_black, y, steps=steps, guidance=1.5, dtype=torch.float64)
+        torch.testing.assert_close(x_0, torch.full_like(x_0, -1.0))
+
+
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_guidance_costs_a_second_call_only_where_it_must(sampler):
     process, y = diffusion(), torch.arange(3)

@@ -1,9 +1,7 @@
 """generate.py through its flags, and through a real pseudo-terminal."""
 
 import os
-import pty
 import re
-import resource
 import select
 import shutil
 import signal
@@ -19,7 +17,16 @@ from conftest import REPO, TINY, assert_one_line, start_script
 from PIL import Image
 
 from checkpoint import Progress
+from config import FAST, Config
 from data import LABEL_COUNTS, read_npz
+from diffusion import Diffusion
+from picture import read_png, save_png
+
+if os.name != "nt":
+    import pty
+    import resource
+
+unix = pytest.mark.skipif(os.name == "nt", reason="needs a Unix pseudo-terminal or limit")
 
 
 @pytest.fixture(scope="module")
@@ -80,10 +87,27 @@ def test_a_labelled_set_has_mnists_histogram(results, run, tmp_path):
     assert read_npz(few)[1].tolist() == [3, 1, 3, 1]
 
 
-def test_all_digits_on_one_grid(results, run, tmp_path):
-    out = tmp_path / "all.png"
-    run("generate.py", "--digits", "all", "--count", 2, "--output", out, "--output_dir", results)
-    assert Image.open(out).size == (2 * 30 + 2, 10 * 30 + 2)
+def test_all_digits_have_a_row_each_on_one_grid(results, run, tmp_path):
+    grids = {}
+    for digits, count in (("all", 2), ("all", 3), ("0123456789", 2)):
+        out = tmp_path / "all.png"
+        run("generate.py", "--digits", digits, "--count", count, "--output", out,
+            "--output_dir", results)  # fmt: skip
+        grids[digits, count] = np.asarray(Image.open(out)).astype(int)
+    two, three, rows = grids.values()
+    assert two.shape == (10 * 30 + 2, 2 * 30 + 2)
+    assert abs(three[:, :60] - two[:, :60]).max() <= 1  # more of them changes none
+    for digit in range(10):  # the same pictures as the number 0123456789, lying on its side
+        tile = two[2 + 30 * digit :][:28, 2:30]
+        assert (tile == rows[2:30, 2 + 28 * digit :][:, :28]).all()
+
+
+def test_what_a_picture_costs():
+    default, process = Config().sampling, Diffusion(Config())
+    limits = ("steps", "guidance", "guidance_low", "guidance_high")
+    assert process.network_calls(**{k: default[k] for k in limits}) == 20
+    fast = default | FAST
+    assert process.network_calls(**{k: fast[k] for k in limits}) == 6
 
 
 def test_the_seed_sets_the_pictures_and_the_count_does_not(results, run, tmp_path):
@@ -115,6 +139,10 @@ def test_the_model_asked_for_is_used(results, run):
     [
         (("--digits", "7x"), ("digits = '7x'", "0 to 9")),
         (("--digits", "7", "--count", 0), ("count = 0", "at least 1")),
+        (("--digits", "7", "--count", 10**12), ("count = 1000000000000", "100,000 images")),
+        (("--digits", "7", "--count", 600, "--output", "a.gif"), ("count = 600", "500 images")),
+        (("--digits", "77", "--seed", 2**63 - 1, "--output", "many/"), ("seed = ", "at most")),
+        (("--reproduce", "a.png", "--output", "a.gif"), ("a.gif", "writes a .png")),
         (("--digits", "7", "--steps", 0), ("steps = 0", "at least 1")),
         (("--digits", "7", "--steps", 2000), ("steps = 2000", "timesteps")),
         (("--digits", "7", "--guidance", "much"), ("--guidance", "much")),
@@ -167,9 +195,11 @@ class Terminal:
 
     def __init__(self, *flags: object) -> None:
         self.screen, terminal = pty.openpty()
+        capable = {k: v for k, v in os.environ.items() if k != "NO_COLOR"}
+        capable |= {"TERM": "xterm-256color", "PYTHONIOENCODING": "utf-8"}
         self.process = start_script(
             "generate.py", *flags, stdin=terminal, stdout=terminal, stderr=terminal,
-            start_new_session=True,
+            start_new_session=True, env=capable,
         )  # fmt: skip
         os.close(terminal)
 
@@ -194,6 +224,7 @@ class Terminal:
         return code
 
 
+@unix
 def test_a_conversation(results):
     terminal = Terminal("--output_dir", results)
     listing = terminal.read_until("Which model [2]: ")
@@ -229,6 +260,7 @@ def test_a_conversation(results):
     assert pictures[0].read_bytes() != pictures[1].read_bytes()
 
 
+@unix
 @pytest.mark.parametrize(("key", "code"), [(b"\x04", 0), (b"\x03", 130)], ids=["ctrl-d", "ctrl-c"])
 def test_leaving(results, key, code):
     terminal = Terminal("--output_dir", results)
@@ -276,6 +308,30 @@ def test_a_picture_is_reproduced_byte_for_byte(results, run, flags):
     assert "the same bytes" in again.err
 
 
+def test_a_picture_is_never_replaced_by_its_reproduction(results, run):
+    made = Path(run("generate.py", "--digits", "7", "--output_dir", results).out.strip())
+    before = made.read_bytes()
+    flags = ("--reproduce", made, "--output", made, "--output_dir", results)
+    assert_one_line(run("generate.py", *flags), "is the picture itself")
+    assert made.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{}, {"digits": 7}, {"count": "3"}, {"count": 0}, {"seed": -1}, {"steps": "x"}, {"model": 3}],
+    ids=str,
+)
+def test_an_edited_picture_is_refused_in_one_line(results, run, tmp_path, change):
+    made = Path(run("generate.py", "--digits", "7", "--output_dir", results).out.strip())
+    known = read_png(made) | {"comment": "hello"} | change
+    if not change:
+        del known["seed"]
+    edited = tmp_path / "edited.png"
+    save_png(Image.open(made), edited, known)
+    result = run("generate.py", "--reproduce", edited, "--output_dir", results)
+    assert_one_line(result, str(edited))
+
+
 def test_reproducing_without_the_model_names_it(results, run):
     made = Path(run("generate.py", "--digits", "7", "--output_dir", results).out.strip())
     text = Image.open(made).text
@@ -291,7 +347,10 @@ def test_a_reproduction_that_differs_says_so(results, run, tmp_path):
     made.write_bytes(made.read_bytes() + b"more")
     result = run("generate.py", "--reproduce", made, "--output_dir", results)
     assert result.code == 2
-    assert re.search(rf"not the same bytes as {made}.*torch", result.err.splitlines()[-1])
+    assert re.search(
+        rf"not the same bytes as {re.escape(str(made))}.*torch .*Pillow",
+        result.err.splitlines()[-1],
+    )
 
 
 @pytest.mark.parametrize("ending", ["gif", "webp"])
@@ -342,6 +401,7 @@ def test_a_folder_that_cannot_be_written_is_one_line(results, run, tmp_path):
         assert str(folder) in result.err.splitlines()[-1]
 
 
+@unix
 @pytest.mark.parametrize("kind", ["a.png", "a.gif", "a.npz", "many/"])
 def test_a_full_disk_is_one_line_and_leaves_nothing(results, tmp_path, kind):
     def full() -> None:  # no file may grow beyond 100 bytes
@@ -358,6 +418,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(results, tmp_path, kind):
     assert [path for path in tmp_path.rglob("*out_*") if path.is_file()] == []
 
 
+@unix
 def test_digits_appear_in_the_terminal_and_nowhere_else(results):
     terminal = Terminal("--digits", "7", "--count", 2, "--output_dir", results)
     assert "▀" in terminal.read_until("generated_7_001.png")
@@ -366,7 +427,11 @@ def test_digits_appear_in_the_terminal_and_nowhere_else(results):
     assert "▀" not in terminal.read_until("generated_7_002.png")
     assert terminal.exit_code() == 0
     process = start_script("generate.py", "--digits", "7", "--output_dir", results)
-    assert "▀" not in process.communicate(timeout=60)[0]
+    lines = process.communicate(timeout=60)[0].splitlines()
+    assert [line.split()[0] for line in lines] == [
+        "16",
+        str(results / "images/generated_7_003.png"),
+    ]
 
 
 def test_the_shipped_model_stands_in_until_one_is_trained(results, run, tmp_path):
