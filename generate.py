@@ -30,8 +30,9 @@ class Pen:
     """A trained model, ready to draw."""
 
     def __init__(self, path: Path, device: torch.device) -> None:
-        self.path, self.device, self.sha256 = path, device, checkpoint.sha256(path)
+        self.path, self.device = path, device
         self.model, self.trained, self.progress = checkpoint.load_model(path, device)
+        self.sha256 = checkpoint.sha256(path)
         self.diffusion = Diffusion(self.trained)
 
     def labels(self, digits: str, count: int) -> Tensor:

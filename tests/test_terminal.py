@@ -56,9 +56,9 @@ def visible(line: str) -> str:
 @pytest.mark.parametrize("columns", [20, 40, 80, 200])
 def test_no_line_is_wider_than_the_terminal(sized, columns):
     sized(columns, 50)
-    for screen in (Screen(), Screen("ascii")):
+    for encoding in ("utf-8", "ascii"):
         for width in (24, 48, 96):
-            lines = shown(digits(16, width), screen)
+            lines = shown(digits(16, width), Screen(encoding))
             assert "wide" in lines[0] if width > 4 * columns else len(lines) >= 4
             assert all(len(visible(line)) <= columns for line in lines if "wide" not in line)
 
