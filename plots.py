@@ -46,6 +46,9 @@ def plot_sweep(results: list[dict[str, Any]], best: list[bool], path: Path) -> P
                  s=140, facecolors="none", edgecolors="black", label="best")  # fmt: skip
     axes.axhline(results[0]["real"]["fd"], linestyle="--", color="grey", label="real test images")
     axes.set(xlabel="network calls an image", ylabel="FD-MNIST", xscale="log", yscale="log")
+    for axis in (axes.xaxis, axes.yaxis):  # 20, not 2 x 10^1
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter("{x:g}")
     axes.legend(fontsize=8)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
