@@ -243,12 +243,14 @@ def sweep(judge: Judge, cfg: Config, path: Path, count: int, grid: list[dict[str
         for each in tqdm(grid, desc="sweep", disable=None)
     ]
     best = pareto_best(results)
-    print(f"{'':2}{'sampler':8}{'steps':>6}{'guidance':>9}{'from':>6}{'to':>6}{'eta':>5}{'calls':>6}{'FD':>9}"
-          f"{'/ floor':>8}{'agree':>8}{'prec.':>7}{'recall':>7}{'img/s':>7}")  # fmt: skip
+    print(f"{'':2}{'sampler':8}{'steps':>6}{'guidance':>9}{'from':>6}{'to':>6}{'eta':>5}"
+          f"{'calls':>6}{'FD':>9}{'/ floor':>8}"
+          f"{'agree':>8}{'prec.':>7}{'recall':>7}{'img/s':>7}")  # fmt: skip
     for result, is_best in zip(results, best, strict=True):
         k, s, cost = result["settings"], result["samples"], result["sampling"]
         print(f"{'*' if is_best else '':2}{k['sampler']:8}{k['steps']:6}{k['guidance']:9g}"
-              f"{k['guidance_low']:6g}{k['guidance_high']:6g}{k['eta']:5g}{cost['calls']:6}{s['fd']:9.4f}{s['fd_over_floor']:8.2f}"
+              f"{k['guidance_low']:6g}{k['guidance_high']:6g}{k['eta']:5g}"
+              f"{cost['calls']:6}{s['fd']:9.4f}{s['fd_over_floor']:8.2f}"
               f"{s['agreement']:8.2%}{s['precision']:7.3f}{s['recall']:7.3f}"
               f"{cost['images_per_second']:7.0f}")  # fmt: skip
     print("* no other row has both a lower FD and no more network calls")
