@@ -47,7 +47,7 @@ def feature_figures(features: Tensor, real: Tensor) -> dict[str, float]:
     subset = min(1000, len(features))
     kid = kid_features_to_metric(features, real, kid_subset_size=subset, verbose=False)
     prc = prc_features_to_metric(
-        features, real, prc_neighborhood=3, prc_batch_size=2500, save_cpu_ram=True, verbose=False
+        features, real, prc_neighborhood=3, prc_batch_size=1000, save_cpu_ram=True, verbose=False
     )
     return {
         "kid": kid["kernel_inception_distance_mean"],
@@ -73,8 +73,8 @@ def pixel_figures(images: Tensor) -> dict[str, Any]:
 def nearest(images: Tensor, others: Tensor, batch_size: int = 200) -> tuple[Tensor, Tensor]:
     """Euclidean distance (N,), grey levels 0…1, from each image to the nearest of `others`, and
     which it is (N,)."""
-    b = others.flatten(1).float() / 255
-    b_squared, which = b.square().sum(dim=1), []
+    b = others.flatten(1).float().div_(255)  # 188 MB of MNIST: no second copy
+    b_squared, which = torch.linalg.vector_norm(b, dim=1).square(), []
     for part in images.split(batch_size):
         a = part.flatten(1).float() / 255
         which.append(torch.addmm(b_squared, a, b.T, alpha=-2).argmin(dim=1))
