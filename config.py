@@ -69,12 +69,16 @@ class Config:
         "x_0", "what the network predicts", choices=("eps", "v", "x_0"), shapes_model=True
     )
     loss_weighting: str = knob(
-        "uniform", "weight of a timestep in the loss", choices=("uniform", "min_snr")
+        "snr_power", "weight of a timestep in the loss", choices=("uniform", "min_snr", "snr_power")
     )
     min_snr_gamma: float = knob(5.0, "ceiling of the min-SNR weight", above=0)
     label_dropout: float = knob(0.1, "share of images trained without label", least=0, most=1)
 
     # Training
+    snr_power: float = knob(
+        0.25, "with snr_power: the error of x_0 counts snr to this power (0: its own, 1: eps's)",
+        least=0, most=1,
+    )  # fmt: skip
     epochs: int = knob(30, "epochs of a run from scratch", least=1)
     budget: str = knob("", "train for this long instead of --epochs: 90s, 10m, 1.5h")
     batch_size: int = knob(128, "images a training step", least=1)

@@ -94,20 +94,26 @@ class Diffusion:
         self.beta = 1 - self.alpha
         self.snr = self.alpha_bar / (1 - self.alpha_bar)  # inf at t = 0
         self.log_snr = self.snr.log()
-        self.loss_weight = self._make_loss_weight(cfg.loss_weighting, cfg.min_snr_gamma)
+        self.loss_weight = self._make_loss_weight(cfg)
         self._on_device: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
-    def _make_loss_weight(self, weighting: str, gamma: float) -> Tensor:
+    def _make_loss_weight(self, cfg: Config) -> Tensor:
         """Weight of the squared error of the prediction itself at t = 0…T (t = 0 is not trained).
 
-        "uniform": 1, Ho et al. 2020, eq. 14. "min_snr": Hang et al. 2023, a weight
-        min(snr, gamma) of the error of x_0, carried over to what the network predicts.
+        "uniform": 1, Ho et al. 2020, eq. 14. The others are weights of the error of x_0, carried
+        over to what the network predicts. "min_snr": min(snr, gamma), Hang et al. 2023.
+        "snr_power": snr^power, between the error of x_0 (power 0) and that of eps (power 1); snr is
+        kept to 0.01…100, where all but the first and last steps of sampling lie.
         """
-        if weighting == "uniform":
+        if cfg.loss_weighting == "uniform":
             return torch.ones_like(self.snr)
         snr = self.snr[1:]
         per_x_0_error = {"x_0": torch.ones_like(snr), "eps": snr, "v": snr + 1}[self.prediction]
-        return torch.cat([torch.zeros(1), snr.clamp(max=gamma) / per_x_0_error])
+        if cfg.loss_weighting == "min_snr":
+            weight = snr.clamp(max=cfg.min_snr_gamma)
+        else:
+            weight = snr.clamp(0.01, 100) ** cfg.snr_power
+        return torch.cat([torch.zeros(1), weight / per_x_0_error])
 
     def _at(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """sqrt(alpha_bar_t), sqrt(1 - alpha_bar_t) and the loss weight, (B, 1, 1, 1), as x is."""

@@ -149,6 +149,17 @@ def test_min_snr_weighs_the_error_of_x_0_alike_for_every_prediction(prediction):
     assert loss.item() == pytest.approx(expected.item(), rel=2e-3)
 
 
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("power", [0.0, 0.25, 1.0])
+def test_snr_power_weighs_between_the_errors_of_x_0_and_eps(prediction, power):
+    process = diffusion(prediction=prediction, loss_weighting="snr_power", snr_power=power)
+    x_0, y = torch.rand(1000, 1, 8, 8) * 2 - 1, torch.zeros(1000, dtype=torch.int64)
+    loss = process.loss(off_by(process, x_0, 0.1), x_0, y, seeded_generator(0))
+    x_0_error, eps_error = 0.1**2, 0.1**2 * process.snr[1:].clamp(0.01, 100)
+    expected = (x_0_error ** (1 - power) * eps_error**power).mean()
+    assert loss.item() == pytest.approx(expected.item(), rel=2e-3)
+
+
 def test_uniform_loss_is_the_plain_squared_error():
     process = diffusion(prediction="eps", loss_weighting="uniform")
     x_0, y = torch.rand(256, 1, 8, 8) * 2 - 1, torch.zeros(256, dtype=torch.int64)
