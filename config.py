@@ -107,7 +107,9 @@ class Config:
     guidance_high: float = knob(
         1.0, "guidance acts only where t / timesteps is at most this", least=0, most=1
     )
-    eta: float = knob(0.0, "noise of ddim (0: none, 1: as ddpm)", least=0, most=1)
+    eta: float = knob(
+        0.0, "noise that ddim and dpmpp put back (0: none, 1: as ddpm)", least=0, most=1
+    )
     clip_x_0: bool = knob(
         True, "clamp each estimate of x_0 to [-1, 1]; the loss then forgives what lies beyond"
     )

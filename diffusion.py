@@ -223,13 +223,13 @@ class Diffusion:
         is a terminal. With `return_intermediates` also x at every time, from noise to the image:
         (steps + 1, N, C, H, W).
 
-        sampler: "ddpm" (Ho et al. 2020, eq. 6 and 7), "ddim" (Song et al. 2021, eq. 12, with
-        `eta`) or "dpmpp" (DPM-Solver++ 2M, Lu et al. 2022, algorithm 2). Raises ValueError for
-        another name, and for steps not in 1…T.
+        sampler: "ddpm" (Ho et al. 2020, eq. 6 and 7), "ddim" (Song et al. 2021, eq. 12) or "dpmpp"
+        (DPM-Solver++ 2M, Lu et al. 2022, algorithm 2). The last two put back the share `eta` of
+        the noise that ddpm does. Raises ValueError for another name, and for steps not in 1…T.
         """
         if sampler not in ("ddpm", "ddim", "dpmpp"):
             raise ValueError(f"sampler = {sampler!r}: choose one of ddpm, ddim, dpmpp")
-        eta = {"ddpm": 1.0, "ddim": eta, "dpmpp": 0.0}[sampler]
+        eta = 1.0 if sampler == "ddpm" else eta
         times = self.sampling_times(steps)
         batches = list(zip(y.split(batch_size), range(0, len(y), batch_size), strict=False))
         images, histories = [], []
@@ -240,17 +240,17 @@ class Diffusion:
             for y_batch, first in batches:
                 noise = ImageNoise(seed, first, len(y_batch), self.image_shape, y.device, dtype)
                 x, history = noise.draw(), []
-                x_0_before, log_snr_before = None, math.nan
+                x_0_before, t_before = None, 0
                 for t, s in itertools.pairwise(times):
                     if return_intermediates:
                         history.append(x)
                     w = self.guidance_at(t, guidance, guidance_low, guidance_high)
-                    x_0, eps = self._guided_denoise(model, x, t, y_batch, w, clip_x_0)
-                    if sampler == "dpmpp":
-                        x = self._dpmpp_step(x, x_0, x_0_before, t, s, log_snr_before)
-                        x_0_before, log_snr_before = x_0, float(self.log_snr[t])
-                    else:
-                        x = self._ddim_step(x_0, eps, t, s, eta, noise)
+                    x_0 = self._guided_x_0(model, x, t, y_batch, w, clip_x_0)
+                    estimate = x_0
+                    if sampler == "dpmpp" and x_0_before is not None and s > 0:
+                        estimate = x_0 + self._slope(t_before, t, s) * (x_0 - x_0_before)
+                    x = self._step(x, estimate, t, s, eta, noise)
+                    x_0_before, t_before = x_0, t
                     bar.update()
                 images.append(x)
                 if return_intermediates:
@@ -258,61 +258,43 @@ class Diffusion:
         sampled = torch.cat(images)
         return (sampled, torch.cat(histories, dim=1)) if return_intermediates else sampled
 
-    def _guided_denoise(
+    def _guided_x_0(
         self, model: Model, x: Tensor, t: int, y: Tensor, guidance: float, clip_x_0: bool
-    ) -> tuple[Tensor, Tensor]:
-        """x_0_hat and eps_hat at time t with classifier-free guidance (Ho & Salimans 2022, eq. 6,
-        with their 1 + w written as `guidance`). x_0 and eps are linear in each other, so guiding
-        both is the same as guiding eps."""
-        batch_t = torch.full_like(y, t)
-        null = torch.full_like(y, self.null_class)
-        if guidance in (0, 1):
-            prediction = model(x, batch_t, y if guidance == 1 else null)
-            x_0, eps = self.denoise(prediction.to(x.dtype), x, batch_t)
-        else:
-            twice_x, twice_t = torch.cat([x, x]), batch_t.repeat(2)
-            prediction = model(twice_x, twice_t, torch.cat([y, null]))
-            both = self.denoise(prediction.to(x.dtype), twice_x, twice_t)
-            if clip_x_0:  # each, because beyond the clamp the loss leaves them to chance
-                both = both[0].clamp(-1, 1), both[1]
-            (x_0, null_x_0), (eps, null_eps) = (each.chunk(2) for each in both)
-            x_0 = null_x_0 + guidance * (x_0 - null_x_0)
-            eps = null_eps + guidance * (eps - null_eps)
-        if clip_x_0:
-            x_0 = x_0.clamp(-1, 1)
-            signal, noise, _ = self._at(batch_t, x)
-            eps = (x - signal * x_0) / noise  # so that x_0 and eps still make up x
-        return x_0, eps
-
-    def _ddim_step(
-        self, x_0: Tensor, eps: Tensor, t: int, s: int, eta: float, noise: ImageNoise
     ) -> Tensor:
-        """x_s from x_t's x_0 and eps. Song et al. 2021, eq. 12 and 16; with eta = 1 it is the
-        posterior q(x_s | x_t, x_0) of Ho et al. 2020, eq. 6 and 7. At s = 0 no noise is left."""
+        """x_0_hat at time t with classifier-free guidance (Ho & Salimans 2022, eq. 6, with their
+        1 + w written as `guidance`; x_0 and eps are linear in each other, so guiding one guides
+        the other)."""
+        if guidance in (0, 1):
+            y = y if guidance == 1 else torch.full_like(y, self.null_class)
+            x_0 = self._x_0(model, x, t, y, clip_x_0)
+        else:
+            both = torch.cat([y, torch.full_like(y, self.null_class)])
+            cond, null = self._x_0(model, torch.cat([x, x]), t, both, clip_x_0).chunk(2)
+            x_0 = null + guidance * (cond - null)
+        return x_0.clamp(-1, 1) if clip_x_0 else x_0
+
+    def _x_0(self, model: Model, x: Tensor, t: int, y: Tensor, clip_x_0: bool) -> Tensor:
+        """The network's own estimate; clipped also before guidance mixes two of them, because
+        beyond the clamp the loss leaves them to chance."""
+        batch_t = torch.full_like(y, t)
+        x_0, _ = self.denoise(model(x, batch_t, y).to(x.dtype), x, batch_t)
+        return x_0.clamp(-1, 1) if clip_x_0 else x_0
+
+    def _step(
+        self, x: Tensor, x_0: Tensor, t: int, s: int, eta: float, noise: ImageNoise
+    ) -> Tensor:
+        """x_s from x_t and x_0: the noise that x_0 leaves of x_t, of which as much is replaced by
+        new noise as `eta` says. Song et al. 2021, eq. 12 and 16; with eta = 1 it is the posterior
+        q(x_s | x_t, x_0) of Ho et al. 2020, eq. 6 and 7. At s = 0 no noise is left."""
         a_t, a_s = float(self.alpha_bar[t]), float(self.alpha_bar[s])
         variance = eta**2 * (1 - a_s) / (1 - a_t) * (1 - a_t / a_s)
-        x_s = math.sqrt(a_s) * x_0 + math.sqrt(max(1 - a_s - variance, 0)) * eps
+        kept = math.sqrt(max(1 - a_s - variance, 0) / (1 - a_t))
+        x_s = kept * x + (math.sqrt(a_s) - kept * math.sqrt(a_t)) * x_0
         return x_s + math.sqrt(variance) * noise.draw() if variance > 0 else x_s
 
-    def _dpmpp_step(
-        self,
-        x: Tensor,
-        x_0: Tensor,
-        x_0_before: Tensor | None,
-        t: int,
-        s: int,
-        log_snr_before: float,
-    ) -> Tensor:
-        """x_s by one step of DPM-Solver++(2M), Lu et al. 2022, algorithm 2, in
-        lambda = log_snr / 2. The first step has no history and the last, to lambda = inf, can use
-        none: both are first-order, which is DDIM."""
-        if s == 0:
-            return x_0
-        a_s = float(self.alpha_bar[s])
-        ratio = math.sqrt((1 - a_s) / (1 - float(self.alpha_bar[t])))  # sigma_s / sigma_t
-        h = (float(self.log_snr[s]) - float(self.log_snr[t])) / 2
-        estimate = x_0
-        if x_0_before is not None:
-            r = (float(self.log_snr[t]) - log_snr_before) / 2 / h
-            estimate = x_0 + (x_0 - x_0_before) / (2 * r)
-        return ratio * x - math.sqrt(a_s) * math.expm1(-h) * estimate
+    def _slope(self, before: int, t: int, s: int) -> float:
+        """How much of the last change of x_0 its mean over the step from t to s is ahead: half, in
+        proportion to the steps' lengths in log_snr. DPM-Solver++(2M), Lu et al. 2022, algorithm 2;
+        with noise SDE-DPM-Solver++(2M), their eq. 18."""
+        log_snr = self.log_snr
+        return float((log_snr[s] - log_snr[t]) / (log_snr[t] - log_snr[before]) / 2)
