@@ -20,10 +20,11 @@ from config import Config, Parser, add_flags, given_flags, run_script
 from data import load_split, to_model_range, written_whole
 from diffusion import Diffusion, seeded_generator
 from model import UNet, pick_device, pick_precision
+from optimizer import make_optimizers
 
 FLAGS = (
     "data_dir", "device", "precision", "batch_size", "patch_size", "widths", "blocks", "attention",
-    "embedding_size", "sampler", "sample_batch_size", "seed",
+    "embedding_size", "dense_size", "sampler", "sample_batch_size", "seed",
 )  # fmt: skip
 SECONDS = 15.0  # of training steps; the other measurements take a fraction of it
 CALLS = (1, 4, 8, 20, 50)
@@ -56,7 +57,7 @@ def training(cfg: Config, device: torch.device, dtype: torch.dtype) -> dict[str,
     diffusion, model = Diffusion(cfg), UNet(cfg).to(device)
     parameters = list(model.parameters())
     averages = [p.detach().clone() for p in parameters]
-    optimizer = torch.optim.AdamW(parameters, fused=device.type in ("cpu", "cuda"))
+    optimizers = make_optimizers(cfg, model)
     order = torch.randperm(len(images)).to(device)
 
     def step(number: int, mark: Callable[[], None] = lambda: None) -> None:
@@ -68,11 +69,12 @@ def training(cfg: Config, device: torch.device, dtype: torch.dtype) -> dict[str,
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             loss = diffusion.loss(model, x_0, y, generator)
         mark()
-        optimizer.zero_grad()
+        model.zero_grad()
         loss.backward()
         mark()
         nn.utils.clip_grad_norm_(parameters, cfg.grad_clip)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         mark()
         torch._foreach_lerp_(averages, parameters, 0.01)
         mark()

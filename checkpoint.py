@@ -1,6 +1,6 @@
 """The one owner of the checkpoint file: save, load, list, newest.
 
-A file holds {format, config, progress, model, ema, optimizer, metrics}: tensors and plain values
+A file holds {format, config, progress, model, ema, optimizers, metrics}: tensors and plain values
 only, so that reading it runs nothing in it. No random state is among them: train.py derives every
 random number from config's seed and progress.
 """
@@ -18,7 +18,7 @@ import torch
 from config import Config
 from model import UNet
 
-FORMAT = 1
+FORMAT = 2
 SHIPPED = "pretrained.pth"
 
 
@@ -48,7 +48,7 @@ def save(
     progress: Progress,
     model: UNet,
     ema: UNet,
-    optimizer: torch.optim.Optimizer,
+    optimizers: list[torch.optim.Optimizer],
     metrics: dict[str, Any],
 ) -> None:
     """Write a checkpoint whole or not at all: to a file beside it, flushed to disk, then renamed.
@@ -61,7 +61,7 @@ def save(
         "progress": asdict(progress),
         "model": model.state_dict(),
         "ema": ema.state_dict(),
-        "optimizer": optimizer.state_dict(),
+        "optimizers": [each.state_dict() for each in optimizers],
         "metrics": metrics,
     }
     _write(path, contents)
@@ -117,8 +117,10 @@ def load(path: str | Path, device: torch.device | str = "cpu", *, mmap: bool = F
     return contents
 
 
-def restore(path: Path, model: UNet, ema: UNet, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Fill in networks and optimizer from a checkpoint; returns its metrics.
+def restore(
+    path: Path, model: UNet, ema: UNet, optimizers: list[torch.optim.Optimizer]
+) -> dict[str, Any]:
+    """Fill in networks and optimizers from a checkpoint; returns its metrics.
 
     Raises ValueError when it does not fit them, or is one that cannot be trained on.
     """
@@ -126,7 +128,8 @@ def restore(path: Path, model: UNet, ema: UNet, optimizer: torch.optim.Optimizer
     try:
         model.load_state_dict(contents["model"])
         ema.load_state_dict(contents["ema"])
-        optimizer.load_state_dict(contents["optimizer"])
+        for optimizer, state in zip(optimizers, contents["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
         return contents["metrics"]
     except KeyError as error:
         raise ValueError(f"{path}: has no {error}, so it cannot be trained on") from None

@@ -82,11 +82,12 @@ class Config:
     epochs: int = knob(30, "epochs of a run from scratch", least=1)
     budget: str = knob("", "train for this long instead of --epochs: 90s, 10m, 1.5h")
     batch_size: int = knob(128, "images a training step", least=1)
-    learning_rate: float = knob(5e-3, "peak learning rate of AdamW", above=0, flag="lr")
+    learning_rate: float = knob(4e-3, "peak learning rate", above=0, flag="lr")
     warmup_steps: int = knob(100, "steps in which the learning rate rises to its peak", least=0)
     adam_beta1: float = knob(0.9, "AdamW's decay of the mean gradient", least=0, most=0.9999)
     adam_beta2: float = knob(0.99, "AdamW's decay of the squared gradient", least=0, most=0.9999)
-    weight_decay: float = knob(0.01, "AdamW's weight decay", least=0)
+    muon_momentum: float = knob(0.95, "Muon's decay of the mean gradient", least=0, most=0.9999)
+    weight_decay: float = knob(0.01, "weight decay of both optimizers", least=0)
     grad_clip: float = knob(1.0, "largest gradient norm of a step", above=0)
     ema_sigma_rel: float = knob(
         0.10, "width of the weight average, as a share of the run so far", above=0, most=0.28

@@ -30,6 +30,7 @@ from config import (
 from data import image_grid, load_split, to_model_range, to_uint8
 from diffusion import Diffusion, seeded_generator
 from model import UNet, pick_device, pick_precision
+from optimizer import make_optimizers
 
 # Every random number of training is a function of (seed, stream, epoch or step): a resumed run
 # draws what an uninterrupted one would have drawn, and sampling cannot disturb it.
@@ -57,15 +58,17 @@ def train(cfg: Config, progress: Progress, start: Path | None, began: float) -> 
     torch.manual_seed(cfg.seed)
     model = UNet(cfg).to(device)
     ema = copy.deepcopy(model).requires_grad_(False)
-    optimizer = torch.optim.AdamW(model.parameters(), fused=device.type in ("cpu", "cuda"))
+    optimizers = make_optimizers(cfg, model)
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     totals, epoch_seconds = torch.zeros(2, device=device), 0.0  # of the epoch: loss, grad norm
     if start:
-        epoch_metrics = checkpoint.restore(start, model, ema, optimizer)
+        asked = [{k: v for k, v in group.items() if k != "params"} for group in groups]
+        epoch_metrics = checkpoint.restore(start, model, ema, optimizers)
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        for group, settings in zip(groups, asked, strict=True):
+            group.update(settings)  # loading has brought the checkpoint's back
         totals += torch.tensor(epoch_metrics["totals"], device=device)
         epoch_seconds = epoch_metrics["seconds"]
-    optimizer.param_groups[0].update(  # after loading, which would bring the old ones back
-        betas=(cfg.adam_beta1, cfg.adam_beta2), weight_decay=cfg.weight_decay
-    )
     parameters, averages = list(model.parameters()), list(ema.parameters())
     ema_exponent = ema_gamma(cfg.ema_sigma_rel) + 1
     budget = parse_duration(cfg.budget) if cfg.budget else None
@@ -90,7 +93,7 @@ def train(cfg: Config, progress: Progress, start: Path | None, began: float) -> 
         check_finite()
         path = Path(cfg.output_dir, "models", f"model_{progress.name}.pth")
         metrics = {"totals": totals.tolist(), "seconds": epoch_seconds}
-        checkpoint.save(path, cfg, progress, model, ema, optimizer, metrics)
+        checkpoint.save(path, cfg, progress, model, ema, optimizers, metrics)
         tqdm.write(f"wrote {path}")
         return path
 
@@ -118,11 +121,13 @@ def train(cfg: Config, progress: Progress, start: Path | None, began: float) -> 
                 loss = diffusion.loss(
                     model, to_model_range(images[index]), labels[index], generator
                 )
-            optimizer.zero_grad()
+            model.zero_grad()
             loss.backward()
             grad_norm = nn.utils.clip_grad_norm_(parameters, cfg.grad_clip)
-            optimizer.param_groups[0]["lr"] = learning_rate(cfg, progress.step, fraction)
-            optimizer.step()
+            for group in groups:
+                group["lr"] = learning_rate(cfg, progress.step, fraction)
+            for optimizer in optimizers:
+                optimizer.step()
             progress.step += 1
             progress.images += cfg.batch_size
             ema_decay = (1 - 1 / progress.step) ** ema_exponent
@@ -141,7 +146,7 @@ def train(cfg: Config, progress: Progress, start: Path | None, began: float) -> 
         if progress.images == per_epoch or fraction >= 1:
             epoch = f"{round(progress.epoch + progress.images / per_epoch, 2):g}"
             loss, grad_norm = (totals * cfg.batch_size / progress.images).tolist()
-            rate, lr = progress.images / epoch_seconds, optimizer.param_groups[0]["lr"]
+            rate, lr = progress.images / epoch_seconds, groups[0]["lr"]
             append_metrics(cfg, epoch, progress.step, loss, lr, grad_norm, rate, progress.seconds)
             left = time_left(cfg, progress, fraction)
             tqdm.write(f"epoch {epoch}: loss {loss:.4f}, {rate:.0f} images/s, {left}")

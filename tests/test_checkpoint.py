@@ -9,6 +9,7 @@ import checkpoint
 from checkpoint import Progress
 from config import Config
 from model import UNet
+from optimizer import make_optimizers
 
 CFG = Config(widths=(8, 8), embedding_size=8)
 
@@ -17,24 +18,25 @@ def save(path, progress=None, cfg=CFG):
     """Save a small network that was trained for one step; returns what the file should hold."""
     torch.manual_seed(0)
     model, ema = UNet(cfg), UNet(cfg)
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    model.head.bias.sum().backward()
-    optimizer.step()
+    optimizers = make_optimizers(cfg, model)
+    sum(p.sum() for p in model.parameters()).backward()
+    for optimizer in optimizers:
+        optimizer.step()
     progress = progress or Progress(epoch=1, step=10)
     metrics = {"totals": [0.1, 1 / 3], "seconds": 2.5}
-    checkpoint.save(path, cfg, progress, model, ema, optimizer, metrics)
-    return model, ema, optimizer, metrics
+    checkpoint.save(path, cfg, progress, model, ema, optimizers, metrics)
+    return model, ema, optimizers, metrics
 
 
 def test_everything_comes_back_to_the_last_bit(tmp_path):
     progress = Progress(epoch=3, images=128, step=7, seconds=1.25, budget_from=0.5)
-    model, ema, optimizer, metrics = save(tmp_path / "a.pth", progress)
+    model, ema, optimizers, metrics = save(tmp_path / "a.pth", progress)
     contents = checkpoint.load(tmp_path / "a.pth")
     assert Config.from_dict(contents["config"]) == CFG
     assert Progress(**contents["progress"]) == progress
     assert_same(contents["model"], model.state_dict())
     assert_same(contents["ema"], ema.state_dict())
-    assert_same(contents["optimizer"], optimizer.state_dict())
+    assert_same(contents["optimizers"], [each.state_dict() for each in optimizers])
     assert_same(contents["metrics"], metrics)
 
 

@@ -1,0 +1,94 @@
+import pytest
+import torch
+
+from config import Config
+from model import UNet
+from optimizer import Muon, make_optimizers, orthogonalize
+
+SHAPES = [(8, 8), (8, 72), (72, 8)]
+
+
+def matrices(shape: tuple[int, int], count: int = 3) -> torch.Tensor:
+    return torch.randn(count, *shape, generator=torch.Generator().manual_seed(0))
+
+
+def kernels(count: int, seed: int = 0) -> list[torch.nn.Parameter]:
+    generator = torch.Generator().manual_seed(seed)
+    draws = [torch.randn(16, 8, 3, 3, generator=generator) for _ in range(2 * count)]
+    parameters = [torch.nn.Parameter(draw) for draw in draws[:count]]
+    for parameter, gradient in zip(parameters, draws[count:], strict=True):
+        parameter.grad = gradient
+    return parameters
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("size", [1e-4, 1.0, 1e4])
+def test_orthogonalize_keeps_the_directions_and_evens_out_their_sizes(shape, size):
+    given = size * matrices(shape)
+    u, before, v = torch.linalg.svd(given, full_matrices=False)
+    after = u.mT @ orthogonalize(given) @ v.mT  # diagonal if the directions are the same
+    values = after.diagonal(dim1=1, dim2=2)
+    assert (after - torch.diag_embed(values)).abs().max() < 1e-3
+    clear = before > 0.02 * before.amax(dim=1, keepdim=True)  # the smallest take more steps
+    assert values[clear].min() > 0.6
+    assert values.max() < 1.3
+
+
+def test_a_first_step_of_muon_against_its_formula():
+    (kernel,) = kernels(1)
+    before = kernel.detach().clone()
+    Muon([kernel], lr=0.1, momentum=0.0, weight_decay=0.5).step()
+    step = orthogonalize(kernel.grad.view(1, 16, 72)).view(16, 8, 3, 3)
+    torch.testing.assert_close(kernel.data, before * (1 - 0.1 * 0.5) - 0.1 * 0.2 * 72**0.5 * step)
+
+
+def test_a_step_is_as_large_as_adamws_whatever_the_gradients_size():
+    for size in (1e-3, 1e3):
+        (kernel,) = kernels(1)
+        before = kernel.detach().clone()
+        kernel.grad *= size
+        Muon([kernel], lr=1.0, momentum=0.9, weight_decay=0.0).step()
+        rms = (kernel - before).square().mean().sqrt().item()
+        assert rms == pytest.approx(0.2 * (16 / 16) ** 0.5, rel=0.25)
+
+
+def test_momentum_looks_ahead():
+    (kernel,) = kernels(1)
+    muon = Muon([kernel], lr=0.1, momentum=0.8, weight_decay=0.0)
+    first = kernel.grad.clone()
+    muon.step()
+    before, second = kernel.detach().clone(), torch.randn_like(first)
+    kernel.grad = second.clone()
+    muon.step()
+    average = 0.8 * 0.2 * first + 0.2 * second
+    ahead = 0.8 * average + 0.2 * second
+    step = orthogonalize(ahead.view(1, 16, 72)).view(16, 8, 3, 3)
+    torch.testing.assert_close(kernel.data, before - 0.1 * 0.2 * 72**0.5 * step)
+
+
+def test_kernels_of_one_shape_are_stepped_together_as_if_alone():
+    together, alone = kernels(3), kernels(3)
+    Muon(together, 0.1, 0.9, 0.01).step()
+    for kernel in alone:
+        Muon([kernel], 0.1, 0.9, 0.01).step()
+    for a, b in zip(together, alone, strict=True):
+        torch.testing.assert_close(a.data, b.data)
+
+
+def test_every_parameter_has_one_optimizer_and_muon_the_large_matrices():
+    cfg = Config(widths=(8, 16), embedding_size=16, attention=True)
+    model = UNet(cfg)
+    muon, adamw = make_optimizers(cfg, model)
+    by = {id(p): o for o in (muon, adamw) for g in o.param_groups for p in g["params"]}
+    assert sum(len(g["params"]) for o in (muon, adamw) for g in o.param_groups) == len(by)
+    for name, parameter in model.named_parameters():
+        large = parameter.ndim == 4 and not name.startswith(("stem", "head"))
+        large |= name in ("dense.read.weight", "dense.write.weight")
+        assert by[id(parameter)] is (muon if large else adamw), name
+
+
+def test_no_optimizer_touches_what_has_no_gradient():
+    (kernel,) = kernels(1)
+    kernel.grad, before = None, kernel.detach().clone()
+    Muon([kernel], 0.1, 0.9, 0.01).step()
+    assert torch.equal(kernel.data, before)
