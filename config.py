@@ -55,6 +55,10 @@ class Config:
         shapes_model=True,
     )  # fmt: skip
     blocks: int = knob(1, "residual blocks a level, down and up", least=1, shapes_model=True)
+    dense_size: int = knob(
+        128, "hidden units of the dense layer that sees the whole image at the coarsest level "
+        "(0: none)", least=0, shapes_model=True,
+    )  # fmt: skip
     attention: bool = knob(False, "self-attention at the coarsest level", shapes_model=True)
     embedding_size: int = knob(
         128, "size of the time and label embedding; even", least=2, shapes_model=True
@@ -71,14 +75,14 @@ class Config:
     loss_weighting: str = knob(
         "snr_power", "weight of a timestep in the loss", choices=("uniform", "min_snr", "snr_power")
     )
-    min_snr_gamma: float = knob(5.0, "ceiling of the min-SNR weight", above=0)
-    label_dropout: float = knob(0.1, "share of images trained without label", least=0, most=1)
-
-    # Training
     snr_power: float = knob(
         0.25, "with snr_power: the error of x_0 counts snr to this power (0: its own, 1: eps's)",
         least=0, most=1,
     )  # fmt: skip
+    min_snr_gamma: float = knob(5.0, "ceiling of the min-SNR weight", above=0)
+    label_dropout: float = knob(0.1, "share of images trained without label", least=0, most=1)
+
+    # Training
     epochs: int = knob(30, "epochs of a run from scratch", least=1)
     budget: str = knob("", "train for this long instead of --epochs: 90s, 10m, 1.5h")
     batch_size: int = knob(128, "images a training step", least=1)
@@ -100,10 +104,10 @@ class Config:
 
     # Sampling
     sampler: str = knob("dpmpp", "sampler", choices=("ddpm", "ddim", "dpmpp"))
-    steps: int = knob(12, "sampling steps, 1 to timesteps", least=1)
-    guidance: float = knob(1.5, "guidance w (1: plain conditional; more: clearer, less varied)")
+    steps: int = knob(14, "sampling steps, 1 to timesteps", least=1)
+    guidance: float = knob(1.25, "guidance w (1: plain conditional; more: clearer, less varied)")
     guidance_low: float = knob(
-        0.35, "guidance acts only where t / timesteps is above this", least=0, most=1
+        0.6, "guidance acts only where t / timesteps is above this", least=0, most=1
     )
     guidance_high: float = knob(
         1.0, "guidance acts only where t / timesteps is at most this", least=0, most=1
@@ -162,7 +166,7 @@ class Config:
 
 
 # What generate.py --fast changes: the best that 6 network calls an image can do
-FAST = {"steps": 5, "guidance": 2.0, "guidance_low": 0.85}
+FAST = {"steps": 5, "guidance": 2.0, "guidance_low": 0.85, "eta": 0.0}
 
 SAMPLING = ("sampler", "steps", "guidance", "guidance_low", "guidance_high", "eta")
 

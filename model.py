@@ -39,6 +39,27 @@ class ResidualBlock(nn.Module):
         return x + self.conv2(F.silu(h))
 
 
+class Dense(nn.Module):
+    """A layer that sees the whole image at once, with a residual; starts as the identity.
+
+    At high noise the best estimate leans on what lies far apart and on where it lies, of which
+    convolutions know little. `size` hidden units, scaled and shifted by the embedding.
+    """
+
+    def __init__(self, channels: int, side: int, size: int, embedding_size: int) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(8, channels)
+        self.read = nn.Linear(channels * side**2, size)
+        self.modulation = nn.Linear(embedding_size, 2 * size)
+        self.write = zero(nn.Linear(size, channels * side**2))
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        h = self.read(self.norm(x).flatten(1))  # (B, size)
+        scale, shift = self.modulation(embedding).chunk(2, dim=1)
+        h = self.write(F.silu(h * (1 + scale) + shift))  # (B, C·H·W)
+        return x + h.view(x.shape)
+
+
 class Attention(nn.Module):
     """Self-attention over all positions, with a residual; starts as the identity."""
 
@@ -61,8 +82,8 @@ class UNet(nn.Module):
     """Predicts noise, v or x_0 from a noisy image, its timestep and its label.
 
     `forward(x_t, t, y)`: x_t (B, C, H, W); t int64 (B,) in 1…T; y int64 (B,), where
-    `null_class` means "no label"; returns (B, C, H, W). H and W are multiples of
-    `patch_size · 2^(levels - 1)`. It starts out predicting zero.
+    `null_class` means "no label"; returns (B, C, H, W), H = W = `img_size`. It starts out
+    predicting zero.
 
     A stem folds 2 by 2 pixels into channels, so that no convolution runs at full resolution; on a
     CPU this is worth more than every other choice together.
@@ -86,7 +107,11 @@ class UNet(nn.Module):
                 self.grow.append(nn.Conv2d(width, 4 * widths[level - 1], 1))
             self.down.append(nn.ModuleList(ResidualBlock(width, size) for _ in range(cfg.blocks)))
             self.up.append(nn.ModuleList(ResidualBlock(width, size) for _ in range(cfg.blocks)))
+        side = cfg.img_size // (cfg.patch_size * 2 ** (len(widths) - 1))  # of the coarsest level
+        self.label_picture = nn.Embedding(cfg.num_classes + 1, widths[-1] * side**2)
+        nn.init.zeros_(self.label_picture.weight)
         self.middle = ResidualBlock(widths[-1], size)
+        self.dense = Dense(widths[-1], side, cfg.dense_size, size) if cfg.dense_size else None
         self.attention = Attention(widths[-1]) if cfg.attention else nn.Identity()
         self.norm = nn.GroupNorm(8, widths[0])
         self.head = zero(nn.Conv2d(widths[0], patch_channels, 3, padding=1))
@@ -101,10 +126,15 @@ class UNet(nn.Module):
         for level, blocks in enumerate(self.down):
             if level > 0:
                 h = self.shrink[level - 1](F.pixel_unshuffle(h, 2))  # (B, w[l], H/(P·2^l), …)
+            if level == len(self.down) - 1:
+                h = h + self.label_picture(y).view(h.shape).to(h.dtype)  # what the label looks like
             for block in blocks:
                 h = block(h, embedding)
                 skips.append(h)
-        h = self.attention(self.middle(h, embedding))  # (B, w[-1], coarsest)
+        h = self.middle(h, embedding)  # (B, w[-1], coarsest)
+        if self.dense:
+            h = self.dense(h, embedding)
+        h = self.attention(h)
         for level in reversed(range(len(self.up))):
             for block in self.up[level]:
                 h = block(h + skips.pop(), embedding)
@@ -114,7 +144,7 @@ class UNet(nn.Module):
         return F.pixel_shuffle(h, self.patch_size)  # (B, C, H, W)
 
 
-def zero(layer: nn.Conv2d) -> nn.Conv2d:
+def zero(layer: nn.Module) -> nn.Module:
     """Zero a layer's weights, so that the block that it ends starts as the identity."""
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
