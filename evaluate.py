@@ -108,8 +108,9 @@ def train_on_synthetic(judge: Judge, images: Tensor, labels: Tensor) -> dict[str
 def sample(
     cfg: Config, path: Path, count: int, device: torch.device
 ) -> tuple[Tensor, Tensor, dict]:
-    """`count` uint8 images with labels as MNIST has them, and what drawing them cost."""
-    model, trained, _ = checkpoint.load_model(path, device)
+    """`count` uint8 images with labels as MNIST has them; what training the model and drawing them
+    cost."""
+    model, trained, progress = checkpoint.load_model(path, device)
     if (trained.img_size, trained.img_channels, trained.num_classes) != (28, 1, 10):
         raise ValueError(f"{path}: draws images of another kind than MNIST's 28 by 28")
     labels = draw_labels(count, cfg.seed).to(device)
@@ -119,8 +120,11 @@ def sample(
     images = to_uint8(x_0).cpu().to(device)  # by way of the CPU, so that the clock waits for it
     seconds = time.perf_counter() - began
     calls = diffusion.network_calls(cfg.steps, cfg.guidance, cfg.guidance_low, cfg.guidance_high)
-    cost = {"calls": calls, "seconds": seconds}
-    return images, labels, cost | {"images_per_second": count / seconds}
+    drawing = {"calls": calls, "seconds": seconds, "images_per_second": count / seconds}
+    seen, minutes = progress.step * trained.batch_size, progress.seconds / 60
+    training = {"minutes": minutes, "steps": progress.step}
+    training |= {"images_per_second": seen / progress.seconds if progress.seconds else 0.0}
+    return images, labels, {"sampling": drawing, "training": training}
 
 
 def report(result: dict[str, Any]) -> str:
@@ -190,7 +194,7 @@ def evaluate_model(judge: Judge, cfg: Config, path: Path, count: int, cas: bool)
             return known
     images, labels, cost = sample(cfg, path, count, next(judge.net.parameters()).device)
     pairs = Path(cfg.output_dir, "images", "nearest.png")
-    result = {"source": str(path), **key, "sampling": cost, **judge.measure(images, labels, pairs)}
+    result = {"source": str(path), **key, **cost, **judge.measure(images, labels, pairs)}
     if cas:
         result["cas"] = train_on_synthetic(judge, images, labels)
     write_result(file, result)

@@ -1,6 +1,10 @@
-"""The two plots: training curves, and quality against cost."""
+"""The plots: training curves, quality against network calls and against minutes of training.
+
+python plots.py results/metrics/*.json draws the last from what evaluate.py has written.
+"""
 
 import csv
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +13,15 @@ import matplotlib
 matplotlib.use("Agg")  # no window, and no screen needed
 import matplotlib.pyplot as plt
 
+from config import Parser, run_script
 from data import written_whole
+
+# Training images a second of other MNIST scripts, measured on two such cores as README names
+PEERS = {
+    "best-known conditional script": 12,
+    "lucidrains, conditional, dim 32": 24,
+    "Hugging Face course": 35,
+}
 
 
 def plot_training(metrics: Path, path: Path) -> None:
@@ -56,3 +68,53 @@ def plot_sweep(results: list[dict[str, Any]], best: list[bool], path: Path) -> P
         figure.savefig(partial, dpi=120)
     plt.close(figure)
     return path
+
+
+def plot_quality(results: list[dict[str, Any]], path: Path) -> Path:
+    """FD-MNIST against minutes of training, and training images a second beside other scripts'.
+    Raises ValueError for results of different numbers of images, which cannot be compared."""
+    if len({(r["images"], r["evaluator"]) for r in results}) != 1:
+        raise ValueError("results of different numbers of images or judges; plot those alike")
+    figure, (axes, bars) = plt.subplots(1, 2, figsize=(10, 3.6), width_ratios=(3, 2))
+    for result in results:
+        low, high = result["samples"]["fd_interval"]
+        fd, minutes = result["samples"]["fd"], result["training"]["minutes"]
+        axes.errorbar(minutes, fd, [[fd - low], [high - fd]], fmt="o", capsize=3, color="C0")
+    floor = results[0]["real"]["fd"]
+    axes.axhline(floor, linestyle="--", color="grey", label="real test images")
+    axes.set(xlabel="minutes of training", ylabel="FD-MNIST", xscale="log", yscale="log")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter("{x:g}")
+    axes.legend(fontsize=8)
+    ours = max(r["training"]["images_per_second"] for r in results)
+    speeds = PEERS | {"this repo": ours}
+    drawn = bars.barh(list(speeds), list(speeds.values()), color=["grey"] * len(PEERS) + ["C0"])
+    bars.bar_label(drawn, fmt="{:.0f}", padding=3)
+    bars.set(xscale="log", xlim=(1, 10 * ours), xlabel="training images a second")
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with written_whole(path) as partial:
+        figure.savefig(partial, dpi=110)
+    plt.close(figure)
+    return path
+
+
+def main() -> int:
+    parser = Parser(prog="plots.py", description="Plot quality against minutes of training.")
+    parser.add_argument("results", nargs="+", type=Path, help="JSON files that evaluate.py wrote")
+    parser.add_argument("--output", type=Path, default=Path("results/images/quality.png"))
+    args = parser.parse_args()
+    results = []
+    for file in args.results:
+        try:
+            results.append(json.loads(file.read_text()))
+            results[-1]["training"]["minutes"]
+        except (OSError, ValueError, KeyError, TypeError):
+            raise ValueError(f"{file}: not a model's result that evaluate.py wrote") from None
+    print(f"wrote {plot_quality(results, args.output)}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_script("plots.py", main)
