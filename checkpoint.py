@@ -68,7 +68,7 @@ def save(
 
 
 def slim(source: str | Path, target: str | Path) -> None:
-    """Write what drawing needs of a checkpoint, a quarter of its size: it has the averaged weights
+    """Write what drawing needs of a checkpoint, a third of its size: it has the averaged weights
     and nothing that training on would need. Raises ValueError as load and save do."""
     contents = load(source)
     _write(Path(target), {k: contents[k] for k in ("format", "config", "progress", "ema")})
@@ -103,7 +103,9 @@ def load(path: str | Path, device: torch.device | str = "cpu", *, mmap: bool = F
         if not isinstance(contents, dict):
             raise TypeError
         if contents["format"] != FORMAT:
-            raise ValueError(f"{path}: format {contents['format']}, this program reads {FORMAT}")
+            raise ValueError(
+                f"{path}: of format {contents['format']}, this program reads {FORMAT}; train anew"
+            )
         Progress(**contents["progress"])
         Config.from_dict(contents["config"])
         contents["ema"].items()
@@ -120,7 +122,8 @@ def load(path: str | Path, device: torch.device | str = "cpu", *, mmap: bool = F
 def restore(
     path: Path, model: UNet, ema: UNet, optimizers: list[torch.optim.Optimizer]
 ) -> dict[str, Any]:
-    """Fill in networks and optimizers from a checkpoint; returns its metrics.
+    """Fill in networks and optimizers from a checkpoint, but not the optimizers' settings; returns
+    its metrics.
 
     Raises ValueError when it does not fit them, or is one that cannot be trained on.
     """
@@ -128,8 +131,9 @@ def restore(
     try:
         model.load_state_dict(contents["model"])
         ema.load_state_dict(contents["ema"])
-        for optimizer, state in zip(optimizers, contents["optimizers"], strict=True):
-            optimizer.load_state_dict(state)
+        for optimizer, saved in zip(optimizers, contents["optimizers"], strict=True):
+            settings = optimizer.state_dict()["param_groups"]  # as asked for now
+            optimizer.load_state_dict({"state": saved["state"], "param_groups": settings})
         return contents["metrics"]
     except KeyError as error:
         raise ValueError(f"{path}: has no {error}, so it cannot be trained on") from None

@@ -102,17 +102,18 @@ class Diffusion:
 
         "uniform": 1, Ho et al. 2020, eq. 14. The others are weights of the error of x_0, carried
         over to what the network predicts. "min_snr": min(snr, gamma), Hang et al. 2023.
-        "snr_power": snr^power, between the error of x_0 (power 0) and that of eps (power 1); snr is
-        kept to 0.01…100, where all but the first and last steps of sampling lie.
+        "snr_power": snr^power, between the error of x_0 (power 0) and that of eps (power 1), as if
+        snr ended at 0.01 and 100, between which all but the first and last steps of sampling lie.
         """
         if cfg.loss_weighting == "uniform":
             return torch.ones_like(self.snr)
-        snr = self.snr[1:]
-        per_x_0_error = {"x_0": torch.ones_like(snr), "eps": snr, "v": snr + 1}[self.prediction]
         if cfg.loss_weighting == "min_snr":
+            snr = self.snr[1:]
             weight = snr.clamp(max=cfg.min_snr_gamma)
         else:
-            weight = snr.clamp(0.01, 100) ** cfg.snr_power
+            snr = self.snr[1:].clamp(0.01, 100)
+            weight = snr**cfg.snr_power
+        per_x_0_error = {"x_0": torch.ones_like(snr), "eps": snr, "v": snr + 1}[self.prediction]
         return torch.cat([torch.zeros(1), weight / per_x_0_error])
 
     def _at(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -266,11 +267,10 @@ class Diffusion:
         the other)."""
         if guidance in (0, 1):
             y = y if guidance == 1 else torch.full_like(y, self.null_class)
-            x_0 = self._x_0(model, x, t, y, clip_x_0)
-        else:
-            both = torch.cat([y, torch.full_like(y, self.null_class)])
-            cond, null = self._x_0(model, torch.cat([x, x]), t, both, clip_x_0).chunk(2)
-            x_0 = null + guidance * (cond - null)
+            return self._x_0(model, x, t, y, clip_x_0)
+        both = torch.cat([y, torch.full_like(y, self.null_class)])
+        cond, null = self._x_0(model, torch.cat([x, x]), t, both, clip_x_0).chunk(2)
+        x_0 = null + guidance * (cond - null)
         return x_0.clamp(-1, 1) if clip_x_0 else x_0
 
     def _x_0(self, model: Model, x: Tensor, t: int, y: Tensor, clip_x_0: bool) -> Tensor:

@@ -121,9 +121,7 @@ def sample(
     seconds = time.perf_counter() - began
     calls = diffusion.network_calls(cfg.steps, cfg.guidance, cfg.guidance_low, cfg.guidance_high)
     drawing = {"calls": calls, "seconds": seconds, "images_per_second": count / seconds}
-    seen, minutes = progress.step * trained.batch_size, progress.seconds / 60
-    training = {"minutes": minutes, "steps": progress.step}
-    training |= {"images_per_second": seen / progress.seconds if progress.seconds else 0.0}
+    training = {"minutes": progress.seconds / 60, "steps": progress.step}
     return images, labels, {"sampling": drawing, "training": training}
 
 

@@ -88,7 +88,8 @@ def write(pen: Pen, cfg: Config, digits: str, count: int, output: Path, look: bo
 
 def told(pen: Pen, cfg: Config, count: int, seconds: float) -> None:
     """Say what was drawn, how and how fast."""
-    say(f"{count} images in {seconds:.2f} s by {pen.path}: {cfg.sampler}, {cfg.steps} steps, "
+    eta = "" if cfg.sampler == "ddpm" else f"eta {cfg.eta:g}, "
+    say(f"{count} images in {seconds:.2f} s by {pen.path}: {cfg.sampler}, {cfg.steps} steps, {eta}"
         f"guidance {cfg.guidance:g}, seed {cfg.seed}")  # fmt: skip
 
 

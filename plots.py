@@ -1,6 +1,6 @@
 """The plots: training curves, quality against network calls and against minutes of training.
 
-python plots.py results/metrics/*.json draws the last from what evaluate.py has written.
+python plots.py results/metrics/*.json draws the last from what evaluate.py has written of models.
 """
 
 import csv
@@ -47,7 +47,7 @@ def plot_sweep(results: list[dict[str, Any]], best: list[bool], path: Path) -> P
     for result in results:
         k = result["settings"]
         point = (result["sampling"]["calls"], result["samples"]["fd"])
-        eta = f", eta {k['eta']:g}" if k["sampler"] == "ddim" else ""
+        eta = f", eta {k['eta']:g}" if k["sampler"] != "ddpm" else ""
         where = f"{k['guidance_low']:g} to {k['guidance_high']:g}"
         label = f"{k['sampler']}{eta}, guidance {k['guidance']:g} ({where}), seed {k['seed']}"
         lines.setdefault(label, []).append(point)
@@ -70,9 +70,10 @@ def plot_sweep(results: list[dict[str, Any]], best: list[bool], path: Path) -> P
     return path
 
 
-def plot_quality(results: list[dict[str, Any]], path: Path) -> Path:
-    """FD-MNIST against minutes of training, and training images a second beside other scripts'.
-    Raises ValueError for results of different numbers of images, which cannot be compared."""
+def plot_quality(results: list[dict[str, Any]], speed: float, path: Path) -> Path:
+    """FD-MNIST against minutes of training, and `speed`, in training images a second, beside other
+    scripts'. Raises ValueError for results that cannot be compared: of different numbers of images
+    or by different judges."""
     if len({(r["images"], r["evaluator"]) for r in results}) != 1:
         raise ValueError("results of different numbers of images or judges; plot those alike")
     figure, (axes, bars) = plt.subplots(1, 2, figsize=(10, 3.6), width_ratios=(3, 2))
@@ -87,11 +88,10 @@ def plot_quality(results: list[dict[str, Any]], path: Path) -> Path:
         axis.set_major_formatter("{x:g}")
         axis.set_minor_formatter("{x:g}")
     axes.legend(fontsize=8)
-    ours = max(r["training"]["images_per_second"] for r in results)
-    speeds = PEERS | {"this repo": ours}
+    speeds = PEERS | {"this repo": speed}
     drawn = bars.barh(list(speeds), list(speeds.values()), color=["grey"] * len(PEERS) + ["C0"])
     bars.bar_label(drawn, fmt="{:.0f}", padding=3)
-    bars.set(xscale="log", xlim=(1, 10 * ours), xlabel="training images a second")
+    bars.set(xscale="log", xlim=(1, 10 * speed), xlabel="training images a second")
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(path) as partial:
@@ -104,15 +104,21 @@ def main() -> int:
     parser = Parser(prog="plots.py", description="Plot quality against minutes of training.")
     parser.add_argument("results", nargs="+", type=Path, help="JSON files that evaluate.py wrote")
     parser.add_argument("--output", type=Path, default=Path("results/images/quality.png"))
+    parser.add_argument(
+        "--images_per_second", type=float, required=True, help="of training, as by benchmark.py"
+    )
     args = parser.parse_args()
     results = []
     for file in args.results:
         try:
-            results.append(json.loads(file.read_text()))
-            results[-1]["training"]["minutes"]
-        except (OSError, ValueError, KeyError, TypeError):
-            raise ValueError(f"{file}: not a model's result that evaluate.py wrote") from None
-    print(f"wrote {plot_quality(results, args.output)}")
+            result = json.loads(file.read_text())
+            if "training" in result:
+                results.append(result)
+            else:
+                print(f"{file}: not of a model, left out")
+        except (OSError, ValueError, TypeError):
+            raise ValueError(f"{file}: not a result that evaluate.py wrote") from None
+    print(f"wrote {plot_quality(results, args.images_per_second, args.output)}")
     return 0
 
 

@@ -59,16 +59,12 @@ def train(cfg: Config, progress: Progress, start: Path | None, began: float) -> 
     model = UNet(cfg).to(device)
     ema = copy.deepcopy(model).requires_grad_(False)
     optimizers = make_optimizers(cfg, model)
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     totals, epoch_seconds = torch.zeros(2, device=device), 0.0  # of the epoch: loss, grad norm
     if start:
-        asked = [{k: v for k, v in group.items() if k != "params"} for group in groups]
         epoch_metrics = checkpoint.restore(start, model, ema, optimizers)
-        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-        for group, settings in zip(groups, asked, strict=True):
-            group.update(settings)  # loading has brought the checkpoint's back
         totals += torch.tensor(epoch_metrics["totals"], device=device)
         epoch_seconds = epoch_metrics["seconds"]
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     parameters, averages = list(model.parameters()), list(ema.parameters())
     ema_exponent = ema_gamma(cfg.ema_sigma_rel) + 1
     budget = parse_duration(cfg.budget) if cfg.budget else None

@@ -155,8 +155,12 @@ def test_snr_power_weighs_between_the_errors_of_x_0_and_eps(prediction, power):
     process = diffusion(prediction=prediction, loss_weighting="snr_power", snr_power=power)
     x_0, y = torch.rand(1000, 1, 8, 8) * 2 - 1, torch.zeros(1000, dtype=torch.int64)
     loss = process.loss(off_by(process, x_0, 0.1), x_0, y, seeded_generator(0))
-    x_0_error, eps_error = 0.1**2, 0.1**2 * process.snr[1:].clamp(0.01, 100)
-    expected = (x_0_error ** (1 - power) * eps_error**power).mean()
+    snr = process.snr[1:]
+    own_error = {"x_0": torch.ones_like(snr), "eps": snr, "v": snr + 1}[prediction] * 0.1**2
+    kept = snr.clamp(0.01, 100)
+    weight = kept**power / {"x_0": 1, "eps": kept, "v": kept + 1}[prediction]
+    assert weight.max() <= 100
+    expected = (weight * own_error).mean()
     assert loss.item() == pytest.approx(expected.item(), rel=2e-3)
 
 

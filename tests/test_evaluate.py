@@ -256,11 +256,14 @@ def test_a_sweep_is_printed_plotted_and_resumed(run, tmp_path):
 
     trained = [json.loads(path.read_text())["training"] for path in files]
     assert all(t["minutes"] > 0 and t["steps"] == 10 for t in trained)
-    plot = run("plots.py", *files, "--output", tmp_path / "quality.png")
-    assert plot.out.strip() == f"wrote {tmp_path / 'quality.png'}"
+    to = ("--images_per_second", 1000, "--output", tmp_path / "quality.png")
+    (tmp_path / "other.json").write_text(json.dumps({"source": "somebody's.npz"}))
+    plot = run("plots.py", *files, tmp_path / "other.json", *to)
+    assert f"{tmp_path / 'other.json'}: not of a model, left out" in plot.out
+    assert plot.out.splitlines()[-1] == f"wrote {tmp_path / 'quality.png'}"
     assert Image.open(tmp_path / "quality.png").width > 300
     other = json.loads(next(iter(files)).read_text()) | {"images": 200}
     (tmp_path / "other.json").write_text(json.dumps(other))
-    assert_one_line(run("plots.py", *files, tmp_path / "other.json"), "different numbers")
-    (tmp_path / "other.json").write_text("{}")
-    assert_one_line(run("plots.py", tmp_path / "other.json"), "other.json", "not a model's result")
+    assert_one_line(run("plots.py", *files, tmp_path / "other.json", *to), "different numbers")
+    (tmp_path / "other.json").write_text("{")
+    assert_one_line(run("plots.py", tmp_path / "other.json", *to), "other.json", "not a result")

@@ -16,6 +16,7 @@ import torch
 from conftest import REPO, TINY, assert_one_line, start_script
 from PIL import Image
 
+import evaluator
 from checkpoint import Progress
 from config import FAST, Config
 from data import LABEL_COUNTS, read_npz
@@ -445,3 +446,13 @@ def test_the_shipped_model_stands_in_until_one_is_trained(results, run, tmp_path
     for model in models.glob("model_*.pth"):
         model.unlink()
     assert "pretrained.pth" in run(*flags).err
+
+
+def test_the_model_that_comes_along_draws_what_it_is_asked(run, tmp_path):
+    shipped, drawn = REPO / "results" / "models" / "pretrained.pth", tmp_path / "a.npz"
+    assert shipped.stat().st_size <= 8e6
+    flags = ("--model", shipped, "--device", "cpu", "--output", drawn)
+    assert run("generate.py", "--digits", "0123456789", "--count", 10, *flags).code == 0
+    images, labels = read_npz(drawn)
+    judge, _, _ = evaluator.load(torch.device("cpu"))
+    assert evaluator.accuracy(judge, images, labels) >= 0.97

@@ -28,6 +28,7 @@ def awake(cfg: Config) -> UNet:
         {"img_size": 8},
         {"img_size": 36, "attention": True},
         {"img_channels": 3},
+        {"dense_size": 0},
         {"patch_size": 1, "widths": (8, 8, 16)},
         {"widths": (8,), "blocks": 3},
     ],
@@ -48,6 +49,26 @@ def test_every_parameter_gets_a_gradient():
     model(x, t, y).square().mean().backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad.abs().max() > 0, name
+
+
+def test_the_layout_of_memory_changes_only_rounding():
+    cfg = Config(**TINY, attention=True)
+    model, (x, t, y) = awake(cfg), batch(cfg)
+    expected = model(x, t, y)
+    laid_out = model.to(memory_format=torch.channels_last)(x, t, y)
+    torch.testing.assert_close(
+        laid_out, expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item()
+    )
+
+
+def test_the_picture_of_a_label_is_that_labels_alone():
+    cfg = Config(**TINY)
+    model, (x, t, y) = awake(cfg), batch(cfg)
+    before = model(x, t, y)
+    torch.nn.init.normal_(model.label_picture.weight[y[0]])
+    after = model(x, t, y)
+    assert not torch.allclose(after[0], before[0])
+    assert torch.equal(after[1:], before[1:])
 
 
 def test_a_new_network_predicts_zero():

@@ -186,10 +186,16 @@ def test_training_more_epochs_numbers_on_and_keeps_the_rest_aside(whole, tmp_pat
     models = tmp_path / "models"
     result = run(
         "train.py", *TINY, "--load_checkpoint_path", models / "model_epoch_2.pth",
-        "--continue_training_epochs", 3, "--lr", 0.001, "--output_dir", tmp_path,
+        "--continue_training_epochs", 3, "--lr", 0.001, "--weight_decay", 0.3,
+        "--muon_momentum", 0.8, "--output_dir", tmp_path,
     )  # fmt: skip
     assert result.code == 0
-    assert "learning_rate = 0.001 (the checkpoint had 0.005)" in result.out
+    had = Config().learning_rate
+    assert f"learning_rate = 0.001 (the checkpoint had {had})" in result.out
+    muon, adamw = checkpoint.load(models / "model_epoch_5.pth")["optimizers"]
+    assert muon["param_groups"][0]["momentum"] == 0.8
+    assert muon["param_groups"][0]["weight_decay"] == 0.3
+    assert adamw["param_groups"][0]["weight_decay"] == 0.3
     names = ["model_epoch_2.pth", "model_epoch_4.pth", "model_epoch_5.pth"]
     assert [p.name for p, _ in checkpoint.list_checkpoints(models)] == names
     assert [float(r["epoch"]) for r in metrics(tmp_path)] == [1, 2, 3, 4, 5]
