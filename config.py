@@ -104,16 +104,16 @@ class Config:
 
     # Sampling
     sampler: str = knob("dpmpp", "sampler", choices=("ddpm", "ddim", "dpmpp"))
-    steps: int = knob(14, "sampling steps, 1 to timesteps", least=1)
-    guidance: float = knob(1.25, "guidance w (1: plain conditional; more: clearer, less varied)")
+    steps: int = knob(13, "sampling steps, 1 to timesteps", least=1)
+    guidance: float = knob(1.4, "guidance w (1: plain conditional; more: clearer, less varied)")
     guidance_low: float = knob(
-        0.6, "guidance acts only where t / timesteps is above this", least=0, most=1
+        0.4, "guidance acts only where t / timesteps is above this", least=0, most=1
     )
     guidance_high: float = knob(
-        1.0, "guidance acts only where t / timesteps is at most this", least=0, most=1
+        0.95, "guidance acts only where t / timesteps is at most this", least=0, most=1
     )
     eta: float = knob(
-        0.0, "noise that ddim and dpmpp put back (0: none, 1: as ddpm)", least=0, most=1
+        0.4, "noise that ddim and dpmpp put back (0: none, 1: as ddpm)", least=0, most=1
     )
     clip_x_0: bool = knob(
         True, "clamp each estimate of x_0 to [-1, 1]; the loss then forgives what lies beyond"
@@ -166,7 +166,7 @@ class Config:
 
 
 # What generate.py --fast changes: the best that 6 network calls an image can do
-FAST = {"steps": 5, "guidance": 2.0, "guidance_low": 0.85, "eta": 0.0}
+FAST = {"steps": 5, "eta": 0.2, "guidance": 1.5, "guidance_low": 0.7, "guidance_high": 0.9}
 
 SAMPLING = ("sampler", "steps", "guidance", "guidance_low", "guidance_high", "eta")
 
