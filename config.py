@@ -105,15 +105,15 @@ class Config:
     # Sampling
     sampler: str = knob("dpmpp", "sampler", choices=("ddpm", "ddim", "dpmpp"))
     steps: int = knob(13, "sampling steps, 1 to timesteps", least=1)
-    guidance: float = knob(1.4, "guidance w (1: plain conditional; more: clearer, less varied)")
+    guidance: float = knob(1.5, "guidance w (1: plain conditional; more: clearer, less varied)")
     guidance_low: float = knob(
         0.4, "guidance acts only where t / timesteps is above this", least=0, most=1
     )
     guidance_high: float = knob(
-        0.95, "guidance acts only where t / timesteps is at most this", least=0, most=1
+        0.9, "guidance acts only where t / timesteps is at most this", least=0, most=1
     )
     eta: float = knob(
-        0.4, "noise that ddim and dpmpp put back (0: none, 1: as ddpm)", least=0, most=1
+        0.5, "noise that ddim and dpmpp put back (0: none, 1: as ddpm)", least=0, most=1
     )
     clip_x_0: bool = knob(
         True, "clamp each estimate of x_0 to [-1, 1]; the loss then forgives what lies beyond"
