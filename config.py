@@ -165,7 +165,7 @@ class Config:
         return cls(**known)
 
 
-# What generate.py --fast changes: the best that 6 network calls an image can do
+# What generate.py --fast changes: near the best that was tried with 6 network calls an image
 FAST = {"steps": 5, "eta": 0.2, "guidance": 1.5, "guidance_low": 0.7, "guidance_high": 0.9}
 
 SAMPLING = ("sampler", "steps", "guidance", "guidance_low", "guidance_high", "eta")
