@@ -295,6 +295,6 @@ class Diffusion:
     def _slope(self, before: int, t: int, s: int) -> float:
         """How much of the last change of x_0 its mean over the step from t to s is ahead: half, in
         proportion to the steps' lengths in log_snr. DPM-Solver++(2M), Lu et al. 2022, algorithm 2;
-        with noise SDE-DPM-Solver++(2M), their eq. 18."""
+        with noise it is the SDE-DPM-Solver++(2M) of the same paper."""
         log_snr = self.log_snr
         return float((log_snr[s] - log_snr[t]) / (log_snr[t] - log_snr[before]) / 2)
