@@ -28,7 +28,7 @@ from metrics import (
     pixel_figures,
 )
 from model import pick_device
-from plots import plot_sweep
+from plots import plot_quality, plot_sweep
 
 MOST = 10_000  # images at most: as many as the test split has, which sets the floor
 SWEPT = (*SAMPLING, "seed")
@@ -259,6 +259,26 @@ def sweep(judge: Judge, cfg: Config, path: Path, count: int, grid: list[dict[str
     print(f"wrote {plot_sweep(results, best, Path(cfg.output_dir, 'images', 'sweep.png'))}")
 
 
+def plot_files(files: list[Path], path: Path) -> None:
+    """Quality against minutes of training, from this script's results of models and one result of
+    benchmark.py. Raises ValueError for other files, and when there is not one of the latter."""
+    results, speeds = [], []
+    for file in files:
+        try:
+            result = json.loads(file.read_text())
+            if "samples" not in result:
+                speeds.append(result["training"]["images_per_second"])
+            elif "training" in result:
+                results.append(result)
+            else:
+                print(f"{file}: not of a model, left out")
+        except (OSError, ValueError, TypeError, KeyError):
+            raise ValueError(f"{file}: no result of evaluate.py or benchmark.py") from None
+    if not results or len(speeds) != 1:
+        raise ValueError("--plot needs results of models and one of benchmark.py --json")
+    print(f"wrote {plot_quality(results, speeds[0], path)}")
+
+
 def main() -> int:
     parser = Parser(prog="evaluate.py", description="Measure samples against MNIST.")
     parser.add_argument("--model", type=Path, metavar="PATH", help="checkpoint (default: newest)")
@@ -266,6 +286,9 @@ def main() -> int:
     parser.add_argument("--samples", type=int, default=MOST, metavar="INT", help="how many to draw")
     parser.add_argument("--cas", action="store_true", help="train on the samples, test on MNIST")
     parser.add_argument("--sweep", nargs="+", metavar="KNOB=A,B", help="evaluate every combination")
+    parser.add_argument(
+        "--plot", nargs="+", type=Path, metavar="FILE.json", help="plot results over training time"
+    )
     parser.add_argument("--train_evaluator", action="store_true", help="train the judge anew")
     add_flags(parser, FLAGS)
     args = parser.parse_args()
@@ -276,6 +299,9 @@ def main() -> int:
         raise ValueError("--images judges a file; drop --model and --sweep")
     if args.sweep and args.cas:
         raise ValueError("--sweep does not train on samples; drop --cas")
+    if args.plot:
+        plot_files(args.plot, Path(cfg.output_dir, "images", "quality.png"))
+        return 0
     torch.set_flush_denormal(True)  # denormals are slow; before any thread starts
     if args.train_evaluator:
         test_accuracy = evaluator.train_and_save(cfg)

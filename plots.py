@@ -1,10 +1,6 @@
-"""The plots: training curves, quality against network calls and against minutes of training.
-
-python plots.py results/metrics/*.json draws the last from what evaluate.py has written of models.
-"""
+"""The plots: training curves, quality against network calls and against minutes of training."""
 
 import csv
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +10,6 @@ matplotlib.use("Agg")  # no window, and no screen needed
 import matplotlib.pyplot as plt
 from matplotlib.ticker import LogLocator
 
-from config import Parser, run_script
 from data import written_whole
 
 # Training images a second of other MNIST scripts, measured on two such cores as README names
@@ -100,29 +95,3 @@ def plot_quality(results: list[dict[str, Any]], speed: float, path: Path) -> Pat
         figure.savefig(partial, dpi=110)
     plt.close(figure)
     return path
-
-
-def main() -> int:
-    parser = Parser(prog="plots.py", description="Plot quality against minutes of training.")
-    parser.add_argument("results", nargs="+", type=Path, help="JSON files that evaluate.py wrote")
-    parser.add_argument("--output", type=Path, default=Path("results/images/quality.png"))
-    parser.add_argument(
-        "--images_per_second", type=float, required=True, help="of training, as by benchmark.py"
-    )
-    args = parser.parse_args()
-    results = []
-    for file in args.results:
-        try:
-            result = json.loads(file.read_text())
-            if "training" in result:
-                results.append(result)
-            else:
-                print(f"{file}: not of a model, left out")
-        except (OSError, ValueError, TypeError):
-            raise ValueError(f"{file}: not a result that evaluate.py wrote") from None
-    print(f"wrote {plot_quality(results, args.images_per_second, args.output)}")
-    return 0
-
-
-if __name__ == "__main__":
-    run_script("plots.py", main)

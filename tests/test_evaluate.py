@@ -256,14 +256,21 @@ def test_a_sweep_is_printed_plotted_and_resumed(run, tmp_path):
 
     trained = [json.loads(path.read_text())["training"] for path in files]
     assert all(t["minutes"] > 0 and t["steps"] == 10 for t in trained)
-    to = ("--images_per_second", 1000, "--output", tmp_path / "quality.png")
-    (tmp_path / "other.json").write_text(json.dumps({"source": "somebody's.npz"}))
-    plot = run("plots.py", *files, tmp_path / "other.json", *to)
-    assert f"{tmp_path / 'other.json'}: not of a model, left out" in plot.out
-    assert plot.out.splitlines()[-1] == f"wrote {tmp_path / 'quality.png'}"
-    assert Image.open(tmp_path / "quality.png").width > 300
-    other = json.loads(next(iter(files)).read_text()) | {"images": 200}
-    (tmp_path / "other.json").write_text(json.dumps(other))
-    assert_one_line(run("plots.py", *files, tmp_path / "other.json", *to), "different numbers")
-    (tmp_path / "other.json").write_text("{")
-    assert_one_line(run("plots.py", tmp_path / "other.json", *to), "other.json", "not a result")
+    other, speed = tmp_path / "other.json", tmp_path / "speed.json"
+    other.write_text(json.dumps({"source": "somebody's.npz", "samples": {}}))
+    speed.write_text(json.dumps({"training": {"images_per_second": 1000}}))
+
+    def plot(*more: object) -> Result:
+        return run("evaluate.py", "--output_dir", tmp_path, "--plot", *files, other, *more)
+
+    drawn = plot(speed)
+    picture = tmp_path / "images" / "quality.png"
+    assert drawn.out.splitlines() == [f"{other}: not of a model, left out", f"wrote {picture}"]
+    assert Image.open(picture).width > 300
+    assert_one_line(plot(), "one of benchmark.py")
+    assert_one_line(plot(speed, speed), "one of benchmark.py")
+    other.write_text(json.dumps(json.loads(next(iter(files)).read_text()) | {"images": 200}))
+    assert_one_line(plot(speed), "different numbers")
+    for damaged in ("{", "[]", "{}"):
+        other.write_text(damaged)
+        assert_one_line(plot(speed), "other.json", "no result")
