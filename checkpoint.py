@@ -1,10 +1,11 @@
 """The one owner of the checkpoint file: save, load, list, newest.
 
-A file holds {format, config, progress, model, ema, optimizers, metrics}: tensors and plain values
-only, so that reading it runs nothing in it. No random state is among them: train.py derives every
-random number from config's seed and progress.
+A file holds {format, config, progress, model, ema, guide, optimizers, metrics}: tensors and plain
+values only, so that reading it runs nothing in it. No random state is among them: train.py derives
+every random number from config's seed and progress.
 """
 
+import copy
 import hashlib
 import os
 import pickle
@@ -18,7 +19,7 @@ import torch
 from config import Config
 from model import UNet
 
-FORMAT = 2
+FORMAT = 3
 SHIPPED = "pretrained.pth"
 
 
@@ -48,6 +49,7 @@ def save(
     progress: Progress,
     model: UNet,
     ema: UNet,
+    guide: UNet | None,
     optimizers: list[torch.optim.Optimizer],
     metrics: dict[str, Any],
 ) -> None:
@@ -61,6 +63,7 @@ def save(
         "progress": asdict(progress),
         "model": model.state_dict(),
         "ema": ema.state_dict(),
+        "guide": guide.state_dict() if guide else None,
         "optimizers": [each.state_dict() for each in optimizers],
         "metrics": metrics,
     }
@@ -68,10 +71,15 @@ def save(
 
 
 def slim(source: str | Path, target: str | Path) -> None:
-    """Write what drawing needs of a checkpoint, a third of its size: it has the averaged weights
-    and nothing that training on would need. Raises ValueError as load and save do."""
+    """Write what drawing needs of a checkpoint, a fifth of its size: the averaged weights and the
+    guide in half precision, and nothing that training on would need. Raises ValueError as load and
+    save do."""
     contents = load(source)
-    _write(Path(target), {k: contents[k] for k in ("format", "config", "progress", "ema")})
+    kept = {k: contents[k] for k in ("format", "config", "progress", "ema", "guide")}
+    for name in ("ema", "guide"):
+        if kept[name] is not None:
+            kept[name] = {k: weight.half() for k, weight in kept[name].items()}
+    _write(Path(target), kept)
 
 
 def _write(path: Path, contents: dict[str, Any]) -> None:
@@ -109,6 +117,7 @@ def load(path: str | Path, device: torch.device | str = "cpu", *, mmap: bool = F
         Progress(**contents["progress"])
         Config.from_dict(contents["config"])
         contents["ema"].items()
+        contents["guide"] is None or contents["guide"].items()
     except PermissionError:
         raise ValueError(f"{path}: may not be read; change its permissions") from None
     except (RuntimeError, EOFError, OSError, LookupError, TypeError, AttributeError,
@@ -121,9 +130,9 @@ def load(path: str | Path, device: torch.device | str = "cpu", *, mmap: bool = F
 
 def restore(
     path: Path, model: UNet, ema: UNet, optimizers: list[torch.optim.Optimizer]
-) -> dict[str, Any]:
+) -> tuple[UNet | None, dict[str, Any]]:
     """Fill in networks and optimizers from a checkpoint, but not the optimizers' settings; returns
-    its metrics.
+    its guide, if it has one yet, and its metrics.
 
     Raises ValueError when it does not fit them, or is one that cannot be trained on.
     """
@@ -134,25 +143,37 @@ def restore(
         for optimizer, saved in zip(optimizers, contents["optimizers"], strict=True):
             settings = optimizer.state_dict()["param_groups"]  # as asked for now
             optimizer.load_state_dict({"state": saved["state"], "param_groups": settings})
-        return contents["metrics"]
+        guide = None
+        if contents["guide"] is not None:
+            guide = copy.deepcopy(ema)
+            guide.load_state_dict(contents["guide"])
+        return guide, contents["metrics"]
     except KeyError as error:
         raise ValueError(f"{path}: has no {error}, so it cannot be trained on") from None
     except (RuntimeError, ValueError):
         raise ValueError(f"{path}: its weights do not fit this U-Net; train anew") from None
 
 
-def load_model(path: str | Path, device: torch.device | str) -> tuple[UNet, Config, Progress]:
-    """The averaged network of a checkpoint, built from the file alone, ready to sample."""
+def load_model(
+    path: str | Path, device: torch.device | str
+) -> tuple[UNet, UNet | None, Config, Progress]:
+    """The averaged network of a checkpoint and its guide, if it has one, built from the file alone,
+    ready to sample."""
     contents = load(path, device)
     cfg = Config.from_dict(contents["config"])
-    # In this layout convolutions without a backward pass are up to twice as fast on a CPU
-    model = UNet(cfg).to(device, memory_format=torch.channels_last)
-    model.requires_grad_(False).eval()
-    try:
-        model.load_state_dict(contents["ema"])
-    except RuntimeError:
-        raise ValueError(f"{path}: its weights do not fit this U-Net; train anew") from None
-    return model, cfg, Progress(**contents["progress"])
+
+    def build(weights: dict[str, torch.Tensor] | None) -> UNet | None:
+        if weights is None:
+            return None
+        # In this layout convolutions without a backward pass are up to twice as fast on a CPU
+        model = UNet(cfg).to(device, memory_format=torch.channels_last)
+        try:
+            model.load_state_dict(weights)
+        except RuntimeError:
+            raise ValueError(f"{path}: its weights do not fit this U-Net; train anew") from None
+        return model.requires_grad_(False).eval()
+
+    return build(contents["ema"]), build(contents["guide"]), cfg, Progress(**contents["progress"])
 
 
 def sha256(path: Path) -> str:

@@ -80,6 +80,10 @@ class Config:
         least=0, most=1,
     )  # fmt: skip
     min_snr_gamma: float = knob(5.0, "ceiling of the min-SNR weight", above=0)
+    timestep_power: float = knob(
+        0.7, "timesteps are trained at u^power · T for even u (1: evenly; less: more high noise)",
+        above=0,
+    )  # fmt: skip
     label_dropout: float = knob(0.1, "share of images trained without label", least=0, most=1)
 
     # Training
@@ -96,6 +100,15 @@ class Config:
     ema_sigma_rel: float = knob(
         0.10, "width of the weight average, as a share of the run so far", above=0, most=0.28
     )
+    guide_share: float = knob(
+        0.1, "share of the run after which the model so far is kept as the guide, the worse model "
+        "that guidance leads away from (0: none; guidance then drops the label)",
+        least=0, most=0.5, shapes_model=True,
+    )  # fmt: skip
+    guide_label_noise: float = knob(
+        0.3, "share of images whose label is drawn at random until the guide is made",
+        least=0, most=1,
+    )  # fmt: skip
     precision: str = knob(
         "auto", "auto: bf16 where the hardware has it", choices=("auto", "float32", "bf16")
     )

@@ -85,6 +85,7 @@ class Diffusion:
         self.prediction = cfg.prediction
         self.null_class = cfg.null_class
         self.label_dropout = cfg.label_dropout
+        self.timestep_power = cfg.timestep_power
         self.clip_x_0 = cfg.clip_x_0
         self.image_shape = (cfg.img_channels, cfg.img_size, cfg.img_size)
 
@@ -151,10 +152,10 @@ class Diffusion:
     def loss(self, model: Model, x_0: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
         """Mean weighted squared error of the prediction, a scalar; x_0 in [-1, 1], y int64 (B,).
 
-        All random numbers come from `generator`, on the device of x_0. Timesteps are stratified
-        over the batch: one in each B-th of 1…T, shifted together (Kingma et al. 2021,
-        appendix I). Each image loses its label with probability `label_dropout` (Ho & Salimans
-        2022, algorithm 1).
+        All random numbers come from `generator`, on the device of x_0. Timesteps are u^power · T,
+        with u stratified over the batch: one in each B-th of 0…1, shifted together (Kingma et al.
+        2021, appendix I); a `timestep_power` below 1 gives more of them to high noise. Each image
+        loses its label with probability `label_dropout` (Ho & Salimans 2022, algorithm 1).
 
         With `clip_x_0` a pixel costs nothing where the clamp of its estimated x_0 gives x_0
         exactly: the sampler clamps as well, so that black has to be black, not any one number.
@@ -164,7 +165,7 @@ class Diffusion:
         B, device = len(x_0), x_0.device
         shift = torch.rand(1, generator=generator, device=device)
         u = (shift + torch.arange(B, device=device) / B) % 1  # (B,) in [0, 1)
-        t = 1 + (u * self.T).long().clamp(max=self.T - 1)
+        t = 1 + (u**self.timestep_power * self.T).long().clamp(max=self.T - 1)
         dropped = torch.rand(B, generator=generator, device=device) < self.label_dropout
         y = torch.where(dropped, self.null_class, y)
         eps = torch.randn(x_0.shape, generator=generator, device=device)
@@ -202,6 +203,7 @@ class Diffusion:
         model: Model,
         y: Tensor,
         *,
+        guide: Model | None = None,
         sampler: str = "dpmpp",
         steps: int = 20,
         guidance: float = 1.0,
@@ -218,11 +220,15 @@ class Diffusion:
         """Draw an image for each label in y int64 (N,): (N, C, H, W), in [-1, 1] if clipped.
 
         Image i takes all its noise from a stream of its own, given by (seed, i): up to rounding the
-        same picture whatever N, `batch_size` and device. `guidance` 1 (plain
-        conditional) and 0 (label ignored) cost one network call a step, others two, but only
-        where `guidance_low` < t / T <= `guidance_high`. With `progress` a bar is shown where stderr
-        is a terminal. With `return_intermediates` also x at every time, from noise to the image:
-        (steps + 1, N, C, H, W).
+        same picture whatever N, `batch_size` and device.
+
+        `guidance` leads away from `guide`, a worse model that is told the label as well
+        (autoguidance, Karras et al. 2024), or without one from `model` itself without the label
+        (classifier-free guidance). 1 (plain conditional) and 0 (label ignored) cost one network
+        call a step, others two, but only where `guidance_low` < t / T <= `guidance_high`.
+
+        With `progress` a bar is shown where stderr is a terminal. With `return_intermediates` also
+        x at every time, from noise to the image: (steps + 1, N, C, H, W).
 
         sampler: "ddpm" (Ho et al. 2020, eq. 6 and 7), "ddim" (Song et al. 2021, eq. 12) or "dpmpp"
         (DPM-Solver++ 2M, Lu et al. 2022, algorithm 2). The last two put back the share `eta` of
@@ -246,7 +252,7 @@ class Diffusion:
                     if return_intermediates:
                         history.append(x)
                     w = self.guidance_at(t, guidance, guidance_low, guidance_high)
-                    x_0 = self._guided_x_0(model, x, t, y_batch, w, clip_x_0)
+                    x_0 = self._guided_x_0(model, guide, x, t, y_batch, w, clip_x_0)
                     estimate = x_0
                     if sampler == "dpmpp" and x_0_before is not None and s > 0:
                         estimate = x_0 + self._slope(t_before, t, s) * (x_0 - x_0_before)
@@ -260,17 +266,23 @@ class Diffusion:
         return (sampled, torch.cat(histories, dim=1)) if return_intermediates else sampled
 
     def _guided_x_0(
-        self, model: Model, x: Tensor, t: int, y: Tensor, guidance: float, clip_x_0: bool
-    ) -> Tensor:
-        """x_0_hat at time t with classifier-free guidance (Ho & Salimans 2022, eq. 6, with their
-        1 + w written as `guidance`; x_0 and eps are linear in each other, so guiding one guides
-        the other)."""
+        self, model: Model, guide: Model | None, x: Tensor, t: int, y: Tensor, guidance: float,
+        clip_x_0: bool,
+    ) -> Tensor:  # fmt: skip
+        """x_0_hat at time t with guidance: Karras et al. 2024 ("Guiding a diffusion model with a
+        bad version of itself"), eq. 3, or without a guide Ho & Salimans 2022, eq. 6, with their
+        1 + w written as `guidance`. x_0 and eps are linear in each other, so guiding one guides
+        the other."""
+        null = torch.full_like(y, self.null_class)
         if guidance in (0, 1):
-            y = y if guidance == 1 else torch.full_like(y, self.null_class)
-            return self._x_0(model, x, t, y, clip_x_0)
-        both = torch.cat([y, torch.full_like(y, self.null_class)])
-        cond, null = self._x_0(model, torch.cat([x, x]), t, both, clip_x_0).chunk(2)
-        x_0 = null + guidance * (cond - null)
+            return self._x_0(model, x, t, y if guidance == 1 else null, clip_x_0)
+        if guide:
+            cond = self._x_0(model, x, t, y, clip_x_0)
+            worse = self._x_0(guide, x, t, y, clip_x_0)
+        else:
+            both, labels = torch.cat([x, x]), torch.cat([y, null])
+            cond, worse = self._x_0(model, both, t, labels, clip_x_0).chunk(2)
+        x_0 = worse + guidance * (cond - worse)
         return x_0.clamp(-1, 1) if clip_x_0 else x_0
 
     def _x_0(self, model: Model, x: Tensor, t: int, y: Tensor, clip_x_0: bool) -> Tensor:

@@ -110,13 +110,13 @@ def sample(
 ) -> tuple[Tensor, Tensor, dict]:
     """`count` uint8 images with labels as MNIST has them; what training the model and drawing them
     cost."""
-    model, trained, progress = checkpoint.load_model(path, device)
+    model, guide, trained, progress = checkpoint.load_model(path, device)
     if (trained.img_size, trained.img_channels, trained.num_classes) != (28, 1, 10):
         raise ValueError(f"{path}: draws images of another kind than MNIST's 28 by 28")
     labels = draw_labels(count, cfg.seed).to(device)
     began = time.perf_counter()
     diffusion = Diffusion(trained)
-    x_0 = diffusion.sample(model, labels, **cfg.sampling, progress=True)
+    x_0 = diffusion.sample(model, labels, guide=guide, **cfg.sampling, progress=True)
     images = to_uint8(x_0).cpu().to(device)  # by way of the CPU, so that the clock waits for it
     seconds = time.perf_counter() - began
     calls = diffusion.network_calls(cfg.steps, cfg.guidance, cfg.guidance_low, cfg.guidance_high)

@@ -31,7 +31,7 @@ class Pen:
 
     def __init__(self, path: Path, device: torch.device) -> None:
         self.path, self.device = path, device
-        self.model, self.trained, self.progress = checkpoint.load_model(path, device)
+        self.model, self.guide, self.trained, self.progress = checkpoint.load_model(path, device)
         self.sha256 = checkpoint.sha256(path)
         self.diffusion = Diffusion(self.trained)
 
@@ -47,7 +47,7 @@ class Pen:
     def draw(self, cfg: Config, y: Tensor, every_step: bool = False) -> Tensor:
         """uint8 (N, C, H, W) on the CPU; with `every_step` from the noise on (steps + 1, …)."""
         x = self.diffusion.sample(
-            self.model, y.to(self.device), **cfg.sampling, progress=True,
+            self.model, y.to(self.device), guide=self.guide, **cfg.sampling, progress=True,
             return_intermediates=every_step,
         )  # fmt: skip
         return to_uint8(x[1] if every_step else x).cpu()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 import checkpoint
@@ -58,10 +58,11 @@ def train(cfg: Config, progress: Progress, start: Path | None, began: float) -> 
     torch.manual_seed(cfg.seed)
     model = UNet(cfg).to(device)
     ema = copy.deepcopy(model).requires_grad_(False)
+    guide = None  # the worse model for autoguidance, from the end of the run's short first part
     optimizers = make_optimizers(cfg, model)
     totals, epoch_seconds = torch.zeros(2, device=device), 0.0  # of the epoch: loss, grad norm
     if start:
-        epoch_metrics = checkpoint.restore(start, model, ema, optimizers)
+        guide, epoch_metrics = checkpoint.restore(start, model, ema, optimizers)
         totals += torch.tensor(epoch_metrics["totals"], device=device)
         epoch_seconds = epoch_metrics["seconds"]
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
@@ -89,7 +90,7 @@ def train(cfg: Config, progress: Progress, start: Path | None, began: float) -> 
         check_finite()
         path = Path(cfg.output_dir, "models", f"model_{progress.name}.pth")
         metrics = {"totals": totals.tolist(), "seconds": epoch_seconds}
-        checkpoint.save(path, cfg, progress, model, ema, optimizers, metrics)
+        checkpoint.save(path, cfg, progress, model, ema, guide, optimizers, metrics)
         tqdm.write(f"wrote {path}")
         return path
 
@@ -113,15 +114,17 @@ def train(cfg: Config, progress: Progress, start: Path | None, began: float) -> 
             step_start = time.perf_counter()
             index = order[progress.images : progress.images + cfg.batch_size]
             generator = seeded_generator(cfg.seed, NOISE_STREAM, progress.step, device=device)
+            x_0, y = to_model_range(images[index]), labels[index]
+            making_guide = guide is None and cfg.guide_share > 0
+            if making_guide:
+                y = mishear(y, cfg, generator)
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                loss = diffusion.loss(
-                    model, to_model_range(images[index]), labels[index], generator
-                )
+                loss = diffusion.loss(model, x_0, y, generator)
             model.zero_grad()
             loss.backward()
             grad_norm = nn.utils.clip_grad_norm_(parameters, cfg.grad_clip)
             for group in groups:
-                group["lr"] = learning_rate(cfg, progress.step, fraction)
+                group["lr"] = learning_rate(cfg, progress.step, fraction, making_guide)
             for optimizer in optimizers:
                 optimizer.step()
             progress.step += 1
@@ -132,6 +135,8 @@ def train(cfg: Config, progress: Progress, start: Path | None, began: float) -> 
 
             epoch_seconds += time.perf_counter() - step_start
             fraction = fraction_done()
+            if making_guide and fraction >= cfg.guide_share:
+                guide = copy.deepcopy(ema)
             if progress.step % check_every == 0 or progress.images == per_epoch:
                 check_finite()
                 mean_loss = float(totals[0]) * cfg.batch_size / progress.images
@@ -154,7 +159,7 @@ def train(cfg: Config, progress: Progress, start: Path | None, began: float) -> 
         if fraction >= 1 or stopped or (whole_epoch and progress.epoch % cfg.save_every == 0):
             last_saved = save()
             if not stopped or fraction >= 1:
-                save_preview(cfg, diffusion, ema, progress)
+                save_preview(cfg, diffusion, ema, guide, progress)
             save_curves(cfg)
         if stopped and fraction < 1:
             default = cfg.output_dir == Config().output_dir
@@ -164,10 +169,22 @@ def train(cfg: Config, progress: Progress, start: Path | None, began: float) -> 
     return 0
 
 
-def learning_rate(cfg: Config, step: int, fraction: float) -> float:
-    """A short linear rise, then a linear fall that reaches zero when the run ends."""
+def learning_rate(cfg: Config, step: int, fraction: float, making_guide: bool = False) -> float:
+    """A short linear rise, then a linear fall that reaches zero when the guide is made; then from
+    the peak again a linear fall that reaches zero when the run ends."""
+    start, end = (0.0, cfg.guide_share) if making_guide else (cfg.guide_share, 1.0)
+    left = min(1.0, max(0.0, (end - fraction) / (end - start)))
     warmup = min(1.0, (step + 1) / (cfg.warmup_steps + 1))
-    return cfg.learning_rate * warmup * max(0.0, 1 - fraction)
+    return cfg.learning_rate * warmup * left
+
+
+def mishear(y: Tensor, cfg: Config, generator: torch.Generator) -> Tensor:
+    """Labels (B,), each with probability `guide_label_noise` replaced by one drawn at random: a
+    guide should err as the model itself does, only more often, and that is drawing the wrong
+    digit."""
+    wrong = torch.rand(y.shape, generator=generator, device=y.device) < cfg.guide_label_noise
+    drawn = torch.randint(cfg.num_classes, y.shape, generator=generator, device=y.device)
+    return torch.where(wrong, drawn, y)
 
 
 def ema_gamma(sigma_rel: float) -> float:
@@ -191,12 +208,14 @@ def catch_stop_signals() -> list[int]:
     return stopped
 
 
-def save_preview(cfg: Config, diffusion: Diffusion, ema: UNet, progress: Progress) -> None:
+def save_preview(
+    cfg: Config, diffusion: Diffusion, ema: UNet, guide: UNet | None, progress: Progress
+) -> None:
     """Write a grid with one row a digit, from the same noise every time, to compare epochs."""
     path = Path(cfg.output_dir, "images", f"samples_{progress.name}.png")
     digits = torch.tensor(parse_digits(cfg.preview_digits, cfg.num_classes))
     y = digits.repeat_interleave(cfg.preview_columns).to(next(ema.parameters()).device)
-    x_0 = diffusion.sample(ema, y, **cfg.sampling, progress=True)
+    x_0 = diffusion.sample(ema, y, guide=guide, **cfg.sampling, progress=True)
     image_grid(to_uint8(x_0), cfg.preview_columns).save(path)
     tqdm.write(f"wrote {path}")
 

@@ -17,38 +17,49 @@ CFG = Config(widths=(8, 8), embedding_size=8)
 def save(path, progress=None, cfg=CFG):
     """Save a small network that was trained for one step; returns what the file should hold."""
     torch.manual_seed(0)
-    model, ema = UNet(cfg), UNet(cfg)
+    model, ema, guide = UNet(cfg), UNet(cfg), UNet(cfg)
     optimizers = make_optimizers(cfg, model)
     sum(p.sum() for p in model.parameters()).backward()
     for optimizer in optimizers:
         optimizer.step()
     progress = progress or Progress(epoch=1, step=10)
     metrics = {"totals": [0.1, 1 / 3], "seconds": 2.5}
-    checkpoint.save(path, cfg, progress, model, ema, optimizers, metrics)
-    return model, ema, optimizers, metrics
+    checkpoint.save(path, cfg, progress, model, ema, guide, optimizers, metrics)
+    return model, ema, guide, optimizers, metrics
 
 
 def test_everything_comes_back_to_the_last_bit(tmp_path):
     progress = Progress(epoch=3, images=128, step=7, seconds=1.25, budget_from=0.5)
-    model, ema, optimizers, metrics = save(tmp_path / "a.pth", progress)
+    model, ema, guide, optimizers, metrics = save(tmp_path / "a.pth", progress)
     contents = checkpoint.load(tmp_path / "a.pth")
     assert Config.from_dict(contents["config"]) == CFG
     assert Progress(**contents["progress"]) == progress
     assert_same(contents["model"], model.state_dict())
     assert_same(contents["ema"], ema.state_dict())
+    assert_same(contents["guide"], guide.state_dict())
     assert_same(contents["optimizers"], [each.state_dict() for each in optimizers])
     assert_same(contents["metrics"], metrics)
 
 
-def test_the_network_is_rebuilt_from_the_file_alone_and_is_the_average(tmp_path):
+def test_the_networks_are_rebuilt_from_the_file_alone_the_average_and_the_guide(tmp_path):
     cfg = Config(widths=(8, 16), embedding_size=16, img_size=16, blocks=2)
-    _, ema, _, _ = save(tmp_path / "a.pth", cfg=cfg)
-    model, loaded, progress = checkpoint.load_model(tmp_path / "a.pth", "cpu")
+    saved = save(tmp_path / "a.pth", cfg=cfg)
+    *networks, loaded, progress = checkpoint.load_model(tmp_path / "a.pth", "cpu")
     assert loaded == cfg
     assert progress.epoch == 1
-    assert_same(model.state_dict(), ema.state_dict())
-    assert not model.training
-    assert not any(p.requires_grad for p in model.parameters())
+    for network, original in zip(networks, saved[1:3], strict=True):
+        assert_same(network.state_dict(), original.state_dict())
+        assert not network.training
+        assert not any(p.requires_grad for p in network.parameters())
+
+
+def test_a_slim_file_has_half_precision_of_the_average_and_the_guide(tmp_path):
+    _, *originals, _, _ = save(tmp_path / "a.pth")
+    checkpoint.slim(tmp_path / "a.pth", tmp_path / "small.pth")
+    *networks, _, _ = checkpoint.load_model(tmp_path / "small.pth", "cpu")
+    for network, original in zip(networks, originals, strict=True):
+        halved = {k: weight.half().float() for k, weight in original.state_dict().items()}
+        assert_same(dict(network.state_dict()), halved)
 
 
 def test_a_failed_save_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):

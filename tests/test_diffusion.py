@@ -141,7 +141,9 @@ def off_by(process: Diffusion, x_0: torch.Tensor, error: float):
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_min_snr_weighs_the_error_of_x_0_alike_for_every_prediction(prediction):
-    process = diffusion(prediction=prediction, loss_weighting="min_snr", min_snr_gamma=5.0)
+    process = diffusion(
+        prediction=prediction, loss_weighting="min_snr", min_snr_gamma=5.0, timestep_power=1.0
+    )
     x_0 = torch.rand(1000, 1, 8, 8) * 2 - 1  # 1000 images: each of the T timesteps once
     y = torch.zeros(1000, dtype=torch.int64)
     loss = process.loss(off_by(process, x_0, 0.1), x_0, y, seeded_generator(0))
@@ -152,7 +154,9 @@ def test_min_snr_weighs_the_error_of_x_0_alike_for_every_prediction(prediction):
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("power", [0.0, 0.25, 1.0])
 def test_snr_power_weighs_between_the_errors_of_x_0_and_eps(prediction, power):
-    process = diffusion(prediction=prediction, loss_weighting="snr_power", snr_power=power)
+    process = diffusion(
+        prediction=prediction, loss_weighting="snr_power", snr_power=power, timestep_power=1.0
+    )
     x_0, y = torch.rand(1000, 1, 8, 8) * 2 - 1, torch.zeros(1000, dtype=torch.int64)
     loss = process.loss(off_by(process, x_0, 0.1), x_0, y, seeded_generator(0))
     snr = process.snr[1:]
@@ -199,14 +203,21 @@ def record_calls(process: Diffusion, y: torch.Tensor, seed: int = 0):
     return seen
 
 
+@pytest.mark.parametrize("power", [0.7, 1.0])
 @pytest.mark.parametrize("B", [1, 10, 128])
-def test_timesteps_are_stratified_over_the_batch(B):
-    process = diffusion()
+def test_timesteps_are_stratified_over_the_batch(B, power):
+    process = diffusion(timestep_power=power)
     for seed in range(20):
         t = record_calls(process, torch.zeros(B, dtype=torch.int64), seed)["t"]
         assert ((t >= 1) & (t <= process.T)).all()
-        strata = ((t - 1).sort().values * B / process.T).floor()
-        assert (strata - torch.arange(B)).abs().max() <= 1
+        u = ((t.sort().values - 0.5) / process.T) ** (1 / power)
+        assert ((u * B).floor() - torch.arange(B)).abs().max() <= 1
+
+
+def test_a_low_timestep_power_trains_more_of_the_high_noise():
+    y = torch.zeros(1000, dtype=torch.int64)
+    t = record_calls(diffusion(timestep_power=0.5), y)["t"]
+    assert (t > 500).float().mean().item() == pytest.approx(0.75, abs=0.01)  # u > 1/4
 
 
 def test_label_dropout_hits_images_not_batches_at_its_rate():
@@ -419,6 +430,25 @@ def test_guidance_costs_a_second_call_only_where_it_must(sampler):
     assert torch.equal(sampled[0.0], ignored)  # w = 0 is the null class
     # All classes share one std, so each path is linear in its class mean, and guidance with it
     torch.testing.assert_close(sampled[2.0], 2 * sampled[1.0] - sampled[0.0])
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_guidance_leads_away_from_the_guide(sampler):
+    process, y = diffusion(), torch.arange(3)
+    guide = GaussianData(process)
+    guide.mean = guide.mean - 0.1  # errs by as much for every label
+    sampled = {}
+    for w in (0.0, 1.0, 2.0):
+        model, guide.calls = GaussianData(process), []
+        settings = {"sampler": sampler, "steps": 5, "clip_x_0": False, "guidance": w}
+        sampled[w] = process.sample(model, y, guide=guide, **settings)
+        assert model.calls == [3] * 5
+        assert guide.calls == ([3] * 5 if w == 2 else [])
+    settings["guidance"] = 1.0
+    weak = process.sample(guide, y, **settings)
+    torch.testing.assert_close(sampled[2.0], 2 * sampled[1.0] - weak)
+    null = process.sample(model, torch.full_like(y, process.null_class), **settings)
+    assert torch.equal(sampled[0.0], null)  # w = 0 ignores the label, guide or not
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
