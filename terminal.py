@@ -21,7 +21,7 @@ HELP = """  7     draws sevens
   2026  writes a number, in as many variants as you ask for
   all   draws every digit
   ?     says this; q leaves; Enter takes the answer in brackets
-Guidance 1 draws as the model learned, a little more is clearer, a lot more all alike."""
+Guidance 1 draws as the model learned, more is clearer, a lot more makes all alike."""
 
 
 def say(message: str) -> None:

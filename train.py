@@ -115,7 +115,7 @@ def train(cfg: Config, progress: Progress, start: Path | None, began: float) -> 
             index = order[progress.images : progress.images + cfg.batch_size]
             generator = seeded_generator(cfg.seed, NOISE_STREAM, progress.step, device=device)
             x_0, y = to_model_range(images[index]), labels[index]
-            making_guide = guide is None and cfg.guide_share > 0
+            making_guide = guide is None and fraction < cfg.guide_share
             if making_guide:
                 y = mishear(y, cfg, generator)
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
@@ -135,7 +135,8 @@ def train(cfg: Config, progress: Progress, start: Path | None, began: float) -> 
 
             epoch_seconds += time.perf_counter() - step_start
             fraction = fraction_done()
-            if making_guide and fraction >= cfg.guide_share:
+            warm = progress.step >= cfg.warmup_steps  # no guide that has not learned anything yet
+            if guide is None and warm and fraction >= cfg.guide_share > 0:
                 guide = copy.deepcopy(ema)
             if progress.step % check_every == 0 or progress.images == per_epoch:
                 check_finite()

@@ -14,10 +14,10 @@ from optimizer import make_optimizers
 CFG = Config(widths=(8, 8), embedding_size=8)
 
 
-def save(path, progress=None, cfg=CFG):
+def save(path, progress=None, cfg=CFG, guided=True):
     """Save a small network that was trained for one step; returns what the file should hold."""
     torch.manual_seed(0)
-    model, ema, guide = UNet(cfg), UNet(cfg), UNet(cfg)
+    model, ema, guide = UNet(cfg), UNet(cfg), UNet(cfg) if guided else None
     optimizers = make_optimizers(cfg, model)
     sum(p.sum() for p in model.parameters()).backward()
     for optimizer in optimizers:
@@ -60,6 +60,16 @@ def test_a_slim_file_has_half_precision_of_the_average_and_the_guide(tmp_path):
     for network, original in zip(networks, originals, strict=True):
         halved = {k: weight.half().float() for k, weight in original.state_dict().items()}
         assert_same(dict(network.state_dict()), halved)
+
+
+def test_a_checkpoint_from_before_its_guide(tmp_path):
+    save(tmp_path / "a.pth", guided=False)
+    checkpoint.slim(tmp_path / "a.pth", tmp_path / "small.pth")
+    for name in ("a.pth", "small.pth"):
+        assert checkpoint.load_model(tmp_path / name, "cpu")[1] is None
+    model, ema, _, optimizers, metrics = save(tmp_path / "b.pth", guided=False)
+    restored = checkpoint.restore(tmp_path / "b.pth", model, ema, optimizers)
+    assert restored == (None, metrics)
 
 
 def test_a_failed_save_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):

@@ -426,7 +426,7 @@ def test_guidance_costs_a_second_call_only_where_it_must(sampler):
         cost[w] = list(model.calls)
         if w == 1:
             ignored = process.sample(model, null, guidance=1.0, **settings)
-    assert cost == {0.0: [3] * 5, 1.0: [3] * 5, 2.0: [6] * 5}
+    assert cost == {0.0: [3] * 5, 1.0: [3] * 5, 2.0: [3] * 10}
     assert torch.equal(sampled[0.0], ignored)  # w = 0 is the null class
     # All classes share one std, so each path is linear in its class mean, and guidance with it
     torch.testing.assert_close(sampled[2.0], 2 * sampled[1.0] - sampled[0.0])

@@ -12,6 +12,7 @@ from PIL import Image
 import evaluator
 import metrics
 from config import Config
+from diffusion import Diffusion
 from evaluate import Judge, pareto_best, parse_sweep
 
 CPU = torch.device("cpu")
@@ -233,7 +234,14 @@ def test_the_pareto_best_of_a_sweep():
     assert pareto_best(results) == [True, True, False, False, True]
 
 
-def test_a_sweep_is_printed_plotted_and_resumed(run, tmp_path):
+def test_a_sweep_is_printed_plotted_and_resumed(run, tmp_path, monkeypatch):
+    guides, sample = [], Diffusion.sample
+
+    def recorded_sample(self, model, y, **settings):
+        guides.append(settings["guide"])
+        return sample(self, model, y, **settings)
+
+    monkeypatch.setattr(Diffusion, "sample", recorded_sample)
     process = start_script("train.py", *TINY, "--epochs", 1, "--output_dir", tmp_path)
     assert process.wait() == 0, process.stdout.read()
 
@@ -243,6 +251,8 @@ def test_a_sweep_is_printed_plotted_and_resumed(run, tmp_path):
 
     first = sweep("steps=1,2", "guidance=1")
     assert first.code == 0, first
+    assert len(guides) == 2
+    assert None not in guides
     files = {path: path.stat().st_mtime_ns for path in tmp_path.glob("metrics/*.json")}
     assert len(files) == 2
     assert Image.open(tmp_path / "images" / "sweep.png").width > 300

@@ -16,6 +16,7 @@ import torch
 from conftest import REPO, TINY, assert_one_line, start_script
 from PIL import Image
 
+import checkpoint
 import evaluator
 from checkpoint import Progress
 from config import FAST, Config
@@ -109,6 +110,21 @@ def test_what_a_picture_costs():
     assert process.network_calls(**{k: default[k] for k in limits}) == 19
     fast = default | FAST
     assert process.network_calls(**{k: fast[k] for k in limits}) == 6
+
+
+def test_the_guide_of_the_model_matters_where_guidance_does(results, run, tmp_path):
+    def draw(guidance: float) -> bytes:
+        flags = ("--guidance", guidance, "--guidance_high", 1, "--output", tmp_path / "a.png")
+        assert run("generate.py", "--digits", "3", *flags, "--output_dir", results).code == 0
+        return np.asarray(Image.open(tmp_path / "a.png")).tobytes()
+
+    before = {w: draw(w) for w in (1, 2)}
+    path = results / "models" / "model_epoch_2.pth"
+    contents = checkpoint.load(path)
+    contents["guide"] = {name: torch.zeros_like(w) for name, w in contents["guide"].items()}
+    torch.save(contents, path)
+    assert draw(1) == before[1]
+    assert draw(2) != before[2]
 
 
 def test_the_seed_sets_the_pictures_and_the_count_does_not(results, run, tmp_path):

@@ -21,7 +21,7 @@ from PIL import Image
 import checkpoint
 import train
 from config import Config
-from data import to_model_range
+from data import load_split, to_model_range
 from diffusion import Diffusion, seeded_generator
 from model import UNet
 from optimizer import make_optimizers
@@ -410,19 +410,59 @@ def test_mishear_replaces_as_many_labels_as_asked():
     assert torch.equal(train.mishear(y, Config(guide_label_noise=0.0), seeded_generator(0)), y)
 
 
+def test_labels_are_misheard_until_the_guide_is_made_and_the_guide_draws_the_preview(
+    run, tmp_path, monkeypatch
+):
+    heard, guides, loss, sample = [], [], Diffusion.loss, Diffusion.sample
+
+    def recorded_loss(self, model, x_0, y, generator):
+        heard.append(y)
+        return loss(self, model, x_0, y, generator)
+
+    def recorded_sample(self, model, y, **settings):
+        guides.append(settings["guide"])
+        return sample(self, model, y, **settings)
+
+    monkeypatch.setattr(Diffusion, "loss", recorded_loss)
+    monkeypatch.setattr(Diffusion, "sample", recorded_sample)
+    flags = (*TINY, "--epochs", 1, "--guide_share", 0.5, "--guide_label_noise", 1)
+    assert run("train.py", *flags, "--output_dir", tmp_path).code == 0
+    labels = load_split(Config(max_images=320), True, torch.device("cpu"))[1]
+    order = torch.randperm(320, generator=seeded_generator(0, train.ORDER_STREAM, 0))
+    right = [(a == b).float().mean() for a, b in zip(heard, labels[order].split(32), strict=True)]
+    assert torch.stack(right[:5]).mean() < 0.25
+    assert right[5:] == [1.0] * 5
+    saved = checkpoint.load(tmp_path / "models/model_epoch_1.pth")["guide"]
+    assert_same(dict(guides[-1].state_dict()), dict(saved))
+
+
+def test_a_run_shorter_than_its_warm_up_makes_no_guide(run, tmp_path):
+    flags = (*TINY, "--epochs", 1, "--warmup_steps", 11, "--output_dir", tmp_path)
+    assert run("train.py", *flags).code == 0
+    assert checkpoint.load(tmp_path / "models/model_epoch_1.pth")["guide"] is None
+
+
 def test_the_guide_is_the_average_at_its_share_of_the_run(whole, run, tmp_path):
     contents = [checkpoint.load(whole / f"models/model_epoch_{epoch}.pth") for epoch in (2, 4)]
     assert_same(contents[0]["guide"], contents[1]["guide"])  # made after 0.4 epochs, and kept
     assert not torch.equal(contents[1]["guide"]["stem.weight"], contents[1]["ema"]["stem.weight"])
 
-    flags = (*TINY, "--epochs", 2, "--save_every", 1, "--output_dir", tmp_path)
+    flags = (*TINY, "--epochs", 4, "--save_every", 1, "--output_dir", tmp_path)
     assert run("train.py", *flags, "--guide_share", 0.5).code == 0
-    first, last = (checkpoint.load(tmp_path / f"models/model_epoch_{e}.pth") for e in (1, 2))
-    assert_same(first["guide"], first["ema"])
-    assert_same(last["guide"], first["ema"])
+    paths = [tmp_path / f"models/model_epoch_{epoch}.pth" for epoch in (1, 2, 3, 4)]
+    first, second, _, last = map(checkpoint.load, paths)
+    assert first["guide"] is None
+    assert_same(second["guide"], second["ema"])
+    assert_same(last["guide"], second["ema"])
+    for path in paths[1:]:  # the same again, resumed from before the guide
+        path.unlink()
+    straight = last["guide"], last["model"]
+    assert run("train.py", *flags, "--guide_share", 0.5, "--resume").code == 0
+    last = checkpoint.load(paths[-1])
+    assert_same((last["guide"], last["model"]), straight)
 
     assert run("train.py", *flags, "--guide_share", 0).code == 0
-    assert checkpoint.load(tmp_path / "models/model_epoch_2.pth")["guide"] is None
+    assert checkpoint.load(paths[-1])["guide"] is None
     drawn = ("generate.py", "--digits", "3", "--count", 2, "--output_dir", tmp_path)
     assert run(*drawn).code == 0  # guidance then drops the label
 
