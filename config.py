@@ -118,7 +118,7 @@ class Config:
     # Sampling
     sampler: str = knob("dpmpp", "sampler", choices=("ddpm", "ddim", "dpmpp"))
     steps: int = knob(13, "sampling steps, 1 to timesteps", least=1)
-    guidance: float = knob(1.5, "guidance w (1: plain conditional; more: clearer; much more: all alike)")
+    guidance: float = knob(2.2, "guidance w (1: plain conditional; more: clearer; much more: all alike)")
     guidance_low: float = knob(
         0.4, "guidance acts only where t / timesteps is above this", least=0, most=1
     )
@@ -126,7 +126,7 @@ class Config:
         0.9, "guidance acts only where t / timesteps is at most this", least=0, most=1
     )
     eta: float = knob(
-        0.5, "noise that ddim and dpmpp put back (0: none, 1: as ddpm)", least=0, most=1
+        0.4, "noise that ddim and dpmpp put back (0: none, 1: as ddpm)", least=0, most=1
     )
     clip_x_0: bool = knob(
         True, "clamp each estimate of x_0 to [-1, 1]; the loss then forgives what lies beyond"
@@ -179,7 +179,7 @@ class Config:
 
 
 # What generate.py --fast changes: near the best that was tried with 6 network calls an image
-FAST = {"steps": 5, "eta": 0.2, "guidance": 1.5, "guidance_low": 0.7, "guidance_high": 0.9}
+FAST = {"steps": 5, "eta": 0.3, "guidance": 3.0, "guidance_low": 0.5, "guidance_high": 0.7}
 
 SAMPLING = ("sampler", "steps", "guidance", "guidance_low", "guidance_high", "eta")
 
