@@ -118,7 +118,7 @@ class Config:
     # Sampling
     sampler: str = knob("dpmpp", "sampler", choices=("ddpm", "ddim", "dpmpp"))
     steps: int = knob(13, "sampling steps, 1 to timesteps", least=1)
-    guidance: float = knob(2.2, "guidance w (1: plain conditional; more: clearer; much more: all alike)")
+    guidance: float = knob(2.2, "guidance w (1: plain conditional; more: clearer; 7: all alike)")
     guidance_low: float = knob(
         0.4, "guidance acts only where t / timesteps is above this", least=0, most=1
     )

@@ -101,8 +101,9 @@ class Diffusion:
     def _make_loss_weight(self, cfg: Config) -> Tensor:
         """Weight of the squared error of the prediction itself at t = 0…T (t = 0 is not trained).
 
-        "uniform": 1, with a `timestep_power` of 1 Ho et al. 2020, eq. 14. The others are weights of the error of x_0, carried
-        over to what the network predicts. "min_snr": min(snr, gamma), Hang et al. 2023.
+        "uniform": 1, with a `timestep_power` of 1 Ho et al. 2020, eq. 14. The others are weights of
+        the error of x_0, carried over to what the network predicts. "min_snr": min(snr, gamma),
+        Hang et al. 2023.
         "snr_power": snr^power, between the error of x_0 (power 0) and that of eps (power 1), as if
         snr ended at 0.01 and 100, between which all but the first and last steps of sampling lie.
         """
@@ -269,9 +270,9 @@ class Diffusion:
         self, model: Model, guide: Model | None, x: Tensor, t: int, y: Tensor, guidance: float,
         clip_x_0: bool,
     ) -> Tensor:  # fmt: skip
-        """x_0_hat at time t with guidance: Karras et al. 2024 (autoguidance), or without a guide Ho &
-        Salimans 2022, eq. 6, with their 1 + w written as `guidance`. x_0 and eps are linear in each
-        other, so guiding one guides the other."""
+        """x_0_hat at time t with guidance: Karras et al. 2024 (autoguidance), or without a guide Ho
+        & Salimans 2022, eq. 6, with their 1 + w written as `guidance`. x_0 and eps are linear in
+        each other, so guiding one guides the other."""
         null = torch.full_like(y, self.null_class)
         if guidance == 0:
             return self._x_0(model, x, t, null, clip_x_0)
