@@ -115,14 +115,14 @@ def train(cfg: Config, progress: Progress, start: Path | None, began: float) -> 
             index = order[progress.images : progress.images + cfg.batch_size]
             generator = seeded_generator(cfg.seed, NOISE_STREAM, progress.step, device=device)
             x_0, y = to_model_range(images[index]), labels[index]
-            making_guide = guide is None and fraction < cfg.guide_share
-            if making_guide:
+            if guide is None and cfg.guide_share > 0:
                 y = mishear(y, cfg, generator)
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 loss = diffusion.loss(model, x_0, y, generator)
             model.zero_grad()
             loss.backward()
             grad_norm = nn.utils.clip_grad_norm_(parameters, cfg.grad_clip)
+            making_guide = guide is None and fraction < cfg.guide_share
             for group in groups:
                 group["lr"] = learning_rate(cfg, progress.step, fraction, making_guide)
             for optimizer in optimizers:
