@@ -76,7 +76,8 @@ def training(cfg: Config, device: torch.device, dtype: torch.dtype) -> dict[str,
         for optimizer in optimizers:
             optimizer.step()
         mark()
-        torch._foreach_lerp_(averages, parameters, 0.01)
+        with torch.no_grad():
+            torch._foreach_lerp_(averages, parameters, 0.01)
         mark()
 
     numbers = itertools.count()

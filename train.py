@@ -130,7 +130,8 @@ def train(cfg: Config, progress: Progress, start: Path | None, began: float) -> 
             progress.step += 1
             progress.images += cfg.batch_size
             ema_decay = (1 - 1 / progress.step) ** ema_exponent
-            torch._foreach_lerp_(averages, parameters, 1 - ema_decay)
+            with torch.no_grad():
+                torch._foreach_lerp_(averages, parameters, 1 - ema_decay)
             totals += torch.stack([loss.detach(), grad_norm])
 
             epoch_seconds += time.perf_counter() - step_start
