@@ -50,6 +50,9 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Calla
     return run_it
 
 
+unix = pytest.mark.skipif(os.name == "nt", reason="needs a Unix pseudo-terminal, limit or signal")
+
+
 def start_script(script: str, *args: object, **options: object) -> subprocess.Popen:
     """Start a script as a process of its own, with its output as text."""
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}

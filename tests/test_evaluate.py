@@ -13,7 +13,7 @@ import evaluator
 import metrics
 from config import Config
 from diffusion import Diffusion
-from evaluate import Judge, pareto_best, parse_sweep
+from evaluate import Judge, pareto_best, parse_sweep, train_on_synthetic
 
 CPU = torch.device("cpu")
 COUNT = 500
@@ -113,6 +113,31 @@ def test_swapped_labels_lower_agreement_by_their_share_and_nothing_else(judge, r
     assert agreement[0] - agreement[1] == pytest.approx(0.2, abs=0.02)
     assert agreement[0] - agreement[2] == pytest.approx(0.5, abs=0.03)
     assert len({each["fd"] for each in figures}) == 1
+
+
+class ClassMeans:
+    """A classifier that is trained in no time: the digit whose mean image is nearest."""
+
+    def __init__(self, images, labels, **_):
+        self.means = torch.stack([self(images[labels == digit]).mean(dim=0) for digit in range(10)])
+
+    def __call__(self, images):
+        return images.float().flatten(1)
+
+    def classify(self, features):
+        return -torch.cdist(features, self.means)
+
+
+def test_training_on_samples_is_held_against_training_on_real_images(judge, real, monkeypatch):
+    monkeypatch.setattr(evaluator, "fit", ClassMeans)
+    images, labels = real
+    as_good = train_on_synthetic(judge, images, labels)
+    assert len(as_good["synthetic"]) == len(as_good["real"]) == 3
+    assert min(as_good["real"]) > 0.7
+    assert as_good["gap"] == pytest.approx(0, abs=0.05)  # other images, as many
+    wrong = train_on_synthetic(judge, images, (labels + 1) % 10)
+    assert wrong["real"] == as_good["real"]
+    assert wrong["gap"] > 0.6
 
 
 def test_copies_of_training_images_are_found(judge):

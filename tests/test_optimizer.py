@@ -79,12 +79,15 @@ def test_every_parameter_has_one_optimizer_and_muon_the_large_matrices():
     cfg = Config(widths=(8, 16), embedding_size=16, attention=True)
     model = UNet(cfg)
     muon, adamw = make_optimizers(cfg, model)
-    by = {id(p): o for o in (muon, adamw) for g in o.param_groups for p in g["params"]}
-    assert sum(len(g["params"]) for o in (muon, adamw) for g in o.param_groups) == len(by)
-    for name, parameter in model.named_parameters():
-        large = parameter.ndim == 4 and not name.startswith(("stem", "head"))
-        large |= name in ("dense.read.weight", "dense.write.weight")
-        assert by[id(parameter)] is (muon if large else adamw), name
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    of = [[names[id(p)] for g in o.param_groups for p in g["params"]] for o in (muon, adamw)]
+    assert sorted(of[0] + of[1]) == sorted(names.values())
+    blocks = ("down.0.0", "down.1.0", "middle", "up.0.0", "up.1.0")
+    assert set(of[0]) == {
+        *(f"{block}.conv{i}.weight" for block in blocks for i in (1, 2)),
+        *(f"{layer}.weight" for layer in ("shrink.0", "grow.0", "dense.read", "dense.write")),
+        *(f"attention.{layer}.weight" for layer in ("qkv", "out")),
+    }
 
 
 def test_no_optimizer_touches_what_has_no_gradient():
