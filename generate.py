@@ -132,7 +132,8 @@ def reproduce(picture: Path, folder: Path, cfg: Config, output: Path | None, loo
             raise TypeError
     except (LookupError, TypeError, ValueError):
         raise ValueError(f"{picture}: not a PNG that generate.py wrote") from None
-    models = [p for p in folder.glob("*.pth") if checkpoint.sha256(p) == model]
+    kept = [*folder.glob("*.pth"), *folder.parent.glob("earlier/*/*.pth")]
+    models = [path for path in kept if checkpoint.sha256(path) == model]
     if not models:
         raise ValueError(f"{picture}: its model, SHA-256 {model}, is not in {folder}")
     output = output or free_name(cfg, f"{digits}_again")

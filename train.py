@@ -9,6 +9,7 @@ import signal
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from tqdm import tqdm
 import checkpoint
 from checkpoint import Progress
 from config import (
+    LOCAL,
     Config,
     Parser,
     add_flags,
@@ -88,22 +90,26 @@ def train(cfg: Config, progress: Progress, start: Path | None, began: float) -> 
 
     def save() -> Path:
         check_finite()
-        path = Path(cfg.output_dir, "models", f"model_{progress.name}.pth")
+        path = checkpoint_path(cfg, progress)
         metrics = {"totals": totals.tolist(), "seconds": epoch_seconds}
         checkpoint.save(path, cfg, progress, model, ema, guide, optimizers, metrics)
         tqdm.write(f"wrote {path}")
         return path
 
     fraction = fraction_done()
+    if fraction >= 1 and seconds_before > progress.budget_from:
+        print("nothing left to do: starting up took the rest of the budget")
+        return 0
     if fraction >= 1:
         raise ValueError(f"budget = {cfg.budget!r}: start-up alone took longer; give it more time")
-    make_room(cfg, start, progress.step)  # only now that nothing can be wrong any more
+    as_planned = start is not None and keeps_plan(start, cfg, progress)
+    make_room(cfg, start, progress, as_planned)  # only now that nothing can be wrong any more
     size = sum(p.numel() for p in parameters)
     print(f"U-Net of {size:,} parameters on {device}, {str(dtype)[6:]}; {len(images):,} images")
     until = f"for {cfg.budget}" if budget else f"to epoch {cfg.epochs}"
     print(f"training {until} from {progress}; results in {cfg.output_dir}", flush=True)
 
-    if start:  # so that --resume knows the new plan, should the run be killed before its next save
+    if start and not as_planned:  # for --resume, should the run be killed before its next save
         last_saved = save()
     while fraction < 1:
         order = torch.randperm(
@@ -164,9 +170,7 @@ def train(cfg: Config, progress: Progress, start: Path | None, began: float) -> 
                 save_preview(cfg, diffusion, ema, guide, progress)
             save_curves(cfg)
         if stopped and fraction < 1:
-            default = cfg.output_dir == Config().output_dir
-            folder = "" if default else f" --output_dir {cfg.output_dir}"
-            print(f"stopped at {progress}; to go on: python train.py --resume{folder}")
+            print(f"stopped at {progress}; to go on: python train.py --resume{local_flags(cfg)}")
             return 128 + stopped[0]
     return 0
 
@@ -265,11 +269,27 @@ def append_metrics(cfg: Config, *row: object) -> None:
         writer.writerow(row)
 
 
-def make_room(cfg: Config, start: Path | None, step: int) -> None:
+def checkpoint_path(cfg: Config, progress: Progress) -> Path:
+    """The file of a checkpoint in output_dir."""
+    return Path(cfg.output_dir, "models", f"model_{progress.name}.pth")
+
+
+def keeps_plan(start: Path, cfg: Config, progress: Progress) -> bool:
+    """Whether `start` is of this run's folder and holds its plan already."""
+    saved = checkpoint.load(start)
+    here = {name: getattr(cfg, name) for name in LOCAL}
+    plan = replace(Config.from_dict(saved["config"]), **here), saved["progress"]["budget_from"]
+    same_file = start.resolve() == checkpoint_path(cfg, progress).resolve()
+    return same_file and plan == (cfg, progress.budget_from)
+
+
+def make_room(cfg: Config, start: Path | None, progress: Progress, as_planned: bool) -> None:
     """Make the output folders, and see that this run overwrites nothing.
 
-    Going on from a checkpoint of this folder, at `step`, keeps what led up to it; checkpoints and
-    rows of metrics.csv past it, or all of an unrelated earlier run, move to output_dir/earlier.
+    Going on from a checkpoint of this folder, at `progress`, keeps what led up to it; checkpoints
+    and rows of metrics.csv past it, or all of an unrelated earlier run, move to output_dir/earlier.
+    A checkpoint that is to be written again, because the run does not go on `as_planned`, is copied
+    there: pictures name a model by its hash.
     """
     out = Path(cfg.output_dir)
     models, samples, metrics = out / "models", out / "images", out / "metrics.csv"
@@ -279,11 +299,13 @@ def make_room(cfg: Config, start: Path | None, step: int) -> None:
         partial.unlink()
     own = start is not None and start.resolve().parent == models.resolve()
     steps = {path: p.step for path, p in checkpoint.list_checkpoints(models)}
-    keep = step if own else -1
+    keep = progress.step if own else -1
     past = [p for p in models.glob("model_epoch_*.pth") if steps.get(p, math.inf) > keep]
     kept = {p.stem for p in models.glob("model_epoch_*.pth") if p not in past}
     grids = samples.glob("samples_epoch_*.png")
     past += [p for p in grids if p.stem.replace("samples_", "model_") not in kept]
+    copied = [checkpoint_path(cfg, progress)] if own and not as_planned else []
+    past += [p for p in copied if p.exists() and p not in past]
     if past or (metrics.exists() and not own):
         earlier = out / "earlier" / time.strftime("%Y-%m-%d_%H%M%S")
         while earlier.exists():
@@ -291,13 +313,13 @@ def make_room(cfg: Config, start: Path | None, step: int) -> None:
         earlier.mkdir(parents=True)
         for path in [*past, metrics, samples / "training.png"]:
             if path.exists():
-                shared = own and path == metrics  # its rows up to `step` are this run's as well
+                shared = path in copied or (own and path == metrics)  # this run's as well
                 (shutil.copy2 if shared else shutil.move)(path, earlier / path.name)
         print(f"an earlier run's files moved to {earlier}")
     if own and metrics.exists():
         with open(metrics, newline="") as file:  # a power cut may have left half a row
             rows = [r for r in csv.DictReader(file) if (r.get("step") or "").isdecimal()]
-            rows = [row for row in rows if int(row["step"]) <= step]
+            rows = [row for row in rows if int(row["step"]) <= progress.step]
         partial = metrics.with_name(".metrics.csv.partial")
         with open(partial, "w", newline="") as file:
             writer = csv.DictWriter(file, METRICS, extrasaction="ignore")
@@ -306,13 +328,22 @@ def make_room(cfg: Config, start: Path | None, step: int) -> None:
         os.replace(partial, metrics)
 
 
-def describe(path: Path, progress: Progress, cfg: Config) -> str:
-    """Where a checkpoint stands and how to go on from it."""
+def local_flags(cfg: Config) -> str:
+    """The flags of this machine that differ from config.py, which a checkpoint does not bring."""
+    given = {name: getattr(cfg, name) for name in LOCAL if getattr(cfg, name) != LOCAL[name]}
+    return "".join(f" --{name} {value}" for name, value in given.items())
+
+
+def describe(path: Path, saved: dict[str, Any], cfg: Config) -> str:
+    """Where the checkpoint `saved` stands and how to go on from it."""
+    progress = Progress(**saved["progress"])
     plan = f"a budget of {cfg.budget}" if cfg.budget else f"{cfg.epochs} epochs planned"
+    stands = f"{path} stands at {progress}, {plan}, after {progress.seconds / 60:.1f} minutes."
+    if "model" not in saved:
+        return f"{stands}\nIt was kept for drawing only and cannot be trained on."
     return (
-        f"{path} stands at {progress}, {plan}, after {progress.seconds / 60:.1f} minutes.\n"
-        f"To train it K epochs more: python train.py --load_checkpoint_path {path} "
-        "--continue_training_epochs K"
+        f"{stands}\nTo train it K epochs more: python train.py --load_checkpoint_path {path} "
+        f"--continue_training_epochs K{local_flags(cfg)}"
     )
 
 
@@ -348,7 +379,8 @@ def main() -> int:
         raise ValueError("--budget replaces --continue_training_epochs; give one of them")
 
     torch.set_flush_denormal(True)  # denormals are slow; before any thread starts
-    cfg, start, progress = replace(Config(), **given), args.load_checkpoint_path, Progress()
+    base = replace(Config(), budget="") if "epochs" in given else Config()
+    cfg, start, progress = replace(base, **given), args.load_checkpoint_path, Progress()
     if args.resume:
         models = Path(cfg.output_dir, "models")
         start = checkpoint.newest(models, "model_epoch_*.pth")
@@ -366,7 +398,7 @@ def main() -> int:
         elif args.load_checkpoint_path and "budget" in given:
             progress.budget_from = progress.seconds
         elif args.load_checkpoint_path:
-            print(describe(start, progress, trained))
+            print(describe(start, saved, trained))
             return 0
         if args.resume and "epochs" in given:
             trained = replace(trained, budget="")
@@ -381,7 +413,7 @@ def main() -> int:
             print(note)
         spent = progress.seconds - progress.budget_from
         if spent >= parse_duration(cfg.budget) if cfg.budget else progress.epoch >= cfg.epochs:
-            print(f"nothing left to do.\n{describe(start, progress, cfg)}")
+            print(f"nothing left to do.\n{describe(start, saved, cfg)}")
             return 0
     return train(cfg, progress, start, began)
 

@@ -1,21 +1,20 @@
 """train.py through its command line, on a slice of the real data set."""
 
+import contextlib
 import csv
 import io
 import math
 import os
-import pty
 import re
 import shutil
 import signal
-import termios
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, assert_one_line, assert_same, start_script
+from conftest import TINY, assert_one_line, assert_same, start_script, unix
 from PIL import Image
 
 import checkpoint
@@ -25,6 +24,10 @@ from data import load_split, to_model_range
 from diffusion import Diffusion, seeded_generator
 from model import UNet
 from optimizer import make_optimizers
+
+if os.name != "nt":
+    import pty
+    import termios
 
 
 def metrics(folder: Path) -> list[dict[str, str]]:
@@ -88,8 +91,9 @@ def test_resuming_from_an_epochs_end_gives_the_same_bits(whole, tmp_path, run):
         state(tmp_path / "models/model_epoch_4.pth"), state(whole / "models/model_epoch_4.pth")
     )
     assert losses(tmp_path) == losses(whole)
-    grid = "images/samples_epoch_4.png"
-    assert (tmp_path / grid).read_bytes() == (whole / grid).read_bytes()
+    for file in ("images/samples_epoch_4.png", "models/model_epoch_2.pth"):
+        assert (tmp_path / file).read_bytes() == (whole / file).read_bytes()
+    assert not list(tmp_path.glob("earlier/*/*.pth"))
 
 
 LONG = (*TINY, "--max_images", 4800, "--epochs", 2, "--save_every", 1)  # 150 steps an epoch
@@ -117,6 +121,7 @@ def stop_when(pattern: str, out: Path, signum: int, delay: float = 0.25) -> tupl
     return process.wait(), output
 
 
+@unix
 @pytest.mark.parametrize(
     ("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["ctrl-c", "term"]
 )
@@ -126,7 +131,9 @@ def test_an_interrupted_epoch_resumes_to_the_same_bits(long_run, tmp_path, run, 
     stopped = checkpoint.newest(tmp_path / "models")
     assert 0 < checkpoint.load(stopped)["progress"]["images"] < 4800
     assert f"wrote {stopped}" in output
-    assert f"python train.py --resume --output_dir {tmp_path}" in output
+    going_on = output[output.index("python train.py --resume") :]
+    assert f"--output_dir {tmp_path}" in going_on
+    assert "--device cpu" in going_on  # a checkpoint does not bring it along
     result = run("train.py", *LONG, "--resume", "--output_dir", tmp_path)
     assert result.code == 0
     assert_same(
@@ -135,6 +142,7 @@ def test_an_interrupted_epoch_resumes_to_the_same_bits(long_run, tmp_path, run, 
     assert losses(tmp_path) == losses(long_run)
 
 
+@unix
 def test_a_killed_run_resumes_to_the_same_bits(long_run, tmp_path, run):
     returned, output = stop_when(r"^wrote .*model_epoch_1\.pth", tmp_path, signal.SIGKILL)
     assert returned == -signal.SIGKILL, output
@@ -164,6 +172,19 @@ def test_resume_after_the_end_has_nothing_to_do(whole, tmp_path, run):
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
 
 
+def test_a_budget_that_starting_up_would_overrun_is_done(whole, tmp_path, run):
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "models" / "model_epoch_4.pth"
+    contents = checkpoint.load(path)
+    contents["config"]["budget"], contents["progress"]["seconds"] = "10m", 599.99
+    torch.save(contents, path)
+    before = path.read_bytes()
+    result = run("train.py", *TINY, "--resume", "--output_dir", tmp_path)
+    assert result.code == 0, result
+    assert "nothing left to do" in result.out
+    assert path.read_bytes() == before
+
+
 def test_resuming_with_more_epochs_extends_the_plan(whole, tmp_path, run):
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
     result = run("train.py", *TINY, "--resume", "--epochs", 5, "--output_dir", tmp_path)
@@ -176,7 +197,8 @@ def test_a_checkpoint_alone_is_described_and_not_trained(whole, run):
     path = whole / "models" / "model_epoch_2.pth"
     result = run("train.py", "--load_checkpoint_path", path)
     assert result.code == 0
-    for words in ("epoch 2", "step 20", "4 epochs planned", "--continue_training_epochs K"):
+    going_on = ("--continue_training_epochs K", f"--output_dir {whole}", "--device cpu")
+    for words in ("epoch 2", "step 20", "4 epochs planned", *going_on):
         assert words in result.out
     assert "training to" not in result.out
 
@@ -202,10 +224,11 @@ def test_training_more_epochs_numbers_on_and_keeps_the_rest_aside(whole, tmp_pat
     assert all(float(r["learning_rate"]) <= 0.001 for r in metrics(tmp_path)[2:])
     moved = next((tmp_path / "earlier").iterdir())
     assert sorted(p.name for p in moved.iterdir()) == [
-        "metrics.csv", "model_epoch_4.pth", "samples_epoch_4.png", "training.png"
+        "metrics.csv", "model_epoch_2.pth", "model_epoch_4.pth", "samples_epoch_4.png",
+        "training.png",
     ]  # fmt: skip
-    old = "models/model_epoch_4.pth"
-    assert (moved / "model_epoch_4.pth").read_bytes() == (whole / old).read_bytes()
+    for name in ("model_epoch_2.pth", "model_epoch_4.pth"):  # the first is rewritten with its plan
+        assert (moved / name).read_bytes() == (whole / "models" / name).read_bytes()
 
 
 def test_a_second_run_from_scratch_overwrites_nothing(whole, tmp_path, run):
@@ -319,6 +342,7 @@ def test_a_checkpoint_for_sampling_alone_cannot_be_trained_on(whole, run, tmp_pa
     result = run("train.py", *TINY, "--load_checkpoint_path", path,
                  "--continue_training_epochs", 1, "--output_dir", tmp_path)  # fmt: skip
     assert_one_line(result, str(path), "cannot be trained on")
+    assert "for drawing only" in run("train.py", "--load_checkpoint_path", path).out
     assert run("generate.py", "--digits", "1", "--model", path, "--output_dir", tmp_path).code == 0
 
 
@@ -413,7 +437,8 @@ def test_mishear_replaces_as_many_labels_as_asked():
 def test_labels_are_misheard_until_the_guide_is_made_and_the_guide_draws_the_preview(
     run, tmp_path, monkeypatch
 ):
-    heard, guides, loss, sample = [], [], Diffusion.loss, Diffusion.sample
+    heard, guides, averages = [], [], []
+    loss, sample = Diffusion.loss, Diffusion.sample
 
     def recorded_loss(self, model, x_0, y, generator):
         heard.append(y)
@@ -421,6 +446,7 @@ def test_labels_are_misheard_until_the_guide_is_made_and_the_guide_draws_the_pre
 
     def recorded_sample(self, model, y, **settings):
         guides.append(settings["guide"])
+        averages.append(model)
         return sample(self, model, y, **settings)
 
     monkeypatch.setattr(Diffusion, "loss", recorded_loss)
@@ -434,6 +460,8 @@ def test_labels_are_misheard_until_the_guide_is_made_and_the_guide_draws_the_pre
     assert right[5:] == [1.0] * 5
     saved = checkpoint.load(tmp_path / "models/model_epoch_1.pth")["guide"]
     assert_same(dict(guides[-1].state_dict()), dict(saved))
+    # a weight average that knew where it came from would keep every step's weights in memory
+    assert not any(p.requires_grad for net in (guides[-1], averages[-1]) for p in net.parameters())
 
 
 def test_a_run_shorter_than_its_warm_up_makes_no_guide(run, tmp_path):
@@ -483,6 +511,7 @@ def test_the_weight_averages_width_is_the_asked_share_of_any_run(sigma_rel):
         assert width / steps == pytest.approx(sigma_rel, rel=0.03)
 
 
+@unix
 def test_the_progress_bar_shows_loss_speed_and_time_left(tmp_path):
     screen, terminal = pty.openpty()
     termios.tcsetwinsize(terminal, (24, 100))
@@ -492,11 +521,9 @@ def test_the_progress_bar_shows_loss_speed_and_time_left(tmp_path):
     )  # fmt: skip
     os.close(terminal)
     shown = io.BytesIO()
-    while True:
-        try:
-            shown.write(os.read(screen, 4096))
-        except OSError:  # Linux's way to say that the other side is closed
-            break
+    with contextlib.suppress(OSError):  # Linux's way to say that the other side is closed
+        while chunk := os.read(screen, 4096):
+            shown.write(chunk)
     text = shown.getvalue().decode()
     assert process.wait() == 0, text
     assert re.search(r"epoch 1/1: +\d+%.*images/s, loss 0\.\d+, run ends in 0m\d\ds", text), text
