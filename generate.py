@@ -118,12 +118,14 @@ def write_folder(pen: Pen, cfg: Config, digits: str, count: int, folder: Path) -
 def provenance(pen: Pen, cfg: Config, digits: str, count: int) -> dict[str, Any]:
     """What --reproduce needs to draw a picture again."""
     known = {"model": pen.sha256, "digits": digits, "count": count, "version": VERSION}
-    return known | {name: getattr(cfg, name) for name in RECORDED} | {"made with": made_with()}
+    known |= {name: getattr(cfg, name) for name in RECORDED}
+    return known | {"made with": made_with(pen.device)}
 
 
 def reproduce(picture: Path, folder: Path, cfg: Config, output: Path | None, look: bool) -> None:
     """Draw a picture again from its text chunks; raises ValueError when it has none, when its
-    model is not in `folder`, and when the bytes come out differently."""
+    model is neither in `folder` nor among earlier runs', and when the bytes come out differently.
+    """
     known, original = read_png(picture), picture.read_bytes()
     try:
         cfg = replace(cfg, **{name: known[name] for name in RECORDED})
@@ -143,7 +145,7 @@ def reproduce(picture: Path, folder: Path, cfg: Config, output: Path | None, loo
     if output.read_bytes() != original:
         raise ValueError(
             f"{output}: not the same bytes as {picture}, made with {known.get('made with')}; "
-            f"this is {made_with()} on {pick_device(cfg.device)}"
+            f"this is {made_with(pick_device(cfg.device))}"
         )
     say(f"the same bytes as {picture}")
 

@@ -51,9 +51,9 @@ def read_png(path: Path) -> dict[str, Any]:
     return known
 
 
-def made_with() -> str:
+def made_with(device: torch.device) -> str:
     """What a picture's bytes depend on besides its settings and the kind of CPU."""
-    return f"torch {torch.__version__}, Pillow {PIL.__version__}"
+    return f"torch {torch.__version__}, Pillow {PIL.__version__} on {device.type}"
 
 
 def save_animation(grids: list[Image.Image], path: Path) -> None:
