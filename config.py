@@ -6,6 +6,7 @@ Standard library only.
 
 import argparse
 import math
+import os
 import re
 import sys
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -295,10 +296,13 @@ def merge(base: Config, given: dict[str, Any]) -> tuple[Config, list[str]]:
 
 def run_script(name: str, main: Any) -> None:
     """Run a script's main(); a user's mistake becomes one line and exit code 2, training
-    that diverged one line and 1, Ctrl-C 130."""
+    that diverged one line and 1, Ctrl-C 130. With TRACEBACK=1 in the environment it stays a
+    traceback, for whoever changes the code."""
     try:
         sys.exit(main())
     except (ValueError, OSError, FloatingPointError) as error:
+        if os.environ.get("TRACEBACK"):
+            raise
         print(f"{name}: {error}", file=sys.stderr)
         sys.exit(1 if isinstance(error, FloatingPointError) else 2)
     except (RuntimeError, MemoryError) as error:
