@@ -113,7 +113,7 @@ class Config:
     precision: str = knob(
         "auto", "auto: bf16 where the hardware has it", choices=("auto", "float32", "bf16")
     )
-    seed: int = knob(0, "seed of weights, data order, noise and samples", least=0, most=2**63 - 1)
+    seed: int = knob(0, "seed of weights, data order, noise and samples", least=0, most=2**32 - 1)
     save_every: int = knob(5, "epochs between checkpoints with their sample grid", least=1)
 
     # Sampling

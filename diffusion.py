@@ -49,7 +49,7 @@ def make_alpha_bar(schedule: str, T: int) -> Tensor:
 
 def seeded_generator(*key: int, device: torch.device | str = "cpu") -> torch.Generator:
     """A generator whose stream is a function of `key` alone, say (seed, step); other keys give
-    unrelated streams. Raises ValueError for a negative number."""
+    unrelated streams, if all numbers are below 2^32. Raises ValueError for a negative number."""
     entropy = (len(key), *key)  # the length too: SeedSequence ignores zeros at the end
     seed = int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0])
     return torch.Generator(device).manual_seed(seed)
