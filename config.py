@@ -103,7 +103,8 @@ class Config:
     )
     guide_share: float = knob(
         0.1, "share of the run after which the model so far is kept as the guide, the worse model "
-        "that guidance leads away from (0: none; guidance then drops the label)",
+        "that guidance leads away from; not before the warm-up ends (0: none; guidance drops the "
+        "label)",
         least=0, most=0.5, shapes_model=True,
     )  # fmt: skip
     guide_label_noise: float = knob(
@@ -119,7 +120,7 @@ class Config:
     # Sampling
     sampler: str = knob("dpmpp", "sampler", choices=("ddpm", "ddim", "dpmpp"))
     steps: int = knob(13, "sampling steps, 1 to timesteps", least=1)
-    guidance: float = knob(2.2, "guidance w (1: plain conditional; more: clearer; 7: all alike)")
+    guidance: float = knob(2.8, "guidance w (1: plain conditional; more: clearer; 7: all alike)")
     guidance_low: float = knob(
         0.4, "guidance acts only where t / timesteps is above this", least=0, most=1
     )
@@ -127,7 +128,7 @@ class Config:
         0.9, "guidance acts only where t / timesteps is at most this", least=0, most=1
     )
     eta: float = knob(
-        0.4, "noise that ddim and dpmpp put back (0: none, 1: as ddpm)", least=0, most=1
+        0.3, "noise that ddim and dpmpp put back (0: none, 1: as ddpm)", least=0, most=1
     )
     clip_x_0: bool = knob(
         True, "clamp each estimate of x_0 to [-1, 1]; the loss then forgives what lies beyond"
