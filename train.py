@@ -315,7 +315,7 @@ def make_room(cfg: Config, start: Path | None, progress: Progress, as_planned: b
             if path.exists():
                 shared = path in copied or (own and path == metrics)  # this run's as well
                 (shutil.copy2 if shared else shutil.move)(path, earlier / path.name)
-        print(f"an earlier run's files moved to {earlier}")
+        print(f"what this run would overwrite is kept in {earlier}")
     if own and metrics.exists():
         with open(metrics, newline="") as file:  # a power cut may have left half a row
             rows = [r for r in csv.DictReader(file) if (r.get("step") or "").isdecimal()]

@@ -237,7 +237,7 @@ def test_a_second_run_from_scratch_overwrites_nothing(whole, tmp_path, run):
     result = run("train.py", *TINY, "--epochs", 1, "--output_dir", tmp_path)
     assert result.code == 0
     moved = next((tmp_path / "earlier").iterdir())
-    assert f"moved to {moved}" in result.out
+    assert f"kept in {moved}" in result.out
     assert sorted(p.name for p in moved.iterdir()) == [
         "metrics.csv", "model_epoch_2.pth", "model_epoch_4.pth", "samples_epoch_2.png",
         "samples_epoch_4.png", "training.png",
