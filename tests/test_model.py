@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from config import Config
-from model import UNet, pick_device, pick_precision, timestep_features
+from model import UNet, modulated_group_norm, pick_device, pick_precision, timestep_features
 
 TINY = {"widths": (8, 16), "embedding_size": 16}
 
@@ -81,6 +81,17 @@ def test_images_of_a_batch_do_not_mix():
     for i in range(len(x)):
         alone = model(x[i : i + 1], t[i : i + 1], y[i : i + 1])
         torch.testing.assert_close(alone[0], whole[i], rtol=1e-4, atol=1e-4)
+
+
+def test_modulated_group_norm_against_its_formula():
+    h, scale, shift = torch.randn(3, 16, 5, 5), torch.randn(3, 16), torch.randn(3, 16)
+    grouped = h.view(3, 8, 2 * 5 * 5)
+    variance, mean = torch.var_mean(grouped, dim=2, correction=0, keepdim=True)
+    normed = ((grouped - mean) / (variance + 1e-5).sqrt()).view(3, 16, 5, 5)
+    expected = normed * scale[:, :, None, None] + shift[:, :, None, None]
+    for layout in (torch.contiguous_format, torch.channels_last):
+        out = modulated_group_norm(h.to(memory_format=layout), scale, shift)
+        torch.testing.assert_close(out, expected)
 
 
 def test_a_label_out_of_range_is_an_error():
