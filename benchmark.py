@@ -26,20 +26,9 @@ FLAGS = (
     "data_dir", "device", "precision", "batch_size", "patch_size", "widths", "blocks", "attention",
     "embedding_size", "dense_size", "sampler", "sample_batch_size", "seed",
 )  # fmt: skip
-SECONDS = 15.0  # of training steps; the other measurements take a fraction of it
+SECONDS = 25.0  # for training; each of the other measurements takes a fraction of it
 CALLS = (1, 4, 8, 20, 50)
 PARTS = ("data", "forward", "backward", "optimizer", "average")
-
-
-def seconds_of(work: Callable[[], Any], device: torch.device, share: float = 0.1) -> float:
-    """Median seconds of `work`, warm, repeated for a share of SECONDS and at least 3 times."""
-    work()
-    taken: list[float] = []
-    while len(taken) < 3 or sum(taken) < share * SECONDS:
-        taken.append(clock(device))
-        work()
-        taken[-1] = clock(device) - taken[-1]
-    return statistics.median(taken)
 
 
 def clock(device: torch.device) -> float:
@@ -47,6 +36,13 @@ def clock(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
+
+
+def seconds_of(work: Callable[[], Any], device: torch.device) -> float:
+    """Seconds that `work` takes."""
+    began = clock(device)
+    work()
+    return clock(device) - began
 
 
 def training(cfg: Config, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
@@ -81,30 +77,44 @@ def training(cfg: Config, device: torch.device, dtype: torch.dtype) -> dict[str,
         mark()
 
     numbers = itertools.count()
-    total = seconds_of(lambda: step(next(numbers)), device, share=0.6)
+    for _ in range(2):
+        step(next(numbers))
+    memory = peak_memory(device)
+
+    # In turn, because a machine's speed drifts: some steps, one in its parts, the convolutions
+    bare = convolutions(model, cfg, device, dtype)
+    totals: list[float] = []
     marked: list[list[float]] = []
-    while len(marked) < 3 or sum(m[-1] - m[0] for m in marked) < 0.4 * SECONDS:
+    alone: list[list[float]] = [[] for _ in bare]
+    began = clock(device)
+    while len(totals) < 3 or clock(device) - began < SECONDS:
+        totals.append(seconds_of(lambda: [step(next(numbers)) for _ in range(4)], device) / 4)
         marked.append([])
         step(next(numbers), lambda: marked[-1].append(clock(device)))
+        for taken, (_, both_ways) in zip(alone, bare, strict=True):
+            both_ways()  # warm
+            taken.append(seconds_of(both_ways, device))
+    total, flops = statistics.median(totals), sum(operations for operations, _ in bare)
+    convolving = sum(map(statistics.median, alone))
     parts = {
         part: statistics.median(m[i + 1] - m[i] for m in marked) for i, part in enumerate(PARTS)
     }
-    alone, flops = convolutions(model, cfg, device, dtype)
     return {
         "images_per_second": cfg.batch_size / total,
         "milliseconds": {part: 1000 * taken for part, taken in parts.items()},
         "tera_flops": flops / total / 1e12,
-        "convolutions_alone_tera_flops": flops / alone / 1e12,
-        "share_of_convolution_peak": alone / total,
+        "convolutions_alone_tera_flops": flops / convolving / 1e12,
+        "share_of_convolution_peak": convolving / total,
+        "peak_memory_bytes": memory,
     }
 
 
 def convolutions(
     model: UNet, cfg: Config, device: torch.device, dtype: torch.dtype
-) -> tuple[float, float]:
-    """Seconds of the network's own convolutions, forward and backward, run bare one after the
-    other at the batch size and in the precision of training; and their floating-point operations.
-    What a step takes beyond them is norms, activations, casts, loss and optimizer."""
+) -> list[tuple[float, Callable[[], None]]]:
+    """The network's own convolutions, each bare: its floating-point operations, and what runs it
+    forward and backward at the batch size and in the precision of training. What a step takes
+    beyond them is norms, activations, casts, loss and optimizer."""
     shapes: list[tuple[torch.Size, nn.Conv2d]] = []
     hooks = [
         layer.register_forward_hook(lambda layer, x, _: shapes.append((x[0].shape, layer)))
@@ -118,7 +128,7 @@ def convolutions(
     for hook in hooks:
         hook.remove()
 
-    seconds, flops = 0.0, 0.0
+    bare = []
     for number, (shape, layer) in enumerate(shapes):
         x = torch.randn(shape, device=device, dtype=dtype, requires_grad=number > 0)
         weight = layer.weight.detach().to(dtype).requires_grad_()
@@ -129,9 +139,9 @@ def convolutions(
             F.conv2d(x, weight, bias, padding=layer.padding).backward(gradient)
             x.grad = weight.grad = bias.grad = None
 
-        seconds += seconds_of(both_ways, device, share=0.03)
-        flops += (3 if number > 0 else 2) * 2 * gradient.numel() * weight[0].numel()
-    return seconds, flops
+        operations = (3 if number > 0 else 2) * 2 * gradient.numel() * weight[0].numel()
+        bare.append((operations, both_ways))
+    return bare
 
 
 def sampling(cfg: Config, device: torch.device) -> dict[str, Any]:
@@ -142,7 +152,10 @@ def sampling(cfg: Config, device: torch.device) -> dict[str, Any]:
 
     def draw(count: int, **settings: Any) -> float:
         settings = cfg.sampling | settings
-        return seconds_of(lambda: diffusion.sample(model, y[:count], **settings), device)
+        taken: list[float] = []
+        while len(taken) < 4 or sum(taken) < 0.06 * SECONDS:
+            taken.append(seconds_of(lambda: diffusion.sample(model, y[:count], **settings), device))
+        return statistics.median(taken[1:])  # the first one warms up
 
     speed = {
         calls: len(y) / draw(len(y), steps=min(calls, cfg.timesteps), guidance=1.0)
@@ -167,7 +180,9 @@ def peak_memory(device: torch.device) -> int | None:
 
 def report(result: dict[str, Any]) -> str:
     """The result as a person reads it."""
-    train, draw, memory = result["training"], result["sampling"], result["peak_memory_bytes"]
+    train, draw = result["training"], result["sampling"]
+    memory = train["peak_memory_bytes"]
+    held = f"{memory / 1e9:.2f} GB in training" if memory else "unknown"
     parts = ", ".join(f"{part} {ms:.1f}" for part, ms in train["milliseconds"].items())
     speeds = ", ".join(f"{n}: {s:.0f}" for n, s in draw["images_per_second_at_calls"].items())
     return "\n".join(
@@ -177,7 +192,7 @@ def report(result: dict[str, Any]) -> str:
             f"training         {train['images_per_second']:.0f} images/s, {train['tera_flops']:.3f}"
             f" TFLOP/s: {train['share_of_convolution_peak']:.0%} of its convolutions alone",
             f"a step, in ms    {parts}",
-            f"peak memory      {memory / 1e9:.2f} GB" if memory else "peak memory      unknown",
+            f"peak memory      {held}",
             f"sampling         images/s at so many network calls each: {speeds}",
             f"one image        {draw['one_image_seconds']:.3f} s at the default settings",
         )
@@ -206,7 +221,6 @@ def main() -> int:
         "training": training(cfg, device, dtype),
         "sampling": sampling(cfg, device),
     }
-    result["peak_memory_bytes"] = peak_memory(device)
     print(report(result))
     if args.json:
         with written_whole(args.json) as partial:
