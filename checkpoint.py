@@ -198,3 +198,24 @@ def newest(folder: str | Path, pattern: str = "*.pth") -> Path | None:
     """The checkpoint of a folder with the most completed work; None if there is none."""
     found = list_checkpoints(folder, pattern)
     return found[-1][0] if found else None
+
+
+def list_models(folder: Path) -> list[tuple[Path, Progress]]:
+    """The models of a folder, newest last; raises ValueError when there is none."""
+    found = list_checkpoints(folder)
+    if not found:
+        raise ValueError(f"no model in {folder}; train one first: python train.py --budget 10m")
+    return found
+
+
+def find_model(text: str, folder: Path) -> Path:
+    """The model that a user means by a path, a name in `folder`, its number there or "newest"."""
+    for path in (Path(text), folder / text, folder / f"{text}.pth"):
+        if path.is_file():
+            return path
+    if text == "newest" or text.isdecimal():
+        found = [path for path, _ in list_models(folder)]
+        number = len(found) if text == "newest" else int(text)
+        if 1 <= number <= len(found):
+            return found[number - 1]
+    return Path(text)  # of which load says that it is none

@@ -188,7 +188,7 @@ def evaluate_model(judge: Judge, cfg: Config, path: Path, count: int, cas: bool)
         except (ValueError, TypeError):
             raise ValueError(f"{file}: damaged; delete it") from None
         if all(known.get(k) == v for k, v in key.items()) and ("cas" in known or not cas):
-            tqdm.write(f"measured before: {file}")
+            tqdm.write(f"measured before: {file} (nearest.png stays as it was)")
             return known
     images, labels, cost = sample(cfg, path, count, next(judge.net.parameters()).device)
     pairs = Path(cfg.output_dir, "images", "nearest.png")
@@ -281,7 +281,7 @@ def plot_files(files: list[Path], path: Path) -> None:
 
 def main() -> int:
     parser = Parser(prog="evaluate.py", description="Measure samples against MNIST.")
-    parser.add_argument("--model", type=Path, metavar="PATH", help="checkpoint (default: newest)")
+    parser.add_argument("--model", metavar="TEXT", help="path, name, number or newest (default)")
     parser.add_argument("--images", type=Path, metavar="FILE.npz", help="judge these: arr_0, arr_1")
     parser.add_argument("--samples", type=int, default=MOST, metavar="INT", help="how many to draw")
     parser.add_argument("--cas", action="store_true", help="train on the samples, test on MNIST")
@@ -312,11 +312,7 @@ def main() -> int:
         images, labels = read_npz(args.images)
         result = judge_file(args.images, images, labels, Judge(cfg, device), cfg, args.cas)
     else:
-        path = args.model or checkpoint.newest(Path(cfg.output_dir, "models"))
-        if path is None:
-            raise ValueError(
-                f"no model in {cfg.output_dir}/models; train one first: python train.py"
-            )
+        path = checkpoint.find_model(args.model or "newest", Path(cfg.output_dir, "models"))
         trained = Config.from_dict(checkpoint.load(path, mmap=True)["config"])
         if "clip_x_0" not in given_flags(args):  # the model was trained for one of the two
             cfg = replace(cfg, clip_x_0=trained.clip_x_0)

@@ -40,8 +40,7 @@ class Pen:
         digit once."""
         everything = list(range(self.trained.num_classes))
         number = everything if digits == "all" else parse_digits(digits, len(everything))
-        if len(number) * count > MOST:
-            raise ValueError(f"count = {count}: more than {MOST:,} images in all; draw fewer")
+        check_total(count, len(number) * count)
         return torch.tensor(number * count)
 
     def draw(self, cfg: Config, y: Tensor, every_step: bool = False) -> Tensor:
@@ -53,6 +52,12 @@ class Pen:
         return to_uint8(x[1] if every_step else x).cpu()
 
 
+def check_total(count: int, total: int) -> None:
+    """Raises ValueError if `count` means too many images in all."""
+    if total > MOST:
+        raise ValueError(f"count = {count}: more than {MOST:,} images in all; draw fewer")
+
+
 def usual_count(digits: str) -> int:
     """How many variants to draw if nobody says: 16 images, of "all" 16 of each digit."""
     return 16 if digits == "all" else max(1, 16 // len(digits))
@@ -60,12 +65,15 @@ def usual_count(digits: str) -> int:
 
 def write(pen: Pen, cfg: Config, digits: str, count: int, output: Path, look: bool) -> None:
     """Draw `count` variants of `digits` into one file, of the kind that its ending says."""
-    y, moving = pen.labels(digits, count), output.suffix in (".gif", ".webp")
-    if output.suffix == ".npz" and digits == "all":
+    moving = output.suffix in (".gif", ".webp")
+    if output.suffix == ".npz" and digits == "all":  # a set to measure, `count` images in all
         if pen.trained.num_classes != 10:
             raise ValueError(f"digits = 'all': {pen.path} does not know MNIST's ten; name digits")
-        y = draw_labels(count, cfg.seed)  # a set to measure, `count` images in all
-    elif moving and len(y) > MOST_MOVING:
+        check_total(count, count)
+        y = draw_labels(count, cfg.seed)
+    else:
+        y = pen.labels(digits, count)
+    if moving and len(y) > MOST_MOVING:
         raise ValueError(f"count = {count}: more than {MOST_MOVING} images for {output.suffix}")
     began = time.perf_counter()
     images = pen.draw(cfg, y, every_step=moving)
@@ -170,33 +178,12 @@ def real_number(text: str) -> float:
 
 def choose_model(folder: Path) -> Path:
     """List the models of a folder and ask for one; Enter takes the newest."""
-    found = list_models(folder)
+    found = checkpoint.list_models(folder)
     say(f"Models in {folder}:")
     for number, (path, progress) in enumerate(found, 1):
         date = time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime))
         say(f"  {number}  {path.name}  {progress}  {date}")
     return found[ask("Which model", len(found), whole_number(len(found))) - 1][0]
-
-
-def list_models(folder: Path) -> list[tuple[Path, checkpoint.Progress]]:
-    """The models of a folder, newest last; raises ValueError when there is none."""
-    found = checkpoint.list_checkpoints(folder)
-    if not found:
-        raise ValueError(f"no model in {folder}; train one first: python train.py --budget 10m")
-    return found
-
-
-def find_model(text: str, folder: Path) -> Path:
-    """The model that a user means by a path, a name in `folder`, its number there or "newest"."""
-    for path in (Path(text), folder / text, folder / f"{text}.pth"):
-        if path.is_file():
-            return path
-    if text == "newest" or text.isdecimal():
-        found = [path for path, _ in list_models(folder)]
-        number = len(found) if text == "newest" else int(text)
-        if 1 <= number <= len(found):
-            return found[number - 1]
-    return Path(text)  # of which load says that it is none
 
 
 def converse(pen: Pen, cfg: Config, seed: int | None, look: bool) -> None:
@@ -226,7 +213,11 @@ def main() -> int:
     parser.add_argument(
         "--count", type=int, metavar="INT", help="variants to draw (default: 16 images)"
     )
-    parser.add_argument("--model", metavar="TEXT", help="path, name, number or newest (default)")
+    parser.add_argument(
+        "--model",
+        metavar="TEXT",
+        help="path, name, number, or newest (default): the one trained longest",
+    )
     parser.add_argument("--output", metavar="FILE", help=".png, .gif, .webp, .npz or a folder/")
     parser.add_argument("--fast", action="store_true", help="few network calls, a little worse")
     parser.add_argument(
@@ -269,7 +260,7 @@ def main() -> int:
         if asks and not args.model:
             path = choose_model(folder)
         else:
-            path = find_model(args.model or "newest", folder)
+            path = checkpoint.find_model(args.model or "newest", folder)
         pen = Pen(path, pick_device(cfg.device))
         if "clip_x_0" not in given:  # the model was trained for one of the two
             cfg = replace(cfg, clip_x_0=pen.trained.clip_x_0)

@@ -172,6 +172,9 @@ def train(cfg: Config, progress: Progress, start: Path | None, began: float) -> 
         if stopped and fraction < 1:
             print(f"stopped at {progress}; to go on: python train.py --resume{local_flags(cfg)}")
             return 128 + stopped[0]
+    if guide is None:
+        usual = "1.5" if cfg.label_dropout > 0 else "1"
+        print(f"no guide in this model, so guidance drops the label: draw with --guidance {usual}")
     return 0
 
 
@@ -331,7 +334,12 @@ def make_room(cfg: Config, start: Path | None, progress: Progress, as_planned: b
 def local_flags(cfg: Config) -> str:
     """The flags of this machine that differ from config.py, which a checkpoint does not bring."""
     given = {name: getattr(cfg, name) for name in LOCAL if getattr(cfg, name) != LOCAL[name]}
-    return "".join(f" --{name} {value}" for name, value in given.items())
+    return "".join(f" --{name} {quoted(value)}" for name, value in given.items())
+
+
+def quoted(text: object) -> str:
+    """Ready to be pasted into a shell, be it Windows'."""
+    return f'"{text}"' if " " in str(text) else str(text)
 
 
 def describe(path: Path, saved: dict[str, Any], cfg: Config) -> str:
@@ -342,8 +350,8 @@ def describe(path: Path, saved: dict[str, Any], cfg: Config) -> str:
     if "model" not in saved:
         return f"{stands}\nIt was kept for drawing only and cannot be trained on."
     return (
-        f"{stands}\nTo train it K epochs more: python train.py --load_checkpoint_path {path} "
-        f"--continue_training_epochs K{local_flags(cfg)}"
+        f"{stands}\nTo train it K epochs more: python train.py "
+        f"--load_checkpoint_path {quoted(path)} --continue_training_epochs K{local_flags(cfg)}"
     )
 
 

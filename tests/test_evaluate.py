@@ -282,6 +282,10 @@ def test_a_sweep_is_printed_plotted_and_resumed(run, tmp_path, monkeypatch):
     assert len(files) == 2
     assert Image.open(tmp_path / "images" / "sweep.png").width > 300
     assert_one_line(sweep("steps=1,2000"), "steps = 2000", "1 to 1000")
+    for name in ("1", "model_epoch_1", "newest"):  # the same model, as generate.py names it
+        named = sweep("steps=1,2", "guidance=1", "--model", name)
+        assert named.code == 0, named
+    assert len(guides) == 2
     second = sweep("steps=1,2", "guidance=1,2")
     rows = [line for line in second.out.splitlines() if line[2:].startswith("dpmpp ")]
     assert len(rows) == 4

@@ -18,6 +18,7 @@ from PIL import Image
 
 import checkpoint
 import evaluator
+import generate
 from checkpoint import Progress
 from config import FAST, Config
 from data import LABEL_COUNTS, read_npz
@@ -68,6 +69,14 @@ def test_a_number_is_written_as_one_picture_in_each_variant(results, run, tmp_pa
     run("generate.py", "--digits", "7", "--count", 1, *flags)
     first = np.asarray(Image.open(out)).astype(int)[2:30, 2:30]
     assert abs(number[:, :28] - first).max() <= 1
+
+
+def test_a_labelled_set_can_have_as_many_images_as_any_file(results, run, tmp_path, monkeypatch):
+    monkeypatch.setattr(generate, "MOST", 20)
+    out = tmp_path / "set.npz"
+    flags = ("--digits", "all", "--steps", 1, "--guidance", 1, "--output_dir", results)
+    assert run("generate.py", *flags, "--count", 20, "--output", out).code == 0
+    assert len(read_npz(out)[0]) == 20
 
 
 def test_a_labelled_set_has_mnists_histogram(results, run, tmp_path):
@@ -155,6 +164,11 @@ def test_the_model_asked_for_is_used(results, run):
         (("--digits", "7x"), ("digits = '7x'", "0 to 9")),
         (("--digits", "7", "--count", 0), ("count = 0", "at least 1")),
         (("--digits", "7", "--count", 10**12), ("count = 1000000000000", "100,000 images")),
+        (
+            ("--digits", "all", "--count", 100_001, "--output", "a.npz"),
+            ("count = 100001", "100,000"),
+        ),
+        (("--digits", "all", "--count", 10_001), ("count = 10001", "100,000 images")),
         (("--digits", "7", "--count", 600, "--output", "a.gif"), ("count = 600", "500 images")),
         (("--digits", "77", "--seed", 2**32 - 1, "--output", "many/"), ("seed = ", "at most")),
         (("--reproduce", "a.png", "--output", "a.gif"), ("a.gif", "writes a .png")),

@@ -6,6 +6,7 @@ import io
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import time
@@ -201,6 +202,16 @@ def test_a_checkpoint_alone_is_described_and_not_trained(whole, run):
     for words in ("epoch 2", "step 20", "4 epochs planned", *going_on):
         assert words in result.out
     assert "training to" not in result.out
+
+
+def test_what_to_type_next_bears_a_folder_with_a_space(run, tmp_path):
+    folder = tmp_path / "my runs"
+    assert run("train.py", *TINY, "--epochs", 1, "--output_dir", folder).code == 0
+    path = folder / "models" / "model_epoch_1.pth"
+    result = run("train.py", "--load_checkpoint_path", path, "--output_dir", folder)
+    command = result.out[result.out.index("python train.py") :].replace("epochs K", "epochs 1")
+    assert run(*shlex.split(command)[1:], *TINY).code == 0
+    assert (folder / "models" / "model_epoch_2.pth").exists()
 
 
 def test_training_more_epochs_numbers_on_and_keeps_the_rest_aside(whole, tmp_path, run):
@@ -466,8 +477,12 @@ def test_labels_are_misheard_until_the_guide_is_made_and_the_guide_draws_the_pre
 
 def test_a_run_shorter_than_its_warm_up_makes_no_guide(run, tmp_path):
     flags = (*TINY, "--epochs", 1, "--warmup_steps", 11, "--output_dir", tmp_path)
-    assert run("train.py", *flags).code == 0
+    result = run("train.py", *flags)
+    assert "--guidance 1.5" in result.out  # the usual 2.8 is for models with a guide
     assert checkpoint.load(tmp_path / "models/model_epoch_1.pth")["guide"] is None
+    result = run("train.py", *flags, "--label_dropout", 0)
+    assert "--guidance 1\n" in result.out  # it never learned to do without the label
+    assert "--guidance" not in run("train.py", *flags, "--warmup_steps", 2).out
 
 
 def test_the_guide_is_the_average_at_its_share_of_the_run(whole, run, tmp_path):
