@@ -216,7 +216,7 @@ def main() -> int:
     parser.add_argument(
         "--model",
         metavar="TEXT",
-        help="path, name, number, or newest (default): the one trained longest",
+        help="path, name, number, or newest (default): the longest trained of your own",
     )
     parser.add_argument("--output", metavar="FILE", help=".png, .gif, .webp, .npz or a folder/")
     parser.add_argument("--fast", action="store_true", help="few network calls, a little worse")
