@@ -1,41 +1,47 @@
-"""The one owner of the checkpoint file: save, load, list, newest.
+"""The state of a training run, and the one owner of the checkpoint file: save, restore, load, list.
 
-A file holds {format, config, progress, model, ema, guide, optimizers, metrics}: tensors and plain
-values only, so that reading it runs nothing in it. No random state is among them: train.py derives
-every random number from config's seed and progress.
+A file holds tensors and plain values only, so that reading one never runs code. It needs no random
+state, because every random number of training is a function of the seed and the progress.
 """
 
 import copy
 import hashlib
+import io
 import os
 import pickle
 import warnings
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
+from torch import Tensor
 
 from config import Config
 from model import UNet
+from optimizer import make_optimizers
 
-FORMAT = 3
-SHIPPED = "pretrained.pth"
+FORMAT = 4  # format 3, which is still read, had other names for two settings (config.ALIASES)
+PRETRAINED = "pretrained.pth"  # the model that is committed
+DAMAGED = (pickle.UnpicklingError, RuntimeError, EOFError, OSError)  # what torch.load raises
 
 
 @dataclass
 class Progress:
-    """Completed work: whole epochs, images of the epoch under way, optimizer steps, seconds."""
+    """Completed work: whole epochs, images of the current epoch, optimizer steps, seconds."""
 
     epoch: int = 0
     images: int = 0
     step: int = 0
     seconds: float = 0.0
-    budget_from: float = 0.0  # what `seconds` were when the time budget began to count
+    budget_from: float = 0.0  # the value of `seconds` from which a time budget counts
 
     @property
     def name(self) -> str:
-        """Part of a file's name; never parsed."""
+        """Part of a file's name; it is never parsed."""
         return f"epoch_{self.epoch}" + (f"_step_{self.step}" if self.images else "")
 
     def __str__(self) -> str:
@@ -43,136 +49,163 @@ class Progress:
         return f"epoch {self.epoch}{inside} (step {self.step:,})"
 
 
-def save(
-    path: Path,
-    cfg: Config,
-    progress: Progress,
-    model: UNet,
-    ema: UNet,
-    guide: UNet | None,
-    optimizers: list[torch.optim.Optimizer],
-    metrics: dict[str, Any],
-) -> None:
-    """Write a checkpoint whole or not at all: to a file beside it, flushed to disk, then renamed.
+@dataclass
+class TrainState:
+    """Everything that training changes."""
 
-    Raises ValueError with the path when it cannot be written.
-    """
+    model: UNet
+    ema: UNet  # the running average of the weights, which draws better than the weights do
+    guide: UNet | None  # a weaker model for autoguidance: the average early in the run
+    optimizers: list[torch.optim.Optimizer]
+    progress: Progress
+    totals: Tensor  # (2,) sums over the current epoch's steps: loss, gradient norm
+    epoch_seconds: float = 0.0  # training time of the current epoch
+
+    @classmethod
+    def initial(cls, cfg: Config, device: torch.device) -> "TrainState":
+        """The state before the first step, which depends on cfg.seed alone."""
+        torch.manual_seed(cfg.seed)
+        model = UNet(cfg).to(device)
+        ema, totals = copy.deepcopy(model).requires_grad_(False), torch.zeros(2, device=device)
+        return cls(model, ema, None, make_optimizers(cfg, model), Progress(), totals)
+
+    def start_next_epoch(self) -> None:
+        self.progress.epoch, self.progress.images = self.progress.epoch + 1, 0
+        self.totals.zero_()
+        self.epoch_seconds = 0.0
+
+
+@dataclass
+class LoadedModel:
+    """A trained model, ready to draw."""
+
+    path: Path
+    cfg: Config  # the settings that it was trained with
+    model: UNet  # with the averaged weights
+    guide: UNet | None
+    progress: Progress
+    device: torch.device
+
+    @cached_property
+    def sha256(self) -> str:
+        return sha256(self.path)
+
+
+def save(path: Path, cfg: Config, state: TrainState) -> None:
+    """Write a checkpoint, whole or not at all. Raises ValueError if it cannot be written."""
     contents = {
         "format": FORMAT,
         "config": cfg.to_dict(),
-        "progress": asdict(progress),
-        "model": model.state_dict(),
-        "ema": ema.state_dict(),
-        "guide": guide.state_dict() if guide else None,
-        "optimizers": [each.state_dict() for each in optimizers],
-        "metrics": metrics,
+        "progress": asdict(state.progress),
+        "model": state.model.state_dict(),
+        "ema": state.ema.state_dict(),
+        "guide": state.guide.state_dict() if state.guide else None,
+        "optimizers": [each.state_dict() for each in state.optimizers],
+        "metrics": {"totals": state.totals.tolist(), "seconds": state.epoch_seconds},
     }
     _write(path, contents)
 
 
 def slim(source: str | Path, target: str | Path) -> None:
-    """Write what drawing needs of a checkpoint, a quarter of its size: the averaged weights and the
-    guide in half precision, and nothing that training on would need. Raises ValueError as load and
-    save do."""
+    """Write only what drawing needs of a checkpoint, a quarter of its size: the averaged weights
+    and the guide in half precision. Raises ValueError as load and save do."""
     contents = load(source)
-    kept = {k: contents[k] for k in ("format", "config", "progress", "ema", "guide")}
+    kept = {name: contents[name] for name in ("format", "config", "progress")}
     for name in ("ema", "guide"):
-        if kept[name] is not None:
-            kept[name] = {k: weight.half() for k, weight in kept[name].items()}
+        weights = contents[name]
+        kept[name] = weights and {key: weight.half() for key, weight in weights.items()}
     _write(Path(target), kept)
 
 
 def _write(path: Path, contents: dict[str, Any]) -> None:
-    partial = path.with_name(f".{path.name}.partial")
+    buffer = io.BytesIO()  # torch.save itself would hide that a disk is full
+    torch.save(contents, buffer)
+    with atomic_write(path) as file:
+        file.write(buffer.getbuffer())
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[BinaryIO]:
+    """A file to write `path` through: it is written beside it, flushed and renamed, so that `path`
+    appears complete or not at all. Raises ValueError with the path if that fails."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with open(partial, "wb") as file:
-            torch.save(contents, file)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be written ({error.strerror or error})") from None
+    finally:
         partial.unlink(missing_ok=True)
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{path}: cannot be written ({reason}); make room there") from None
 
 
 def load(path: str | Path, device: torch.device | str = "cpu", *, mmap: bool = False) -> dict:
-    """Read a checkpoint; raises ValueError with the path and the reason when it is none.
+    """Read a checkpoint. Raises ValueError with the path and the reason if it is not one.
 
-    With `mmap` tensors are read from disk only when touched: quick for looking at the rest.
+    With `mmap`, tensors are read from disk only when they are used: quick for looking at the rest.
     """
-    path = Path(path)
-    if not path.is_file():
+    if not Path(path).is_file():
         raise ValueError(f"{path}: no such checkpoint; look in results/models, or train one first")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's remarks on foreign files; ours say enough
+        with warnings.catch_warnings(action="ignore"):  # torch's remarks on foreign files
             contents = torch.load(path, map_location=device, weights_only=True, mmap=mmap)
-        if not isinstance(contents, dict):
-            raise TypeError
-        if contents["format"] != FORMAT:
-            raise ValueError(
-                f"{path}: of format {contents['format']}, this program reads {FORMAT}; train anew"
-            )
+        if contents["format"] not in (3, FORMAT):
+            raise ValueError(f"format {contents['format']}, but this program reads 3 and {FORMAT}")
         Progress(**contents["progress"])
         Config.from_dict(contents["config"])
         for weights in (contents["ema"], contents["guide"] or {}):
             weights.items()
     except PermissionError:
-        raise ValueError(f"{path}: may not be read; change its permissions") from None
-    except (RuntimeError, EOFError, OSError, LookupError, TypeError, AttributeError,
-            pickle.UnpicklingError):  # fmt: skip
-        raise ValueError(
-            f"{path}: damaged, or not a checkpoint of this program; choose another model"
-        ) from None
+        raise ValueError(f"{path}: cannot be read; change its permissions") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; train a new model") from None
+    except (*DAMAGED, LookupError, TypeError, AttributeError):
+        raise ValueError(f"{path}: damaged, or not a checkpoint; choose another model") from None
     return contents
 
 
-def restore(
-    path: Path, model: UNet, ema: UNet, optimizers: list[torch.optim.Optimizer]
-) -> tuple[UNet | None, dict[str, Any]]:
-    """Fill in networks and optimizers from a checkpoint, but not the optimizers' settings; returns
-    its guide, if it has one yet, and its metrics.
-
-    Raises ValueError when it does not fit them, or is one that cannot be trained on.
-    """
-    contents = load(path, next(model.parameters()).device)
-    try:
-        model.load_state_dict(contents["model"])
-        ema.load_state_dict(contents["ema"])
-        for optimizer, saved in zip(optimizers, contents["optimizers"], strict=True):
-            settings = optimizer.state_dict()["param_groups"]  # as asked for now
-            optimizer.load_state_dict({"state": saved["state"], "param_groups": settings})
-        guide = None
-        if contents["guide"] is not None:
-            guide = copy.deepcopy(ema)
-            guide.load_state_dict(contents["guide"])
-        return guide, contents["metrics"]
-    except KeyError as error:
-        raise ValueError(f"{path}: has no {error}, so it cannot be trained on") from None
-    except (RuntimeError, ValueError):
-        raise ValueError(f"{path}: its weights do not fit this U-Net; train anew") from None
+def restore(path: Path, state: TrainState) -> None:
+    """Fill `state` from a checkpoint. The optimizers keep their current settings, such as weight
+    decay. Raises ValueError if it does not fit, or was reduced to what drawing needs."""
+    contents = load(path, state.totals.device)
+    if "model" not in contents:
+        raise ValueError(f"{path}: has only what drawing needs, so it cannot be trained on")
+    _fill(state.model, contents["model"], path)
+    _fill(state.ema, contents["ema"], path)
+    if contents["guide"] is not None:
+        state.guide = copy.deepcopy(state.ema)
+        _fill(state.guide, contents["guide"], path)
+    for optimizer, saved in zip(state.optimizers, contents["optimizers"], strict=True):
+        settings = optimizer.state_dict()["param_groups"]
+        _fill(optimizer, {"state": saved["state"], "param_groups": settings}, path)
+    state.progress = Progress(**contents["progress"])
+    state.totals += torch.tensor(contents["metrics"]["totals"], device=state.totals.device)
+    state.epoch_seconds = contents["metrics"]["seconds"]
 
 
-def load_model(
-    path: str | Path, device: torch.device | str
-) -> tuple[UNet, UNet | None, Config, Progress]:
-    """The averaged network of a checkpoint and its guide, if it has one, built from the file alone,
-    ready to sample."""
+def load_model(path: str | Path, device: torch.device) -> LoadedModel:
+    """The model of a checkpoint, built from the file alone. Raises ValueError as load does."""
     contents = load(path, device)
-    cfg = Config.from_dict(contents["config"])
+    cfg, progress = Config.from_dict(contents["config"]), Progress(**contents["progress"])
+    if contents["format"] == 3:  # at that time config.py, not the checkpoint, said how to draw
+        usual = Config().select("sampling")
+        usual |= {"steps": min(usual["steps"], cfg.timesteps), "clip_x_0": cfg.clip_x_0}
+        cfg = replace(cfg, **usual)
+    networks = [UNet(cfg) if contents[name] else None for name in ("ema", "guide")]
+    for network, name in zip(networks, ("ema", "guide"), strict=True):
+        if network:  # in this layout a CPU runs convolutions up to twice as fast, without gradients
+            network.to(device, memory_format=torch.channels_last).requires_grad_(False).eval()
+            _fill(network, contents[name], path)
+    return LoadedModel(Path(path), cfg, *networks, progress, device)
 
-    def build(weights: dict[str, torch.Tensor]) -> UNet:
-        # In this layout convolutions without a backward pass are up to twice as fast on a CPU
-        model = UNet(cfg).to(device, memory_format=torch.channels_last)
-        try:
-            model.load_state_dict(weights)
-        except RuntimeError:
-            raise ValueError(f"{path}: its weights do not fit this U-Net; train anew") from None
-        return model.requires_grad_(False).eval()
 
-    guide = build(contents["guide"]) if contents["guide"] else None
-    return build(contents["ema"]), guide, cfg, Progress(**contents["progress"])
+def _fill(target: UNet | torch.optim.Optimizer, state: dict[str, Any], path: str | Path) -> None:
+    try:
+        target.load_state_dict(state)
+    except (RuntimeError, ValueError):
+        raise ValueError(f"{path}: its weights do not fit this U-Net; train a new model") from None
 
 
 def sha256(path: Path) -> str:
@@ -181,41 +214,12 @@ def sha256(path: Path) -> str:
 
 
 def list_checkpoints(folder: str | Path, pattern: str = "*.pth") -> list[tuple[Path, Progress]]:
-    """The readable checkpoints of a folder, newest last: by completed steps, then by time; the
-    one that came with the repo before all others, so that it stands for what nobody trained yet."""
+    """The readable checkpoints in a folder, newest last: ordered by completed steps, then by time.
+    The pretrained model comes first, so that any model of your own counts as newer."""
     found = []
     for path in sorted(Path(folder).glob(pattern)):
-        try:
+        with suppress(ValueError):  # some other file, or a damaged one
             found.append((path, Progress(**load(path, mmap=True)["progress"])))
-        except ValueError:
-            continue  # somebody else's file, or one cut short: not ours to offer
     return sorted(
-        found, key=lambda item: (item[0].name != SHIPPED, item[1].step, item[0].stat().st_mtime)
+        found, key=lambda item: (item[0].name != PRETRAINED, item[1].step, item[0].stat().st_mtime)
     )
-
-
-def newest(folder: str | Path, pattern: str = "*.pth") -> Path | None:
-    """The checkpoint of a folder with the most completed work; None if there is none."""
-    found = list_checkpoints(folder, pattern)
-    return found[-1][0] if found else None
-
-
-def list_models(folder: Path) -> list[tuple[Path, Progress]]:
-    """The models of a folder, newest last; raises ValueError when there is none."""
-    found = list_checkpoints(folder)
-    if not found:
-        raise ValueError(f"no model in {folder}; train one first: python train.py --budget 10m")
-    return found
-
-
-def find_model(text: str, folder: Path) -> Path:
-    """The model that a user means by a path, a name in `folder`, its number there or "newest"."""
-    for path in (Path(text), folder / text, folder / f"{text}.pth"):
-        if path.is_file():
-            return path
-    if text == "newest" or text.isdecimal():
-        found = [path for path, _ in list_models(folder)]
-        number = len(found) if text == "newest" else int(text)
-        if 1 <= number <= len(found):
-            return found[number - 1]
-    return Path(text)  # of which load says that it is none

@@ -1,4 +1,4 @@
-"""The conditional U-Net, and where and in which precision it runs."""
+"""The conditional U-Net, and the device and precision it runs in."""
 
 import math
 
@@ -9,99 +9,18 @@ from torch import Tensor, nn
 from config import Config
 
 
-def timestep_features(t: Tensor, size: int) -> Tensor:
-    """Sines and cosines of t (B,) at `size / 2` frequencies from 1 to 1/10000 → (B, size).
-
-    Vaswani et al. 2017, section 3.5; as in Ho et al. 2020.
-    """
-    half = size // 2
-    frequency = torch.exp(torch.arange(half, device=t.device) * (-math.log(10_000) / half))
-    angle = t.float()[:, None] * frequency  # (B, size / 2)
-    return torch.cat([angle.cos(), angle.sin()], dim=1)  # (B, size)
-
-
-class ResidualBlock(nn.Module):
-    """x + conv(modulate(conv(x))): the embedding scales and shifts the features (FiLM, Perez et
-    al. 2018; adaptive group norm, Dhariwal & Nichol 2021). Starts as the identity."""
-
-    def __init__(self, channels: int, embedding_size: int) -> None:
-        super().__init__()
-        self.norm1 = nn.GroupNorm(8, channels)
-        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
-        self.modulation = nn.Linear(embedding_size, 2 * channels)
-        self.conv2 = zero(nn.Conv2d(channels, channels, 3, padding=1))
-
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))  # (B, C, H, W)
-        scale, shift = self.modulation(embedding).chunk(2, dim=1)  # each (B, C)
-        h = modulated_group_norm(h, 1 + scale, shift)
-        return x + self.conv2(F.silu(h))
-
-
-def modulated_group_norm(h: Tensor, scale: Tensor, shift: Tensor, groups: int = 8) -> Tensor:
-    """Group norm of h (B, C, H, W), then scaled and shifted by (B, C): by each image's own numbers.
-
-    Done as one group norm of one image with B·C channels: a training step is 8 % shorter than with
-    a product and a sum of their own.
-    """
-    B, C, H, W = h.shape
-    as_one = h.reshape(1, B * C, H, W)
-    return F.group_norm(as_one, B * groups, scale.flatten(), shift.flatten()).view(B, C, H, W)
-
-
-class Dense(nn.Module):
-    """A layer that sees the whole image at once, with a residual; starts as the identity.
-
-    At high noise the best estimate leans on what lies far apart and on where it lies, of which
-    convolutions know little. `size` hidden units, scaled and shifted by the embedding.
-    """
-
-    def __init__(self, channels: int, side: int, size: int, embedding_size: int) -> None:
-        super().__init__()
-        self.norm = nn.GroupNorm(8, channels)
-        self.read = nn.Linear(channels * side**2, size)
-        self.modulation = nn.Linear(embedding_size, 2 * size)
-        self.write = zero(nn.Linear(size, channels * side**2))
-
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        h = self.read(self.norm(x).flatten(1))  # (B, size)
-        scale, shift = self.modulation(embedding).chunk(2, dim=1)
-        h = self.write(F.silu(h * (1 + scale) + shift))  # (B, C·H·W)
-        return x + h.view(x.shape)
-
-
-class Attention(nn.Module):
-    """Self-attention over all positions, with a residual; starts as the identity."""
-
-    def __init__(self, channels: int, heads: int = 4) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norm = nn.GroupNorm(8, channels)
-        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
-        self.out = zero(nn.Conv2d(channels, channels, 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        B, C, H, W = x.shape
-        qkv = self.qkv(self.norm(x)).view(B, 3, self.heads, C // self.heads, H * W)
-        q, k, v = qkv.transpose(3, 4).unbind(1)  # each (B, heads, H·W, C / heads)
-        h = F.scaled_dot_product_attention(q, k, v)
-        return x + self.out(h.transpose(2, 3).reshape(B, C, H, W))
-
-
 class UNet(nn.Module):
-    """Predicts noise, v or x_0 from a noisy image, its timestep and its label.
+    """Predicts the noise, v or x_0 from a noisy image, its timestep and its label.
 
-    `forward(x_t, t, y)`: x_t (B, C, H, W); t int64 (B,) in 1…T; y int64 (B,), where
-    `null_class` means "no label"; returns (B, C, H, W), H = W = `img_size`. It starts out
-    predicting zero.
-
-    A stem folds 2 by 2 pixels into channels, so that no convolution runs at full resolution; on a
-    CPU this is worth more than every other choice together.
+    `forward(x_t, t, y)`: x_t (B, C, H, W) with H = W = `img_size`; t int64 (B,) in 1…T; y int64
+    (B,), where `null_class` means "no label". Returns (B, C, H, W). A new network predicts zero.
+    The stem folds patches of pixels into channels, so that no convolution runs at full resolution,
+    which on a CPU saves more time than all other choices together.
     """
 
     def __init__(self, cfg: Config) -> None:
         super().__init__()
-        self.time_scale = 1000 / cfg.timesteps  # the features' frequencies suit t up to 1000
+        self.time_scale = 1000 / cfg.timesteps  # timestep_features expects t up to 1000
         self.patch_size = cfg.patch_size
         size, widths = cfg.embedding_size, cfg.widths
         patch_channels = cfg.img_channels * cfg.patch_size**2
@@ -137,11 +56,11 @@ class UNet(nn.Module):
             if level > 0:
                 h = self.shrink[level - 1](F.pixel_unshuffle(h, 2))  # (B, w[l], H/(P·2^l), …)
             if level == len(self.down) - 1:
-                h = h + self.label_picture(y).view(h.shape).to(h.dtype)  # what the label looks like
+                h = h + self.label_picture(y).view(h.shape).to(h.dtype)
             for block in blocks:
                 h = block(h, embedding)
                 skips.append(h)
-        h = self.middle(h, embedding)  # (B, w[-1], coarsest)
+        h = self.middle(h, embedding)  # (B, w[-1], coarsest side, coarsest side)
         if self.dense:
             h = self.dense(h, embedding)
         h = self.attention(h)
@@ -154,15 +73,88 @@ class UNet(nn.Module):
         return F.pixel_shuffle(h, self.patch_size)  # (B, C, H, W)
 
 
+class ResidualBlock(nn.Module):
+    """x + conv(modulate(conv(x))), where the embedding scales and shifts the features (adaptive
+    group norm, Dhariwal & Nichol 2021). Starts as the identity."""
+
+    def __init__(self, channels: int, embedding_size: int) -> None:
+        super().__init__()
+        self.norm1 = nn.GroupNorm(8, channels)
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.modulation = nn.Linear(embedding_size, 2 * channels)
+        self.conv2 = zero(nn.Conv2d(channels, channels, 3, padding=1))
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))  # (B, C, H, W)
+        scale, shift = self.modulation(embedding).chunk(2, dim=1)  # (B, C) each
+        h = modulated_group_norm(h, 1 + scale, shift)
+        return x + self.conv2(F.silu(h))
+
+
+def modulated_group_norm(h: Tensor, scale: Tensor, shift: Tensor, groups: int = 8) -> Tensor:
+    """Group norm of h (B, C, H, W), then h * scale + shift with a scale and shift (B, C) for each
+    image. Computed as the group norm of a single image with B·C channels, because one pass over
+    memory instead of three makes a training step 8 % shorter."""
+    B, C, H, W = h.shape
+    single = h.reshape(1, B * C, H, W)
+    return F.group_norm(single, B * groups, scale.flatten(), shift.flatten()).view(B, C, H, W)
+
+
+class Dense(nn.Module):
+    """A residual layer of `size` hidden units that sees the whole image; starts as the identity.
+    At high noise the best estimate depends on absolute positions and on distant pixels, which
+    convolutions handle badly."""
+
+    def __init__(self, channels: int, side: int, size: int, embedding_size: int) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(8, channels)
+        self.read = nn.Linear(channels * side**2, size)
+        self.modulation = nn.Linear(embedding_size, 2 * size)
+        self.write = zero(nn.Linear(size, channels * side**2))
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        h = self.read(self.norm(x).flatten(1))  # (B, size)
+        scale, shift = self.modulation(embedding).chunk(2, dim=1)  # (B, size) each
+        h = self.write(F.silu(h * (1 + scale) + shift))  # (B, C·H·W)
+        return x + h.view(x.shape)
+
+
+class Attention(nn.Module):
+    """Self-attention over all positions, with a residual; starts as the identity."""
+
+    def __init__(self, channels: int, heads: int = 4) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm = nn.GroupNorm(8, channels)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.out = zero(nn.Conv2d(channels, channels, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, C, H, W = x.shape
+        qkv = self.qkv(self.norm(x)).view(B, 3, self.heads, C // self.heads, H * W)
+        q, k, v = qkv.transpose(3, 4).unbind(1)  # (B, heads, H·W, C / heads) each
+        h = F.scaled_dot_product_attention(q, k, v)
+        return x + self.out(h.transpose(2, 3).reshape(B, C, H, W))
+
+
+def timestep_features(t: Tensor, size: int) -> Tensor:
+    """Cosines and sines of t (B,) at `size / 2` frequencies from 1 down to 1/10000: (B, size).
+    Vaswani et al. 2017, section 3.5, as in Ho et al. 2020."""
+    half = size // 2
+    frequency = torch.exp(torch.arange(half, device=t.device) * (-math.log(10_000) / half))
+    angle = t.float()[:, None] * frequency  # (B, size / 2)
+    return torch.cat([angle.cos(), angle.sin()], dim=1)  # (B, size)
+
+
 def zero(layer: nn.Module) -> nn.Module:
-    """Zero a layer's weights, so that the block that it ends starts as the identity."""
+    """Set a layer's weights to zero, so that the residual block it ends starts as the identity."""
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
 
 
 def pick_device(name: str) -> torch.device:
-    """The torch device for Config.device; raises ValueError when it is not there."""
+    """The torch device for Config.device. Raises ValueError if it cannot be used here."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -173,11 +165,8 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_precision(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of the network's arithmetic for Config.precision.
-
-    "auto" takes bf16 only where the hardware multiplies it natively (a CPU that must emulate it
-    is hundreds of times slower), else float32. Weights and optimizer stay in float32 always.
-    """
+    """The dtype in which the network computes; its weights stay in float32. "auto" takes bf16 only
+    where it is native, because a CPU that emulates it is hundreds of times slower."""
     if name != "auto":
         return torch.bfloat16 if name == "bf16" else torch.float32
     if device.type == "cuda":

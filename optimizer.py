@@ -1,4 +1,4 @@
-"""What turns gradients into steps: Muon for the large matrices, AdamW for all else."""
+"""The optimizers: Muon for the large matrices of a U-Net, AdamW for everything else."""
 
 import torch
 from torch import Tensor, nn
@@ -7,31 +7,30 @@ from config import Config
 
 
 def make_optimizers(cfg: Config, model: nn.Module) -> list[torch.optim.Optimizer]:
-    """Muon for the large matrices inside a UNet: the kernels of its convolutions, except the first
-    and last, whose few channels are pixels, and its dense layer. AdamW for everything else: biases,
-    norms, embeddings, and the small linear layers that the embedding passes through."""
+    """Muon for the dense layer and the convolution kernels, except those of the first and the last
+    layer, some of whose channels are pixels. AdamW for everything else: biases, norms, embeddings,
+    and the small linear layers that the embedding passes through."""
     matrices, others = [], []
     for name, parameter in model.named_parameters():
-        kernel = parameter.ndim == 4 and not name.startswith(("stem", "head"))
-        large = kernel or name in ("dense.read.weight", "dense.write.weight")
-        (matrices if large else others).append(parameter)
+        inner_kernel = parameter.ndim == 4 and not name.startswith(("stem", "head"))
+        dense = name in ("dense.read.weight", "dense.write.weight")
+        (matrices if inner_kernel or dense else others).append(parameter)
+    lr, betas, decay = cfg.learning_rate, (cfg.adam_beta1, cfg.adam_beta2), cfg.weight_decay
     fused = others[0].device.type in ("cpu", "cuda")
-    betas = cfg.adam_beta1, cfg.adam_beta2
     return [
-        Muon(matrices, cfg.learning_rate, cfg.muon_momentum, cfg.weight_decay),
-        torch.optim.AdamW(
-            others, cfg.learning_rate, betas=betas, weight_decay=cfg.weight_decay, fused=fused
-        ),
+        Muon(matrices, lr, cfg.muon_momentum, decay),
+        torch.optim.AdamW(others, lr, betas=betas, weight_decay=decay, fused=fused),
     ]
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose step is made orthogonal: every direction of a matrix moves equally far, the
-    rare ones too. A convolution's kernel is (output channels, input channels · height · width).
+    """Momentum whose update is orthogonalized, so that it moves every direction of a matrix
+    equally far, not only those that dominate the gradient. Jordan et al. 2024, "Muon: an
+    optimizer for hidden layers in neural networks", with Nesterov momentum.
 
-    Jordan et al. 2024, "Muon: an optimizer for hidden layers", with Nesterov momentum. A step is
-    scaled to the size of AdamW's (Liu et al. 2025, "Muon is scalable", eq. 4), so that both can
-    share a learning rate.
+    A convolution's kernel counts as a matrix (output channels, input channels · height · width).
+    The update is scaled to the size of AdamW's (Liu et al. 2025, "Muon is scalable for LLM
+    training", eq. 4), so that both optimizers can share a learning rate.
     """
 
     def __init__(
@@ -43,32 +42,31 @@ class Muon(torch.optim.Optimizer):
     def step(self) -> None:
         for group in self.param_groups:
             lr, momentum = group["lr"], group["momentum"]
-            alike: dict[tuple[int, int], list[nn.Parameter]] = {}  # one batch of matrices a shape
+            by_shape: dict[tuple[int, int], list[nn.Parameter]] = {}
             for p in group["params"]:
                 if p.grad is not None:
-                    alike.setdefault((len(p), p[0].numel()), []).append(p)
-            for shape, matrices in alike.items():
-                ahead = []
-                for p in matrices:
+                    by_shape.setdefault((len(p), p[0].numel()), []).append(p)
+            for shape, parameters in by_shape.items():  # those of one shape as one batch
+                updates = []
+                for p in parameters:
                     state = self.state[p]
                     if not state:
                         state["average"] = torch.zeros_like(p)
                     state["average"].lerp_(p.grad, 1 - momentum)
-                    ahead.append(p.grad.lerp(state["average"], momentum))
-                steps = orthogonalize(torch.stack(ahead).reshape(-1, *shape))
-                size = 0.2 * max(shape) ** 0.5
-                for p, step in zip(matrices, steps, strict=True):
+                    updates.append(p.grad.lerp(state["average"], momentum))
+                updates = orthogonalize(torch.stack(updates).reshape(-1, *shape))
+                scale = 0.2 * max(shape) ** 0.5
+                for p, update in zip(parameters, updates, strict=True):
                     p.mul_(1 - lr * group["weight_decay"])
-                    p.add_(step.reshape(p.shape), alpha=-lr * size)
+                    p.add_(update.reshape(p.shape), alpha=-lr * scale)
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
-    """The matrices (N, rows, columns) with all their singular values brought near 1, between about
-    0.7 and 1.2, by five Newton-Schulz steps with the coefficients of Jordan et al. 2024:
-    x <- (a + b x xᵀ + c (x xᵀ)²) x.
+    """Bring all singular values of the matrices (N, rows, columns) to between about 0.7 and 1.2, by
+    five Newton-Schulz steps x <- (a + b x xᵀ + c (x xᵀ)²) x with Jordan et al.'s coefficients.
 
-    Every x is some square matrix times the first, so it is that factor which is iterated, on the
-    smaller side: two to four times less work for our long, narrow matrices.
+    Every iterate is a square matrix times the original. Only that factor is iterated, on the
+    smaller side, which for these long, narrow matrices is two to four times less work.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     wide = matrices.shape[1] <= matrices.shape[2]
@@ -77,8 +75,8 @@ def orthogonalize(matrices: Tensor) -> Tensor:
     gram = x @ x.mT  # (N, rows, rows)
     factor = torch.eye(len(gram[0]), dtype=x.dtype, device=x.device).expand_as(gram)
     for _ in range(5):
-        now = factor @ gram @ factor.mT  # x xᵀ of the x that the factor stands for
-        polynomial = torch.baddbmm(now, now, now, beta=b, alpha=c)
+        current = factor @ gram @ factor.mT  # the iterate times its transpose
+        polynomial = torch.baddbmm(current, current, current, beta=b, alpha=c)
         factor = torch.baddbmm(factor, polynomial, factor, beta=a)
     x = factor @ x
     return x if wide else x.mT

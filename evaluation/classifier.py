@@ -1,5 +1,6 @@
-"""The judge: a small MNIST classifier, trained once and then frozen, whose features and answers
-evaluate.py measures samples by. Figures from two different judges must never be mixed."""
+"""The MNIST classifier behind evaluate.py: trained once and then frozen, so that samples can be
+measured by its features and its answers. Figures of two different classifiers cannot be compared.
+"""
 
 import math
 from dataclasses import replace
@@ -11,16 +12,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from checkpoint import sha256
+from checkpoint import atomic_write, sha256
 from config import Config
 from data import load_split
 from diffusion import seeded_generator
-from metrics import moments
+from evaluation.metrics import moments
 
-PATH = Path(__file__).parent / "results" / "evaluator.pth"
+PATH = Path(__file__).parent.parent / "results" / "evaluator.pth"
 FEATURES = 128  # size of the penultimate layer
 
-# The recipe of the committed judge; changing it makes another judge
+# The recipe of the committed file: a change makes another classifier
 EPOCHS, BATCH_SIZE, LEARNING_RATE, WEIGHT_DECAY, LABEL_SMOOTHING = 12, 128, 3e-3, 0.05, 0.05
 
 
@@ -29,8 +30,8 @@ def _block(c_in: int, c_out: int, size: int = 3, stride: int = 1) -> nn.Sequenti
     return nn.Sequential(convolution, nn.BatchNorm2d(c_out), nn.ReLU())
 
 
-class Evaluator(nn.Module):
-    """uint8 images (N, 1, 28, 28) → features (N, 128), or logits (N, 10) by `classify`."""
+class Classifier(nn.Module):
+    """uint8 images (N, 1, 28, 28) to features (N, 128), or logits (N, 10) by `classify`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,7 +54,7 @@ class Evaluator(nn.Module):
 
 
 def _augment(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Small random turns, sizes, slants and shifts, as handwriting varies; float in 0…255."""
+    """Small random rotations, scalings, shears and shifts, as handwriting varies; float 0…255."""
     draw = (torch.rand(5, len(images), generator=generator) * 2 - 1).to(images.device)
     angle, size = draw[0] * math.radians(12), 1 + draw[1] * 0.12
     slant, shift = draw[2] * 0.15, draw[3:] * 2.5 / 14
@@ -65,12 +66,10 @@ def _augment(images: Tensor, generator: torch.Generator) -> Tensor:
     return F.grid_sample(images.float(), grid, align_corners=False)
 
 
-def fit(
-    images: Tensor, labels: Tensor, *, epochs: int, seed: int, augment: bool = True
-) -> Evaluator:
+def fit(images: Tensor, labels: Tensor, *, epochs: int, seed: int) -> Classifier:
     """Train a classifier on uint8 images (N, 1, 28, 28) and int64 labels (N,); deterministic."""
     torch.manual_seed(seed)
-    net = Evaluator().to(images.device)
+    net = Classifier().to(images.device)
     optimizer = torch.optim.AdamW(net.parameters(), weight_decay=WEIGHT_DECAY, betas=(0.9, 0.99))
     per_epoch = len(images) // BATCH_SIZE
     total = epochs * per_epoch
@@ -80,9 +79,7 @@ def fit(
                 order = torch.randperm(len(images), generator=seeded_generator(seed, step))
             begin = step % per_epoch * BATCH_SIZE
             index = order[begin : begin + BATCH_SIZE].to(images.device)
-            batch = images[index]
-            if augment:
-                batch = _augment(batch, seeded_generator(seed, 1, step))
+            batch = _augment(images[index], seeded_generator(seed, 1, step))
             warmup = min(1.0, (step + 1) / 200)
             optimizer.param_groups[0]["lr"] = LEARNING_RATE * warmup * (1 - step / total)
             logits = net.classify(net(batch))
@@ -96,47 +93,46 @@ def fit(
 
 
 @torch.no_grad()
-def features_of(net: Evaluator, images: Tensor, batch_size: int = 500) -> Tensor:
+def features_of(net: Classifier, images: Tensor, batch_size: int = 500) -> Tensor:
     """Features (N, 128), float32, of uint8 images (N, 1, 28, 28)."""
     return torch.cat([net(part) for part in images.split(batch_size)])
 
 
 @torch.no_grad()
-def accuracy(net: Evaluator, images: Tensor, labels: Tensor) -> float:
-    """Share of images that the classifier reads as their label."""
+def accuracy(net: Classifier, images: Tensor, labels: Tensor) -> float:
+    """Fraction of images that the classifier reads as their label."""
     answers = net.classify(features_of(net, images)).argmax(dim=1)
     return (answers == labels).float().mean().item()
 
 
 def as_published(cfg: Config) -> Config:
-    """MNIST whole and at its own size, whatever a network is trained on."""
+    """MNIST complete and at its own size, whatever the settings of a model are."""
     return replace(cfg, img_size=28, img_channels=1, max_images=0)
 
 
 def train_and_save(cfg: Config, path: Path = PATH) -> float:
-    """Train the judge on the training split, write it, return its accuracy on the test split."""
+    """Train the classifier on the training split and write it; returns its test accuracy."""
     cfg = as_published(cfg)
-    device = torch.device("cpu")  # the committed file must not depend on who has a GPU
+    device = torch.device("cpu")  # so that the file does not depend on the GPU
     images, labels = load_split(cfg, train=True, device=device)
     net = fit(images, labels, epochs=EPOCHS, seed=0)
     reference = {k: torch.from_numpy(v) for k, v in moments(features_of(net, images)).items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    torch.save({"net": net.state_dict(), "train_moments": reference}, partial)
-    partial.replace(path)
+    with atomic_write(path) as file:
+        torch.save({"net": net.state_dict(), "train_moments": reference}, file)
     return accuracy(net, *load_split(cfg, train=False, device=device))
 
 
-def load(device: torch.device, path: Path = PATH) -> tuple[Evaluator, dict[str, np.ndarray], str]:
-    """The committed judge, the mean and covariance of its features of the whole training split,
-    and the file's SHA-256; raises ValueError when it cannot be read."""
+def load(device: torch.device, path: Path = PATH) -> tuple[Classifier, dict[str, np.ndarray], str]:
+    """The frozen classifier, the mean and covariance of its features over the training split, and
+    the file's SHA-256. Raises ValueError if it cannot be read."""
     if not path.is_file():
         raise ValueError(f"{path}: no evaluator; make it: python evaluate.py --train_evaluator")
-    net = Evaluator()
+    net = Classifier()
     try:
         contents = torch.load(path, map_location="cpu", weights_only=True)
         net.load_state_dict(contents["net"])
         reference = {k: v.numpy() for k, v in contents["train_moments"].items()}
-    except Exception as error:  # whatever torch says of a damaged file
+    except Exception as error:  # torch has many for a damaged file
         raise ValueError(f"{path}: not an evaluator ({str(error).splitlines()[0]})") from None
     return net.to(device).eval().requires_grad_(False), reference, sha256(path)

@@ -1,70 +1,81 @@
-"""Talking to a person: questions, messages, and pictures made of characters."""
+"""What a person sees in a terminal: questions, messages, progress, digits made of characters."""
 
 import os
 import shutil
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
+
+from config import Config
 
 with suppress(ImportError):
-    import readline  # noqa: F401  arrow keys and history in input(), where the system has it
+    import readline  # noqa: F401  gives input() arrow keys and a history, where available
 
 ASCII = " .:-=+*#%@"  # from black to white
 RESET = "\x1b[0m"
 
 HELP = """  7     draws sevens
-  2026  writes a number, in as many variants as you ask for
+  2026  writes this number, in as many variants as you ask for
   all   draws every digit
-  ?     says this; q leaves; Enter takes the answer in brackets
-Guidance 1 draws as the model learned, more is clearer, a lot more makes all alike."""
+  ?     shows this help; q quits; Enter takes the answer in brackets
+Guidance 1 draws what the model learned; larger values draw clearer digits, more alike."""
 
 
-def say(message: str) -> None:
-    """Talk to the person; stdout carries the written paths alone."""
+def log(message: str) -> None:
+    """Print a message on stderr: stdout is only for the paths of written files."""
     print(message, file=sys.stderr, flush=True)
 
 
+@contextmanager
+def sampling_bar(cfg: Config, images: int) -> Iterator[Callable[[Tensor], object]]:
+    """A progress bar for Diffusion.draw, as its `on_state`; shows nothing without a terminal."""
+    states = -(-images // cfg.sample_batch_size) * (cfg.steps + 1)
+    with tqdm(total=states, desc="sampling", unit="step", leave=False, disable=None) as bar:
+        yield lambda _: bar.update()
+
+
 def ask(question: str, default: Any, parse: Callable[[str], Any]) -> Any:
-    """Ask until `parse` accepts the answer; Enter takes the default. `q` raises EOFError."""
+    """Ask until `parse` accepts the answer; Enter takes the default. Raises EOFError for `q`."""
     prompt = f"{question}: " if default is None else f"{question} [{default}]: "
     while True:
         if sys.stdin.isatty() and sys.stdout.isatty():
-            answer = input(prompt).strip()  # with the arrow keys' history
+            answer = input(prompt).strip()
         else:
             print(prompt, end="", file=sys.stderr, flush=True)
             answer = input().strip()
         if answer.lower() == "q":
             raise EOFError
         if answer == "?":
-            say(HELP)
+            log(HELP)
         elif not answer and default is not None:
             return default
         else:
             try:
                 return parse(answer)
             except ValueError as error:
-                say(f"  {error}")
+                log(f"  {error}")
 
 
-def whole_number(most: int) -> Callable[[str], int]:
-    """A parser of whole numbers from 1 to `most`."""
+def whole_number(largest: int) -> Callable[[str], int]:
+    """A parser of whole numbers from 1 to `largest`."""
 
     def parse(text: str) -> int:
-        if not text.isdecimal() or not 1 <= int(text) <= most:
-            raise ValueError(f"{text!r} is not a whole number from 1 to {most}")
+        if not text.isdecimal() or not 1 <= int(text) <= largest:
+            raise ValueError(f"{text!r} is not a whole number from 1 to {largest}")
         return int(text)
 
     return parse
 
 
 def has_colour(stream: TextIO) -> bool:
-    """Whether half blocks in greys will come out on `stream`: it is a terminal, in UTF-8, that
-    knows colours (see no-color.org for NO_COLOR)."""
+    """Whether `stream` can show half blocks in shades of grey: it is a UTF-8 terminal with
+    colours, and the user has not set NO_COLOR (no-color.org)."""
     capable = (
         os.environ.get("TERM", "dumb") != "dumb" if os.name != "nt" else "WT_SESSION" in os.environ
     )
@@ -73,8 +84,8 @@ def has_colour(stream: TextIO) -> bool:
 
 
 def show(tiles: Tensor, stream: TextIO = sys.stderr) -> None:
-    """Print uint8 pictures (N, C, H, W) on `stream`, as many side by side as its terminal is wide:
-    at full size where all of them fit, else at half or less, and two screens of them at most."""
+    """Print uint8 pictures (N, C, H, W), as many side by side as the terminal is wide: at full size
+    if all of them fit, otherwise smaller, and at most two screens of them."""
     colour = has_colour(stream)
     wide, high = 0, 0
     with suppress(OSError, ValueError):  # not a terminal
@@ -87,7 +98,7 @@ def show(tiles: Tensor, stream: TextIO = sys.stderr) -> None:
         columns = max(1, size.columns // width)
         rows = -(-N // columns)
         if width <= size.columns and (shrink > 1 or rows * height <= size.lines - 4):
-            break  # smaller than need be is hard to read
+            break  # the largest size that fits is the most readable
     if width > size.columns:
         print(f"(the terminal is {size.columns} wide, the picture needs {width})", file=stream)
         return
@@ -105,8 +116,8 @@ def show(tiles: Tensor, stream: TextIO = sys.stderr) -> None:
 
 
 def half_blocks(top: list[int], bottom: list[int]) -> str:
-    """Two rows of pixels, 0…255, as upper half blocks: the foreground is the upper pixel, the
-    background the lower."""
+    """Two rows of pixels, 0…255, as upper half blocks: the foreground colour is the upper pixel,
+    the background colour the lower one."""
     line, before = "", None
     for pair in zip(map(grey_of_256, top), map(grey_of_256, bottom), strict=True):
         if pair != before:
@@ -116,8 +127,8 @@ def half_blocks(top: list[int], bottom: list[int]) -> str:
 
 
 def grey_of_256(value: int) -> int:
-    """The nearest grey of the 256-colour palette: 16 is black, 231 white, 232 to 255 lie between
-    as 8, 18, … 238."""
+    """The nearest grey of the 256-colour palette: 16 is black, 231 is white, and 232 to 255 are
+    the greys 8, 18, … 238."""
     if value < 4:
         return 16
     return 231 if value > 246 else 232 + min(23, max(0, round((value - 8) / 10)))

@@ -1,4 +1,4 @@
-"""Figures that compare sets of images, each a pure function of features or pixels."""
+"""Metrics that compare sets of images: pure functions of features, labels or pixels."""
 
 import itertools
 from typing import Any
@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-RESAMPLES = 200  # of the bootstrap behind an interval
-GREY_EDGES = (0, 1, 64, 128, 192, 255, 256)  # of the histogram; exact black and white apart
+RESAMPLES = 200  # of the bootstrap for an interval
+GREY_EDGES = (0, 1, 64, 128, 192, 255, 256)  # of the histogram: black and white are separate
 
 
 def moments(features: Tensor) -> dict[str, np.ndarray]:
@@ -19,14 +19,14 @@ def moments(features: Tensor) -> dict[str, np.ndarray]:
 
 def frechet_distance(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> float:
     """|mean difference|² + trace(C_a + C_b - 2 (C_a C_b)^½), Dowson & Landau 1982."""
-    from torch_fidelity.metric_fid import fid_statistics_to_metric  # not on import: it is slow
+    from torch_fidelity.metric_fid import fid_statistics_to_metric  # slow to import
 
     return fid_statistics_to_metric(a, b, verbose=False)["frechet_inception_distance"]
 
 
-def frechet_figures(features: Tensor, reference: dict[str, np.ndarray]) -> dict[str, Any]:
-    """FD to the training split, with a 95 % interval by bootstrap over the images, centred on the
-    figure itself because resampling alone pushes it up."""
+def frechet_metrics(features: Tensor, reference: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Fréchet distance of features (N, D) to the reference, with a 95 % bootstrap interval. The
+    interval is centred on the distance itself, because resampling alone increases it."""
     generator = torch.Generator().manual_seed(0)
     fd = frechet_distance(moments(features), reference)
     again = []
@@ -37,9 +37,9 @@ def frechet_figures(features: Tensor, reference: dict[str, np.ndarray]) -> dict[
     return {"fd": fd, "fd_interval": [fd + low, fd + high]}
 
 
-def feature_figures(features: Tensor, real: Tensor) -> dict[str, float]:
-    """KID (Binkowski et al. 2018), precision and recall (Kynkaanniemi et al. 2019, k = 3) of
-    features against as many of real images, both (N, 128)."""
+def feature_metrics(features: Tensor, real: Tensor) -> dict[str, float]:
+    """KID (Bińkowski et al. 2018), precision and recall (Kynkäänniemi et al. 2019, k = 3) of
+    features against those of as many real images, both (N, D)."""
     from torch_fidelity.metric_kid import kid_features_to_metric
     from torch_fidelity.metric_prc import prc_features_to_metric
 
@@ -57,35 +57,34 @@ def feature_figures(features: Tensor, real: Tensor) -> dict[str, float]:
     }
 
 
-def pixel_figures(images: Tensor) -> dict[str, Any]:
-    """Share of exactly black pixels, mean and standard deviation (of 0…255), and the share of
-    pixels from each of GREY_EDGES up to the next."""
+def pixel_metrics(images: Tensor) -> dict[str, Any]:
+    """Of uint8 images (N, C, H, W): the fraction of exactly black pixels, the mean and standard
+    deviation in grey levels, and the fraction of pixels between two GREY_EDGES each."""
     counts = torch.bincount(images.flatten().int(), minlength=256).cpu().double() / images.numel()
     grey = torch.arange(256, dtype=torch.float64)
     mean = (counts * grey).sum()
     histogram = [counts[a:b].sum().item() for a, b in itertools.pairwise(GREY_EDGES)]
     std = (counts * (grey - mean) ** 2).sum().sqrt()
-    return {
-        "black": counts[0].item(), "mean": mean.item(), "std": std.item(), "histogram": histogram
-    }  # fmt: skip
+    black = counts[0].item()
+    return {"black": black, "mean": mean.item(), "std": std.item(), "histogram": histogram}
 
 
 def nearest(images: Tensor, others: Tensor, batch_size: int = 200) -> tuple[Tensor, Tensor]:
-    """Euclidean distance (N,), grey levels 0…1, from each image to the nearest of `others`, and
-    which it is (N,)."""
-    b = others.flatten(1).float().div_(255)  # 188 MB of MNIST: no second copy
-    b_squared, which = torch.linalg.vector_norm(b, dim=1).square(), []
+    """Euclidean distance (N,), in grey levels of 0…1, from each image to the nearest of `others`,
+    and the index of that one (N,)."""
+    b = others.flatten(1).float().div_(255)  # in place, because MNIST takes 188 MB
+    b_squared, found = torch.linalg.vector_norm(b, dim=1).square(), []
     for part in images.split(batch_size):
         a = part.flatten(1).float() / 255
-        which.append(torch.addmm(b_squared, a, b.T, alpha=-2).argmin(dim=1))
-    index = torch.cat(which)
-    # |a|² - 2ab + |b|² cancels badly for near copies: measure the winners again, directly
+        found.append(torch.addmm(b_squared, a, b.T, alpha=-2).argmin(dim=1))
+    index = torch.cat(found)
+    # |a|² - 2ab + |b|² is inexact for near copies, so the nearest are measured again directly
     gap = images.flatten(1).float() / 255 - others[index].flatten(1).float() / 255
     return gap.square().sum(dim=1).sqrt(), index
 
 
-def agreement_figures(answers: Tensor, labels: Tensor) -> dict[str, Any]:
-    """Share of images read as their label, in all and by digit, and the worst confusions."""
+def agreement_metrics(answers: Tensor, labels: Tensor) -> dict[str, Any]:
+    """Fraction of images read as their label, overall and by digit, and the worst confusions."""
     table = torch.bincount(labels * 10 + answers, minlength=100).view(10, 10)
     wrong = table.clone().fill_diagonal_(0).flatten()
     worst = [divmod(int(i), 10) for i in wrong.argsort(descending=True, stable=True)[:3]]

@@ -1,0 +1,1 @@
+"""How samples are judged: the classifier, the metrics, the result files and the plots."""

@@ -1,0 +1,57 @@
+"""The plots: training curves, and quality against network calls."""
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")  # writes files only, so no display is needed
+import matplotlib.pyplot as plt
+from matplotlib.ticker import LogLocator
+
+from checkpoint import atomic_write
+
+
+def save(figure: plt.Figure, path: Path) -> None:
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=110)
+    plt.close(figure)
+
+
+def plot_training(rows: list[dict[str, Any]], path: Path) -> None:
+    """Plot loss, learning rate and images per second of metrics.csv over the optimizer steps."""
+    steps = [int(row["step"]) for row in rows]
+    figure, panels = plt.subplots(1, 3, figsize=(12, 3.2))
+    for axes, name in zip(panels, ("loss", "learning_rate", "images_per_second"), strict=True):
+        axes.plot(steps, [float(row[name]) for row in rows], marker=".")
+        axes.set(xlabel="step", title=name.replace("_", " "))
+        axes.set_ylim(bottom=0)
+    save(figure, path)
+
+
+def plot_sweep(results: list[dict[str, Any]], best: list[bool], path: Path) -> None:
+    """Plot quality against network calls, with a line for each sampler and guidance."""
+    figure, axes = plt.subplots(figsize=(7, 4.5))
+    lines: dict[str, list[tuple[int, float]]] = {}
+    points = [(result["sampling"]["calls"], result["samples"]["fd"]) for result in results]
+    for result, point in zip(results, points, strict=True):
+        label = (
+            "{sampler}, eta {eta:g}, guidance {guidance:g} ({guidance_low:g} to {guidance_high:g}),"
+            " seed {seed}"
+        )
+        lines.setdefault(label.format(**result["settings"]), []).append(point)
+    for label, line in lines.items():
+        axes.plot(*zip(*sorted(line), strict=True), marker="o", label=label)
+    calls, fd = zip(*itertools.compress(points, best), strict=True)
+    axes.scatter(calls, fd, s=140, facecolors="none", edgecolors="black", label="best")
+    axes.axhline(results[0]["real"]["fd"], linestyle="--", color="grey", label="real test images")
+    axes.set(xlabel="network calls per image", ylabel="FD-MNIST", xscale="log", yscale="log")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter("")
+    axes.legend(fontsize=8)
+    save(figure, path)

@@ -1,0 +1,122 @@
+"""The results of evaluate.py: JSON files that are written once and read again, and the tables."""
+
+import itertools
+import json
+import os
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from checkpoint import LoadedModel, atomic_write
+from config import Config
+from evaluation.metrics import GREY_EDGES
+
+Result = dict[str, Any]
+
+# The rows of the table: each shows a metric of the samples and the same of real test images
+ROWS = (
+    ("FD-MNIST", lambda m: "{:.4f} ({:.4f} to {:.4f})".format(m["fd"], *m["fd_interval"])),
+    ("FD over the floor", lambda m: f"{m['fd_over_floor']:.2f}"),
+    ("KID x 1000", lambda m: f"{1000 * m['kid']:.3f} ± {1000 * m['kid_std']:.3f}"),
+    ("precision", lambda m: f"{m['precision']:.3f}"),
+    ("recall", lambda m: f"{m['recall']:.3f}"),
+    ("black pixels", lambda m: f"{m['pixels']['black']:.2%}"),
+    ("pixel mean, std", lambda m: "{mean:.1f}, {std:.1f}".format(**m["pixels"])),
+    *(
+        (f"pixels {low} to {high - 1}", lambda m, i=i: f"{m['pixels']['histogram'][i]:.2%}")
+        for i, (low, high) in enumerate(itertools.pairwise(GREY_EDGES))
+    ),
+    ("nearest training image", lambda m: f"{m['nearest_median']:.2f} (median distance)"),
+    ("closer than any real one", lambda m: f"{m['copies']}"),
+)
+LABEL_ROWS = (
+    ("label agreement", lambda m: f"{m['agreement']:.2%}"),
+    *((f"  digit {d}", lambda m, d=d: f"{m['by_digit'][d]:.2%}") for d in range(10)),
+    ("  confusions", lambda m: ", ".join(f"{a} as {b}: {n}" for a, b, n in m["confusions"])),
+)
+
+
+def table(result: Result) -> str:
+    """A result as a person reads it."""
+    samples, real = result["samples"], {"fd_over_floor": 1, "copies": 0, **result["real"]}
+    rows = [("", "samples", "real test images")]
+    for name, show in (*ROWS, *(LABEL_ROWS if "agreement" in samples else ())):
+        rows.append((name, show(samples), show(real)))
+    if "cas" in result:
+        accuracy = [f"{np.mean(result['cas'][kind]):.2%}" for kind in ("synthetic", "real")]
+        rows.append(("trained on, tested on real", *accuracy))
+    if "sampling" in result:
+        cost = result["sampling"]
+        calls = f"{cost['calls']} network calls an image, {cost['seconds']:.1f} s"
+        rows.append(("sampling", f"{cost['images_per_second']:.0f} images/s", calls))
+    title = f"{result['images']:,} images of {result['source']}"
+    return f"{title}, evaluator {result['evaluator'][:12]}\n{aligned(rows)}"
+
+
+def sweep_table(results: list[Result]) -> str:
+    """A line for each result of a sweep; the best ones have an asterisk."""
+    head = (
+        "sampler steps guidance from to eta calls FD FD/floor agreement precision recall images/s"
+    )
+    rows = [("", *head.split())]
+    for result, is_best in zip(results, pareto_best(results), strict=True):
+        k, s, cost = result["settings"], result["samples"], result["sampling"]
+        how = (k[n] for n in ("steps", "guidance", "guidance_low", "guidance_high", "eta"))
+        quality = (
+            f"{s[n]:.4f}" for n in ("fd", "fd_over_floor", "agreement", "precision", "recall")
+        )
+        settings = (k["sampler"], *map("{:g}".format, how), str(cost["calls"]))
+        rows.append(("*" * is_best, *settings, *quality, f"{cost['images_per_second']:.0f}"))
+    return aligned(rows) + "\n* no other row has both a lower FD and no more network calls"
+
+
+def aligned(rows: list[tuple[str, ...]]) -> str:
+    """Rows of text as lines with aligned columns."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ("  ".join(f"{x:<{w}}" for x, w in zip(row, widths, strict=True)) for row in rows)
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def pareto_best(results: list[Result]) -> list[bool]:
+    """For each result, whether no other has both a lower FD and no more network calls."""
+    points = [(r["sampling"]["calls"], r["samples"]["fd"]) for r in results]
+    return [
+        not any((c <= calls and f < fd) or (c < calls and f <= fd) for c, f in points)
+        for calls, fd in points
+    ]
+
+
+def result_file(model: LoadedModel, cfg: Config, count: int) -> Path:
+    """Where the result of `count` images drawn by a model with these settings is kept."""
+    name = (
+        f"{model.path.stem}-{model.sha256[:8]}-{cfg.sampler}-{cfg.steps}-w{cfg.guidance:g}"
+        f"-from{cfg.guidance_low:g}to{cfg.guidance_high:g}-eta{cfg.eta:g}-n{count}-s{cfg.seed}"
+    )
+    return Path(cfg.output_dir, "metrics", f"{name}{'' if cfg.clip_x_0 else '-unclipped'}.json")
+
+
+def read_result(file: Path, identity: Result) -> Result | None:
+    """A result that was written before; None if there is none with all entries of `identity`.
+    Raises ValueError if the file is damaged."""
+    if not file.exists():
+        return None
+    try:
+        known = dict(json.loads(file.read_text()))
+    except (ValueError, TypeError):
+        raise ValueError(f"{file}: damaged; delete it") from None
+    return known if all(known.get(k) == v for k, v in identity.items()) else None
+
+
+def write_result(file: Path, result: Result) -> None:
+    """Write a result, with the versions and the machine that made it."""
+    machine = f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}"
+    versions = {"torch": torch.__version__, "numpy": np.__version__}
+    versions |= {"python": platform.python_version(), "machine": machine}
+    result["made_by"] = versions | {"date": time.strftime("%Y-%m-%d")}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(file) as opened:
+        opened.write(json.dumps(result, indent=1).encode())

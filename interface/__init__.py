@@ -1,0 +1,1 @@
+"""What stands between the core and its users: command lines, run folders, files, terminals."""

@@ -1,0 +1,126 @@
+"""Picture files: grids, PNGs that can be reproduced, animations, and .npz sets of images."""
+
+import json
+import zipfile
+import zlib
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL
+import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
+
+from checkpoint import atomic_write
+from data import first_line
+
+NOT_A_PNG = (OSError, EOFError, SyntaxError)  # what Pillow raises for one that is damaged
+
+
+def image_grid(images: Tensor, columns: int, gap: int = 2) -> Image.Image:
+    """uint8 images (N, C, H, W), C 1 or 3, row by row on a grid with `gap` grey pixels between."""
+    N, C, H, W = images.shape
+    rows = -(-N // columns)
+    grid = torch.full((C, rows * (H + gap) + gap, columns * (W + gap) + gap), 64, dtype=torch.uint8)
+    for i, image in enumerate(images.cpu()):
+        top, left = gap + i // columns * (H + gap), gap + i % columns * (W + gap)
+        grid[:, top : top + H, left : left + W] = image
+    pixels = grid[0] if C == 1 else grid.permute(1, 2, 0)
+    return Image.fromarray(pixels.numpy())
+
+
+def arrange(images: Tensor, digits: str, count: int) -> tuple[Tensor, int]:
+    """The tiles of a grid and its number of columns, from images (N, C, H, W) in drawing order.
+
+    A number such as "2026" becomes one tile (C, H, 4 · W) for each of its `count` variants; for
+    "all" each digit has a row of `count` tiles; for "mnist" every image is a tile.
+    """
+    if digits == "mnist":
+        return images, max(1, round(count**0.5))
+    variants = images.unflatten(0, (count, -1))  # (count, n, C, H, W)
+    if digits == "all":
+        return variants.transpose(0, 1).flatten(0, 1), count
+    return torch.cat(list(variants.unbind(1)), dim=-1), max(1, round((count / len(digits)) ** 0.5))
+
+
+def save_png(grid: Image.Image, path: Path, provenance: dict[str, Any]) -> None:
+    """Write a PNG with a text chunk, in JSON, for each entry of `provenance`."""
+    info = PngInfo()
+    for name, value in provenance.items():
+        info.add_text(name, json.dumps(value))
+    with atomic_write(path) as file:
+        grid.save(file, "PNG", pnginfo=info)
+
+
+def read_provenance(path: Path) -> dict[str, Any]:
+    """The text chunks of a PNG that hold JSON. Raises ValueError if it is not a PNG."""
+    provenance = {}
+    if not path.exists():
+        raise ValueError(f"{path}: no such picture")
+    try:
+        with Image.open(path) as image:
+            image.load()  # chunks may also follow the pixels
+            chunks = image.text
+    except (*NOT_A_PNG, AttributeError, ValueError, Image.DecompressionBombError):
+        raise ValueError(f"{path}: not a PNG that generate.py wrote") from None
+    for name, text in chunks.items():
+        with suppress(ValueError):  # a chunk of another program
+            provenance[name] = json.loads(text)
+    return provenance
+
+
+def made_with(device: torch.device) -> str:
+    """What a picture's bytes depend on besides its settings and the kind of CPU."""
+    return f"torch {torch.__version__}, Pillow {PIL.__version__} on {device.type}"
+
+
+def save_animation(grids: list[Image.Image], path: Path) -> None:
+    """Write a looping .gif or .webp: the grids within 1.5 s, and the last one for 1 s more."""
+    pace = max(20, 1500 // len(grids))  # milliseconds
+    options: dict[str, Any] = {"loop": 0, "duration": [pace] * (len(grids) - 1) + [1000]}
+    if path.suffix == ".webp":
+        options["lossless"] = True
+    with atomic_write(path) as file:
+        kind = path.suffix[1:].upper()
+        grids[0].save(file, kind, save_all=True, append_images=grids[1:], **options)
+
+
+def write_npz(path: Path, images: Tensor, labels: Tensor) -> None:
+    """Write uint8 images (N, C, H, W) as arr_0 (N, H, W) or (N, H, W, C), and int64 labels (N,) as
+    arr_1: the format in which OpenAI's diffusion repositories exchange samples."""
+    pixels = images[:, 0] if images.shape[1] == 1 else images.permute(0, 2, 3, 1)
+    with atomic_write(path) as file:
+        np.savez_compressed(file, pixels.cpu().numpy(), labels.cpu().numpy())
+
+
+def read_npz(path: Path) -> tuple[Tensor, Tensor | None]:
+    """uint8 images (N, 1, 28, 28) and int64 labels (N,), None if there are none, of a file in
+    write_npz's format. Raises ValueError naming the file and what is wrong with it."""
+    try:
+        file = np.load(path, allow_pickle=False)
+        if not isinstance(file, np.lib.npyio.NpzFile):
+            raise ValueError("it holds a single array")
+        with file:
+            arrays = {name: file[name] for name in ("arr_0", "arr_1") if name in file.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        reason = "no such file" if not path.exists() else f"not a whole .npz: {first_line(error)}"
+        raise ValueError(f"{path}: {reason}") from None
+    images, labels = arrays.get("arr_0"), arrays.get("arr_1")
+    if images is None:
+        raise ValueError(f"{path}: no arr_0; save with numpy.savez(file, images, labels)")
+    if images.dtype != np.uint8:
+        raise ValueError(f"{path}: arr_0 is {images.dtype}; make it uint8, 0 to 255")
+    if images.shape[1:] not in ((28, 28), (28, 28, 1)) or not len(images):
+        raise ValueError(f"{path}: arr_0 is of shape {images.shape}; make it (N, 28, 28)")
+    images = torch.from_numpy(images.reshape(-1, 1, 28, 28))
+    if labels is None:
+        return images, None
+    if labels.dtype.kind not in "iu" or labels.shape != (len(images),):
+        expected = f"make it whole numbers, one for each of the {len(images)} images"
+        raise ValueError(f"{path}: arr_1 is {labels.dtype} of shape {labels.shape}; {expected}")
+    if labels.min() < 0 or labels.max() > 9:
+        raise ValueError(f"{path}: arr_1 has labels outside 0 to 9")
+    return images, torch.from_numpy(labels.astype(np.int64))

@@ -1,0 +1,183 @@
+"""What a user asks for: which model, and what to draw, by flags, by answers or by a picture."""
+
+import os
+import secrets
+import time
+from argparse import ArgumentTypeError, Namespace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from checkpoint import Progress, list_checkpoints
+from config import Config, parse_digits
+from data import draw_labels
+from interface.cli import settings_for_drawing
+from interface.terminal import ask, log, whole_number
+
+MAX_IMAGES = 100_000
+MAX_ANIMATED = 500  # a larger WebP would exceed the format's 16,383 pixels
+ANIMATIONS = (".gif", ".webp")
+
+
+def list_models(folder: Path) -> list[tuple[Path, Progress]]:
+    """All models in a folder, newest last. Raises ValueError if there is none."""
+    found = list_checkpoints(folder)
+    if not found:
+        raise ValueError(f"no model in {folder}; train one first: python train.py --budget 10m")
+    return found
+
+
+def find_model(text: str, folder: Path) -> Path:
+    """The model that a user means by a path, a name in `folder`, its number in the list of models
+    there, or "newest". Raises ValueError if there is none."""
+    for path in (Path(text), folder / text, folder / f"{text}.pth"):
+        if path.is_file():
+            return path
+    found = list_models(folder) if text == "newest" or text.isdecimal() else []
+    number = len(found) if text == "newest" else int(text) if found else 0
+    if not 1 <= number <= len(found):
+        raise ValueError(f"{text}: no such checkpoint; look in {folder}, or train one first")
+    return found[number - 1][0]
+
+
+def choose_model(folder: Path) -> Path:
+    """List the models in a folder and ask for one; Enter takes the newest."""
+    found = list_models(folder)
+    log(f"Models in {folder}:")
+    for number, (path, progress) in enumerate(found, 1):
+        date = time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime))
+        log(f"  {number}  {path.name}  {progress}  {date}")
+    return found[ask("Which model", len(found), whole_number(len(found))) - 1][0]
+
+
+@dataclass
+class Request:
+    """One file to draw: `count` variants of `digits`, which is a number such as 2026, "all" (every
+    digit) or "mnist" (`count` digits in total, as frequent as in MNIST).
+
+    Raises ValueError if it cannot be drawn.
+    """
+
+    digits: str
+    count: int
+    cfg: Config
+    output: Path
+
+    def __post_init__(self) -> None:
+        classes = self.cfg.num_classes
+        if self.digits == "mnist" and classes != 10:
+            raise ValueError(f"digits = 'mnist': this model knows {classes} digits, MNIST has 10")
+        if self.digits not in ("all", "mnist"):
+            parse_digits(self.digits, classes)
+        if self.count < 1:
+            raise ValueError(f"count = {self.count}: must be at least 1")
+        images = self.count * {"all": classes, "mnist": 1}.get(self.digits, len(self.digits))
+        largest = MAX_ANIMATED if self.animated else MAX_IMAGES
+        if images > largest:
+            ending = f" in {self.output.suffix}" if self.animated else ""
+            raise ValueError(f"count = {self.count}: more than {largest:,} images{ending}")
+
+    @property
+    def animated(self) -> bool:
+        return self.output.suffix in ANIMATIONS
+
+    @property
+    def labels(self) -> Tensor:
+        """The label of each image, int64 (N,)."""
+        if self.digits == "mnist":
+            return draw_labels(self.count, self.cfg.seed)
+        every = list(range(self.cfg.num_classes))
+        number = every if self.digits == "all" else parse_digits(self.digits, len(every))
+        return torch.tensor(number * self.count)
+
+
+def usual_count(digits: str) -> int:
+    """How many variants to draw by default: 16 images, but 16 of each digit of "all"."""
+    return 16 if digits in ("all", "mnist") else max(1, 16 // len(digits))
+
+
+def free_name(cfg: Config, digits: str) -> Path:
+    """A file name in output_dir/images that is not taken."""
+    folder = Path(cfg.output_dir, "images")
+    folder.mkdir(parents=True, exist_ok=True)
+    number = 1
+    while (path := folder / f"generated_{digits[:20]}_{number:03d}.png").exists():
+        number += 1
+    return path
+
+
+def is_folder(output: str | None) -> bool:
+    return bool(output) and (output.endswith(("/", os.sep)) or Path(output).is_dir())
+
+
+def output_name(text: str) -> str:
+    """A name that --output accepts. Raises ArgumentTypeError for another."""
+    endings = (".png", ".npz", *ANIMATIONS)
+    if not is_folder(text) and Path(text).suffix not in endings:
+        raise ArgumentTypeError(f"{text!r} must end in {', '.join(endings)}, or / (a folder)")
+    if not Path(text).parent.is_dir():
+        raise ArgumentTypeError(f"{text!r}: no folder {Path(text).parent}; make it first")
+    return text
+
+
+def requests_from_flags(args: Namespace, cfg: Config) -> list[Request]:
+    """What --digits, --count and --output ask for: one file, or for a folder one for each image.
+    Image i of a folder has seed `seed + i`. Raises ValueError if one of its files exists."""
+    count = usual_count(args.digits) if args.count is None else args.count
+    output = Path(args.output) if args.output else free_name(cfg, args.digits)
+    whole = Request(args.digits, count, cfg, output)
+    if not is_folder(args.output):
+        return [whole]
+    requests = []
+    for seed, digit in enumerate(whole.labels.tolist(), cfg.seed):
+        path = output / f"{digit}_seed{seed}.png"
+        requests.append(Request(str(digit), 1, replace(cfg, seed=seed), path))
+        if path.exists():
+            raise ValueError(f"{path}: exists already; choose another folder or --seed")
+    try:
+        output.mkdir(exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{output}: no folder ({error.strerror}); choose another") from None
+    return requests
+
+
+def requests_from_answers(cfg: Config, seed: int | None) -> Iterator[Request]:
+    """Ask what to draw, again and again; without `seed` every picture gets a random one."""
+    count = None
+
+    def digits_or_all(text: str) -> str:
+        if text != "all":
+            parse_digits(text, cfg.num_classes)
+        if len(text) > 20:
+            raise ValueError(f"{text!r} is too long: 20 digits at most")
+        return text
+
+    def guidance_value(text: str) -> float:
+        try:
+            return replace(cfg, guidance=float(text)).guidance
+        except ValueError:
+            raise ValueError(f"{text!r} is not a number such as 1 or 1.5") from None
+
+    log("? for help, q to quit.")
+    while True:
+        digits = ask(f"Digit to draw, 0 to {cfg.num_classes - 1}", None, digits_or_all)
+        count = ask("How many", count or usual_count(digits), whole_number(10_000))
+        guidance = ask("Guidance", cfg.guidance, guidance_value)
+        picture_seed = secrets.randbelow(2**31) if seed is None else seed
+        cfg = replace(cfg, guidance=guidance, seed=picture_seed)
+        yield Request(digits, count, cfg, free_name(cfg, digits))
+
+
+def request_from_picture(
+    provenance: dict[str, Any], trained: Config, given: dict[str, Any], output: Path | None
+) -> Request:
+    """What a picture's text chunks ask for, with the settings of this computer that are `given`.
+    Raises ValueError, TypeError or KeyError if the chunks are not those of write()."""
+    known = {name: provenance[name] for name in Config.names("sampling", "picture")}
+    cfg = settings_for_drawing(trained, given | known)
+    digits, count = provenance["digits"], provenance["count"]
+    return Request(digits, count, cfg, output or free_name(cfg, f"{digits}_again"))

@@ -1,0 +1,316 @@
+"""The run folder of train.py: what a run will do, what it keeps, and what it logs."""
+
+import csv
+import io
+import math
+import shlex
+import shutil
+import signal
+import time
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+import checkpoint
+from checkpoint import Progress, TrainState, atomic_write
+from config import Config, parse_duration
+from interface.cli import settings_for_training
+
+METRICS = ("epoch", "step", "loss", "learning_rate", "grad_norm", "images_per_second", "seconds")
+
+
+@dataclass
+class Plan:
+    """What a run of train.py will do."""
+
+    cfg: Config
+    action: str = "train"  # or "describe" the checkpoint `start`, or "finished": nothing is left
+    start: Path | None = None  # the checkpoint to go on from
+    progress: Progress = field(default_factory=Progress)  # where it stands
+    trainable: bool = True  # whether `start` has what training needs
+    notes: list[str] = field(default_factory=list)  # what the user should know of the settings
+
+
+def make_plan(
+    given: dict[str, Any], resume: bool = False, load: Path | None = None, more_epochs: int = 0
+) -> Plan:
+    """Decide what to do from the flags (`given`: settings) and from what the run folder holds.
+
+    Raises ValueError if a checkpoint cannot be read, or for flags that do not fit it.
+    """
+    if resume:
+        load = newest_of_run(Path(given.get("output_dir", Config().output_dir), "models"))
+    saved = checkpoint.load(load) if load else {"config": {}, "progress": {}}
+    trained, progress = Config.from_dict(saved["config"]), Progress(**saved["progress"])
+    plan = Plan(trained, "train", load, progress, "model" in saved)
+
+    start = "scratch" if not load else "newest" if resume else "path"
+    length = "more" if more_epochs else "".join(n for n in Config.names("length") if n in given)
+    match start, length:
+        case "scratch" | "newest", "epochs":
+            trained = replace(trained, budget="")
+        case "scratch" | "newest", _:
+            pass  # as planned, or for the given budget
+        case "path", "more":
+            begun = progress.epoch + (progress.images > 0)  # finish the current epoch first
+            trained = replace(trained, budget="", epochs=begun + more_epochs)
+        case "path", "budget":
+            progress.budget_from = progress.seconds
+        case "path", _:
+            plan.action = "describe"
+
+    if start == "scratch":
+        plan.cfg = replace(trained, **given)
+    elif plan.action == "train":
+        plan.cfg, plan.notes = settings_for_training(trained, given)
+        check_mid_epoch(plan, trained)
+        if fraction_done(plan.cfg, progress, per_epoch=math.inf) >= 1:
+            plan.action = "finished"
+    return plan
+
+
+def newest_of_run(models: Path) -> Path | None:
+    """The newest checkpoint of the run in a folder; None if it has none. Raises ValueError if it
+    has some but none can be read."""
+    found = checkpoint.list_checkpoints(models, "model_epoch_*.pth")
+    if not found and list(models.glob("model_epoch_*.pth")):
+        raise ValueError(f"{models}: none of its checkpoints can be read; repair or move them")
+    return found[-1][0] if found else None
+
+
+def check_mid_epoch(plan: Plan, trained: Config) -> None:
+    """Raises ValueError if the plan goes on inside an epoch with another order of the images."""
+    for f in fields(Config):
+        new, old = getattr(plan.cfg, f.name), getattr(trained, f.name)
+        if plan.progress.images and new != old and f.metadata.get("fixed_in_epoch"):
+            stopped = f"{plan.start} stopped inside an epoch that began with {old}"
+            raise ValueError(f"{f.name} = {new}: {stopped}; finish that epoch first")
+
+
+def fraction_done(cfg: Config, progress: Progress, per_epoch: float) -> float:
+    """How much of the whole run is done: 1 or a little more at its end."""
+    if cfg.budget:
+        return (progress.seconds - progress.budget_from) / parse_duration(cfg.budget)
+    return (progress.epoch + progress.images / per_epoch) / cfg.epochs
+
+
+def describe(plan: Plan) -> str:
+    """Where the plan's checkpoint stands, and how to go on from it."""
+    cfg, progress = plan.cfg, plan.progress
+    length = f"a budget of {cfg.budget}" if cfg.budget else f"{cfg.epochs} epochs planned"
+    stands = f"{plan.start} stands at {progress}, {length}, after {progress.seconds / 60:.1f} min."
+    if not plan.trainable:
+        return f"{stands}\nIt was reduced to what drawing needs and cannot be trained on."
+    command = f"python train.py --load_checkpoint_path {shlex.quote(str(plan.start))}"
+    more = f"--continue_training_epochs K{machine_flags(cfg)}"
+    return f"{stands}\nTo train it for K more epochs: {command} {more}"
+
+
+def machine_flags(cfg: Config) -> str:
+    """The flags for this computer that differ from config.py: a checkpoint does not bring them."""
+    here = Config().select("machine")
+    changed = {n: v for n, v in cfg.select("machine").items() if v != here[n]}
+    return "".join(f" --{name} {shlex.quote(value)}" for name, value in changed.items())
+
+
+class Run:
+    """A run under way: its clock, its log and its checkpoints. `fraction` of it is done."""
+
+    def __init__(self, plan: Plan, state: TrainState, images: int, began: float) -> None:
+        """`began` (of time.perf_counter) is when the run's time starts to count. Raises ValueError
+        if a batch is larger than the data set or a new budget is already spent."""
+        self.plan, self.cfg, self.state, self.last_saved = plan, plan.cfg, state, plan.start
+        if self.cfg.batch_size > images:
+            raise ValueError(f"batch_size = {self.cfg.batch_size}: there are only {images} images")
+        self.per_epoch = images - images % self.cfg.batch_size
+        self.bar: tqdm | None = None
+        self.log_every = 1 if state.totals.device.type == "cpu" else 50  # a GPU is not waited for
+        spent = state.progress.seconds - state.progress.budget_from
+        self.began = began - state.progress.seconds
+        self.update_clock()
+        if self.done and spent == 0:
+            raise ValueError(f"budget = {self.cfg.budget!r}: too short even for start-up")
+
+    def update_clock(self) -> None:
+        self.state.progress.seconds = time.perf_counter() - self.began
+        self.fraction = fraction_done(self.cfg, self.state.progress, self.per_epoch)
+
+    @property
+    def done(self) -> bool:
+        return self.fraction >= 1
+
+    @property
+    def epoch_done(self) -> bool:
+        return self.state.progress.images == self.per_epoch
+
+    @property
+    def save_due(self) -> bool:
+        progress = self.state.progress
+        return self.done or (progress.images == 0 and progress.epoch % self.cfg.save_every == 0)
+
+    def open(self) -> None:
+        """Make the folders, keep earlier results aside, and say what will be done. A new plan is
+        saved at once, so that --resume knows it even if the run is killed before its next save."""
+        cfg, start, progress = self.cfg, self.plan.start, self.state.progress
+        as_planned = start is not None and has_plan(start, cfg, progress)
+        make_room(cfg, start, progress, as_planned)
+        until = f"for {cfg.budget}" if cfg.budget else f"to epoch {cfg.epochs}"
+        print(f"training {until} from {progress}; results in {cfg.output_dir}", flush=True)
+        if start and not as_planned:
+            self.save()
+
+    def log_step(self) -> None:
+        """Show the running loss on the progress bar, if it is time to. Raises FloatingPointError
+        if the loss is no longer finite."""
+        cfg, progress = self.cfg, self.state.progress
+        if progress.step % self.log_every and not self.epoch_done:
+            return
+        self.check_finite()
+        if self.bar is None:
+            title = f"epoch {progress.epoch + 1}" + ("" if cfg.budget else f"/{cfg.epochs}")
+            look = {"unit": " images", "leave": False, "disable": None, "dynamic_ncols": True}
+            self.bar = tqdm(desc=title, total=self.per_epoch, **look)
+        loss = float(self.state.totals[0]) * cfg.batch_size / progress.images
+        self.bar.set_postfix_str(f"loss {loss:.4f}, {self.time_left()}")
+        self.bar.update(progress.images - self.bar.n)
+
+    def log_epoch(self) -> None:
+        """Add the epoch, or the part of it that was trained, to metrics.csv and say so."""
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+        state, progress = self.state, self.state.progress
+        loss, grad_norm = (state.totals * self.cfg.batch_size / progress.images).tolist()
+        epoch = f"{round(progress.epoch + progress.images / self.per_epoch, 2):g}"
+        rate, lr = progress.images / state.epoch_seconds, state.optimizers[0].param_groups[0]["lr"]
+        row = (epoch, progress.step, loss, lr, grad_norm, rate, progress.seconds)
+        path = Path(self.cfg.output_dir, "metrics.csv")
+        write_metrics(path, [*read_metrics(path), dict(zip(METRICS, row, strict=True))])
+        tqdm.write(f"epoch {epoch}: loss {loss:.4f}, {rate:.0f} images/s, {self.time_left()}")
+
+    def save(self) -> None:
+        self.check_finite()
+        self.last_saved = checkpoint_path(self.cfg, self.state.progress)
+        checkpoint.save(self.last_saved, self.cfg, self.state)
+        tqdm.write(f"wrote {self.last_saved}")
+
+    def draw_curves(self) -> None:
+        """Plot metrics.csv, once it has a row, as images/training.png."""
+        path = Path(self.cfg.output_dir, "images", "training.png")
+        rows = read_metrics(Path(self.cfg.output_dir, "metrics.csv"))
+        try:
+            from evaluation.plots import plot_training  # here, because matplotlib is slow to import
+        except ImportError as error:  # no reason to lose a run
+            tqdm.write(f"{path} not written: {error}; pip install -r requirement.txt")
+            rows = []
+        if rows:
+            plot_training(rows, path)
+            tqdm.write(f"wrote {path}")
+
+    def check_finite(self) -> None:
+        if not math.isfinite(float(self.state.totals.sum())):
+            step = self.state.progress.step
+            fault = f"the loss or its gradient is no longer finite at step {step}"
+            good = f"last good checkpoint: {self.last_saved or 'none yet'}"
+            remedy = f"try a lower --lr than {self.cfg.learning_rate}"
+            raise FloatingPointError(f"{fault}; {good}; {remedy}")
+
+    def time_left(self) -> str:
+        """What is left of the whole run; without a budget, from its average speed so far."""
+        whole = self.state.progress.seconds / self.fraction
+        if self.cfg.budget:
+            whole = parse_duration(self.cfg.budget)
+        minutes, seconds = divmod(max(0, round(whole * (1 - self.fraction))), 60)
+        return f"run ends in {minutes}m{seconds:02d}s"
+
+
+def note_stop_signals() -> list[int]:
+    """From now on the first Ctrl-C or SIGTERM is only appended to the returned list, so that the
+    current step can finish; a second one has its usual effect."""
+    noted: list[int] = []
+
+    def note(signum: int, frame: object) -> None:
+        noted.append(signum)
+        signal.signal(signum, signal.default_int_handler if signum == 2 else signal.SIG_DFL)
+
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, note)
+    return noted
+
+
+def checkpoint_path(cfg: Config, progress: Progress) -> Path:
+    return Path(cfg.output_dir, "models", f"model_{progress.name}.pth")
+
+
+def has_plan(start: Path, cfg: Config, progress: Progress) -> bool:
+    """Whether `start` lies in this run's folder and already holds its settings."""
+    saved = checkpoint.load(start)
+    trained = replace(Config.from_dict(saved["config"]), **cfg.select("machine"))
+    same_file = start.resolve() == checkpoint_path(cfg, progress).resolve()
+    same_budget = saved["progress"]["budget_from"] == progress.budget_from
+    return same_file and same_budget and trained == cfg
+
+
+def make_room(cfg: Config, start: Path | None, progress: Progress, as_planned: bool) -> None:
+    """Make the output folders, and see that this run overwrites nothing.
+
+    A run that continues a checkpoint of this folder keeps what led up to it. Whatever comes after
+    that point, or all files of an unrelated earlier run, moves to output_dir/earlier. Unless the
+    run goes on `as_planned`, the checkpoint itself is copied there: it will be written again with
+    the new plan, and pictures name a model by its hash.
+    """
+    out = Path(cfg.output_dir)
+    models, images, metrics = out / "models", out / "images", out / "metrics.csv"
+    models.mkdir(parents=True, exist_ok=True)
+    images.mkdir(exist_ok=True)
+    for partial in models.glob(".*.partial"):  # of a save that was killed
+        partial.unlink()
+    continues = start is not None and start.resolve().parent == models.resolve()
+    kept = {  # by the part of the name that a checkpoint and its grid share
+        path.stem.removeprefix("model_")
+        for path, its in checkpoint.list_checkpoints(models, "model_epoch_*.pth")
+        if continues and its.step <= progress.step
+    }
+    files = [*models.glob("model_epoch_*.pth"), *images.glob("samples_epoch_*.png")]
+    moved = [path for path in files if path.stem.partition("_")[2] not in kept]
+    copied = [checkpoint_path(cfg, progress)] if continues and not as_planned else []
+    if moved or copied or not continues:
+        (copied if continues else moved).append(metrics)
+        keep_aside(out / "earlier", [*moved, images / "training.png"], copied)
+    if continues and metrics.exists():
+        rows = [row for row in read_metrics(metrics) if int(row["step"]) <= progress.step]
+        write_metrics(metrics, rows)
+
+
+def keep_aside(earlier: Path, moved: list[Path], copied: list[Path]) -> None:
+    """Move and copy those files that exist into a new folder of `earlier`, named by the time."""
+    transfers = [(shutil.move, path) for path in moved if path.exists()]
+    transfers += [(shutil.copy2, path) for path in copied if path.exists()]
+    if not transfers:
+        return
+    folder = earlier / time.strftime("%Y-%m-%d_%H%M%S")
+    while folder.exists():
+        folder = folder.with_name(folder.name + "_")
+    folder.mkdir(parents=True)
+    for transfer, path in transfers:
+        transfer(path, folder / path.name)
+    print(f"what this run would overwrite is kept in {folder}")
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.csv, without one that a power cut left incomplete; none if it is new."""
+    if not path.exists():
+        return []
+    with open(path, newline="") as file:
+        return [row for row in csv.DictReader(file) if (row.get("step") or "").isdecimal()]
+
+
+def write_metrics(path: Path, rows: list[dict[str, Any]]) -> None:
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, METRICS, extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows(rows)
+    with atomic_write(path) as file:
+        file.write(text.getvalue().encode())
