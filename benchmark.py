@@ -153,14 +153,14 @@ def measure_sampling(cfg: Config, device: torch.device) -> dict[str, Any]:
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """The largest memory use so far, in bytes: of the GPU on CUDA, otherwise of this process; None
-    on Windows, which does not tell."""
+    """The largest memory use so far, in bytes, of the GPU or else of this process; None on Windows,
+    which does not tell."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource
-    except ImportError:
+    if sys.platform == "win32":
         return None
+    import resource
+
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

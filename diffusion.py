@@ -57,8 +57,6 @@ class Diffusion:
         self.loss_weight = self._make_loss_weight()
         self._on_device: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
-    # ---- training
-
     def _make_loss_weight(self) -> Tensor:
         """Weight of the squared error of the prediction at t = 0…T; t = 0 is never trained.
 
@@ -136,8 +134,6 @@ class Diffusion:
             error = error.masked_fill(x_0_hat.clamp(-1, 1) == x_0, 0)
         return (self._at(t, x_0)[2] * error).mean()
 
-    # ---- guidance
-
     def clip(self, x_0_hat: Tensor) -> Tensor:
         """x_0_hat clamped to [-1, 1], if `clip_x_0` says so."""
         return x_0_hat.clamp(-1, 1) if self.cfg.clip_x_0 else x_0_hat
@@ -179,8 +175,6 @@ class Diffusion:
         """Network calls per image: two at each time whose guidance is neither 0 nor 1."""
         w = [self.guidance_at(t) for t in self.sampling_times()[:-1]]
         return sum(1 if each in (0, 1) else 2 for each in w)
-
-    # ---- sampling
 
     def sampling_times(self) -> list[int]:
         """T = t_0 > t_1 > … > t_steps = 0, evenly spaced."""

@@ -7,94 +7,22 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint import LoadedModel, atomic_write, load_model, sha256
+from checkpoint import LoadedModel, load_model, sha256
 from config import Config
-from data import draw_labels, load_split, to_uint8
+from data import draw_labels, to_uint8
 from diffusion import Diffusion
-from evaluation import classifier, metrics, plots, results
+from evaluation import classifier, plots, results
+from evaluation.evaluator import MAX_IMAGES, Evaluator, shuffled
 from evaluation.results import Result
 from interface.cli import Parser, add_settings, given_settings, run_script, settings_for_drawing
-from interface.picture import image_grid, read_npz
+from interface.picture import image_grid, read_npz, save_png
 from interface.requests import find_model
 from interface.terminal import sampling_bar
 from model import pick_device
-
-MAX_IMAGES = 10_000  # as many as the test split has, which sets the floor
-
-
-class Evaluator:
-    """The frozen classifier, and the real images that samples are compared with."""
-
-    def __init__(self, cfg: Config, device: torch.device) -> None:
-        cfg = classifier.as_published(cfg)
-        self.device = device
-        self.net, self.train_moments, self.sha256 = classifier.load(device)
-        self.train_images, self.train_labels = load_split(cfg, train=True, device=device)
-        self.test_images, self.test_labels = load_split(cfg, train=False, device=device)
-        some = self.train_images[shuffled(len(self.train_images), seed=0)[:MAX_IMAGES].to(device)]
-        self.some_train_features = classifier.features_of(self.net, some)
-        self._real: dict[int, Result] = {}  # metrics of N real test images, by N
-
-    def measure(self, images: Tensor, labels: Tensor | None, pairs: Path | None = None) -> Result:
-        """All metrics of uint8 images (N, 1, 28, 28) with int64 labels (N,), and as "real" those of
-        N test images. Writes the ten images that are closest to a training image, each beside it,
-        to `pairs`. Raises ValueError for too few images."""
-        N = len(images)
-        if N < classifier.FEATURES:
-            raise ValueError(f"{N} images: a distance needs at least {classifier.FEATURES}")
-        if N not in self._real:
-            index = shuffled(MAX_IMAGES, seed=1)[:N].to(self.device)
-            self._real[N], distances, _ = self._metrics(
-                self.test_images[index], self.test_labels[index]
-            )
-            self._real[N]["nearest_least"] = distances.min().item()
-        real = self._real[N]
-        found, distances, index = self._metrics(images, labels)
-        found["fd_over_floor"] = found["fd"] / real["fd"]
-        found["nearest_over_real"] = found["nearest_median"] / real["nearest_median"]
-        found["copies"] = int((distances < real["nearest_least"]).sum())
-        if pairs:
-            closest = distances.argsort()[:10]
-            beside = torch.stack([images[closest], self.train_images[index[closest]]], dim=1)
-            pairs.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_write(pairs) as file:
-                image_grid(beside.flatten(0, 1), columns=4).save(file, "PNG")
-        return {"images": N, "samples": found, "real": real}
-
-    def _metrics(self, images: Tensor, labels: Tensor | None) -> tuple[Result, Tensor, Tensor]:
-        """All metrics of images by themselves; the distance of each to the nearest training image,
-        and the index of that one."""
-        features = classifier.features_of(self.net, images)
-        found = metrics.frechet_metrics(features, self.train_moments)
-        found |= metrics.feature_metrics(features, self.some_train_features[: len(features)])
-        found |= {"pixels": metrics.pixel_metrics(images)}
-        if labels is not None:
-            answers = self.net.classify(features).argmax(dim=1)
-            found |= metrics.agreement_metrics(answers, labels)
-        distances, index = metrics.nearest(images, self.train_images)
-        return found | {"nearest_median": distances.median().item()}, distances, index
-
-    def accuracy_score(self, images: Tensor, labels: Tensor) -> Result:
-        """Test accuracy of the classifier's architecture, trained on these images alone and on as
-        many real ones, for 3 seeds (classification accuracy score, Ravuri & Vinyals 2019)."""
-        score: Result = {"synthetic": [], "real": []}
-        for seed in (1, 2, 3):
-            some = shuffled(len(self.train_images), seed)[: len(images)].to(self.device)
-            real = self.train_images[some], self.train_labels[some]
-            for kind, (x, y) in (("synthetic", (images, labels)), ("real", real)):
-                net = classifier.fit(x, y, epochs=12, seed=seed)
-                score[kind].append(classifier.accuracy(net, self.test_images, self.test_labels))
-        score["gap"] = float(np.mean(score["real"]) - np.mean(score["synthetic"]))
-        return score
-
-
-def shuffled(count: int, seed: int) -> Tensor:
-    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
 
 
 def sample(model: LoadedModel, cfg: Config, count: int) -> tuple[Tensor, Tensor, Result]:
@@ -153,12 +81,15 @@ def measure_and_write(
     evaluator: Evaluator, result: Result, images: Tensor, labels: Tensor, file: Path, cas: bool
 ) -> Result:
     """Complete a result by all metrics of the images, and write it."""
-    pairs = file.parent.parent / "images" / "nearest.png"
-    result |= evaluator.measure(images, labels, pairs)
+    measured, pairs = evaluator.measure(images, labels)
+    result |= measured
     if cas:
         result["cas"] = evaluator.accuracy_score(images, labels)
     results.write_result(file, result)
-    tqdm.write(f"wrote {file}\nwrote {pairs}")
+    picture = file.parent.parent / "images" / "nearest.png"
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    save_png(image_grid(pairs, columns=4), picture, {})
+    tqdm.write(f"wrote {file}\nwrote {picture}")
     return result
 
 

@@ -81,19 +81,19 @@ def reproduce(path: Path, output: Path | None, given: dict[str, Any], show_digit
     """Draw a picture again from its text chunks, on the CPU unless a device is `given`. Raises
     ValueError if it has none, if its model is neither among the models nor among those of earlier
     runs, and if the bytes come out differently."""
+    if output and output.suffix != ".png":
+        raise ValueError(f"output = '{output}': --reproduce writes a .png")
     provenance, original = picture.read_provenance(path), path.read_bytes()
     here = {"output_dir": Config().output_dir, "device": "cpu"} | given  # a GPU rounds differently
     device = pick_device(here["device"])
-    folder, sha256 = Path(here["output_dir"]), provenance.get("model")
+    folder, sha256 = Path(here["output_dir"]), provenance["model"]
     candidates = [*folder.glob("models/*.pth"), *folder.glob("earlier/*/*.pth")]
     found = [each for each in candidates if checkpoint.sha256(each) == sha256]
-    if sha256 is not None and not found:
+    if not found:
         raise ValueError(f"{path}: its model, SHA-256 {sha256}, is not in {folder / 'models'}")
-    try:
-        model = checkpoint.load_model(found[0], device)
-        request = requests.request_from_picture(provenance, model.cfg, here, output)
-    except (LookupError, TypeError, ValueError):
-        raise ValueError(f"{path}: not a PNG that generate.py wrote") from None
+    model = checkpoint.load_model(found[0], device)
+    request = requests.request_from_picture(provenance, path, model.cfg, here)
+    request.output = output or requests.free_name(request.cfg, f"{request.digits}_again")
     if request.output.exists() and request.output.samefile(path):
         raise ValueError(f"output = '{output}': is the picture itself; choose another name")
     draw_all(model, [request], show_digits)

@@ -95,7 +95,7 @@ def training_step(
     `fraction` of the run is done. Updates all of `state` but its times and its guide."""
     device, progress = x_0.device, state.progress
     generator = seeded_generator(cfg.seed, NOISE_STREAM, progress.step, device=device)
-    if state.guide is None and cfg.guide_fraction > 0:
+    if state.guide is None and cfg.guide_fraction > 0:  # also while a long warm-up delays the guide
         y = randomize_labels(y, cfg, generator)
     dtype = pick_precision(cfg.precision, device)
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):

@@ -100,23 +100,30 @@ def result_file(model: LoadedModel, cfg: Config, count: int) -> Path:
 
 
 def read_result(file: Path, identity: Result) -> Result | None:
-    """A result that was written before; None if there is none with all entries of `identity`.
-    Raises ValueError if the file is damaged."""
+    """A result that was written before; None if there is none with all entries of `identity` and
+    all metrics of the table. Raises ValueError if the file is damaged."""
     if not file.exists():
         return None
     try:
         known = dict(json.loads(file.read_text()))
     except (ValueError, TypeError):
         raise ValueError(f"{file}: damaged; delete it") from None
+    try:
+        table(known)
+    except (LookupError, TypeError):
+        return None
     return known if all(known.get(k) == v for k, v in identity.items()) else None
 
 
 def write_result(file: Path, result: Result) -> None:
     """Write a result, with the versions and the machine that made it."""
     machine = f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}"
-    versions = {"torch": torch.__version__, "numpy": np.__version__}
-    versions |= {"python": platform.python_version(), "machine": machine}
-    result["made_by"] = versions | {"date": time.strftime("%Y-%m-%d")}
+    made_by = {
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+    }
+    result["made_by"] = made_by | {"python": platform.python_version(), "machine": machine}
     file.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(file) as opened:
         opened.write(json.dumps(result, indent=1).encode())

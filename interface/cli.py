@@ -72,20 +72,26 @@ def given_settings(args: argparse.Namespace) -> dict[str, Any]:
     return {f.name: getattr(args, f.name) for f in fields(Config) if hasattr(args, f.name)}
 
 
-def settings_for_training(trained: Config, given: dict[str, Any]) -> tuple[Config, list[str]]:
+def settings_for_training(
+    trained: Config, given: dict[str, Any], mid_epoch: bool = False
+) -> tuple[Config, list[str]]:
     """The settings with which to go on training: flags win over the checkpoint's (`trained`), and
     the checkpoint's over config.py, which only says what belongs to this computer.
 
     Also returns a line for each difference that the user should know of. Raises ValueError for a
-    flag that a trained model cannot take.
+    flag that a trained model cannot take, or one that would reorder the images of an epoch under
+    way (`mid_epoch`).
     """
     here, notes = Config(), []
     cfg = replace(trained, **{**here.select("machine"), **given})
     for f in fields(Config):
         name, group = f.name, f.metadata["group"]
         old, new, default = (getattr(each, name) for each in (trained, cfg, here))
-        if group == "model" and new != old:
+        if new != old and group == "model":
             had = f"the checkpoint was trained with {old!r}; drop the flag, or train a new model"
+            raise ValueError(f"{name} = {new!r}: {had}")
+        if new != old and mid_epoch and f.metadata.get("fixed_in_epoch"):
+            had = f"the checkpoint is inside an epoch that began with {old!r}; finish that first"
             raise ValueError(f"{name} = {new!r}: {had}")
         if group != "machine" and new != old:
             notes.append(f"{name} = {new} (the checkpoint had {old})")

@@ -17,6 +17,9 @@ from torch import Tensor
 from checkpoint import atomic_write
 from data import first_line
 
+ANIMATIONS = (".gif", ".webp")
+ENDINGS = (".png", ".npz", *ANIMATIONS)
+MAX_ANIMATED = 500  # images: a larger WebP would exceed the format's 16,383 pixels
 NOT_A_PNG = (OSError, EOFError, SyntaxError)  # what Pillow raises for one that is damaged
 
 
@@ -56,7 +59,7 @@ def save_png(grid: Image.Image, path: Path, provenance: dict[str, Any]) -> None:
 
 
 def read_provenance(path: Path) -> dict[str, Any]:
-    """The text chunks of a PNG that hold JSON. Raises ValueError if it is not a PNG."""
+    """The text chunks of a PNG that hold JSON. Raises ValueError if none names a model."""
     provenance = {}
     if not path.exists():
         raise ValueError(f"{path}: no such picture")
@@ -69,6 +72,8 @@ def read_provenance(path: Path) -> dict[str, Any]:
     for name, text in chunks.items():
         with suppress(ValueError):  # a chunk of another program
             provenance[name] = json.loads(text)
+    if "model" not in provenance:
+        raise ValueError(f"{path}: not a PNG that generate.py wrote")
     return provenance
 
 

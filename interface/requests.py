@@ -16,11 +16,10 @@ from checkpoint import Progress, list_checkpoints
 from config import Config, parse_digits
 from data import draw_labels
 from interface.cli import settings_for_drawing
+from interface.picture import ANIMATIONS, ENDINGS, MAX_ANIMATED
 from interface.terminal import ask, log, whole_number
 
 MAX_IMAGES = 100_000
-MAX_ANIMATED = 500  # a larger WebP would exceed the format's 16,383 pixels
-ANIMATIONS = (".gif", ".webp")
 
 
 def list_models(folder: Path) -> list[tuple[Path, Progress]]:
@@ -116,9 +115,8 @@ def is_folder(output: str | None) -> bool:
 
 def output_name(text: str) -> str:
     """A name that --output accepts. Raises ArgumentTypeError for another."""
-    endings = (".png", ".npz", *ANIMATIONS)
-    if not is_folder(text) and Path(text).suffix not in endings:
-        raise ArgumentTypeError(f"{text!r} must end in {', '.join(endings)}, or / (a folder)")
+    if not is_folder(text) and Path(text).suffix not in ENDINGS:
+        raise ArgumentTypeError(f"{text!r} must end in {', '.join(ENDINGS)}, or / (a folder)")
     if not Path(text).parent.is_dir():
         raise ArgumentTypeError(f"{text!r}: no folder {Path(text).parent}; make it first")
     return text
@@ -173,11 +171,13 @@ def requests_from_answers(cfg: Config, seed: int | None) -> Iterator[Request]:
 
 
 def request_from_picture(
-    provenance: dict[str, Any], trained: Config, given: dict[str, Any], output: Path | None
+    provenance: dict[str, Any], picture: Path, trained: Config, given: dict[str, Any]
 ) -> Request:
     """What a picture's text chunks ask for, with the settings of this computer that are `given`.
-    Raises ValueError, TypeError or KeyError if the chunks are not those of write()."""
-    known = {name: provenance[name] for name in Config.names("sampling", "picture")}
-    cfg = settings_for_drawing(trained, given | known)
-    digits, count = provenance["digits"], provenance["count"]
-    return Request(digits, count, cfg, output or free_name(cfg, f"{digits}_again"))
+    Raises ValueError if they are not the chunks that generate.write writes."""
+    try:
+        known = {name: provenance[name] for name in Config.names("sampling", "picture")}
+        cfg = settings_for_drawing(trained, given | known)
+        return Request(provenance["digits"], provenance["count"], cfg, picture)
+    except (LookupError, TypeError, ValueError):
+        raise ValueError(f"{picture}: not a PNG that generate.py wrote") from None

@@ -7,7 +7,7 @@ import shlex
 import shutil
 import signal
 import time
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ class Plan:
     start: Path | None = None  # the checkpoint to go on from
     progress: Progress = field(default_factory=Progress)  # where it stands
     trainable: bool = True  # whether `start` has what training needs
+    changed: bool = False  # whether the settings or the budget are not those of `start`
     notes: list[str] = field(default_factory=list)  # what the user should know of the settings
 
 
@@ -37,35 +38,34 @@ def make_plan(
     given: dict[str, Any], resume: bool = False, load: Path | None = None, more_epochs: int = 0
 ) -> Plan:
     """Decide what to do from the flags (`given`: settings) and from what the run folder holds.
-
-    Raises ValueError if a checkpoint cannot be read, or for flags that do not fit it.
-    """
+    Raises ValueError if a checkpoint cannot be read, or for flags that do not fit it."""
     if resume:
         load = newest_of_run(Path(given.get("output_dir", Config().output_dir), "models"))
     saved = checkpoint.load(load) if load else {"config": {}, "progress": {}}
-    trained, progress = Config.from_dict(saved["config"]), Progress(**saved["progress"])
+    trained = cfg = Config.from_dict(saved["config"])
+    progress = Progress(**saved["progress"])
     plan = Plan(trained, "train", load, progress, "model" in saved)
 
     start = "scratch" if not load else "newest" if resume else "path"
     length = "more" if more_epochs else "".join(n for n in Config.names("length") if n in given)
     match start, length:
         case "scratch" | "newest", "epochs":
-            trained = replace(trained, budget="")
+            cfg = replace(trained, budget="")
         case "scratch" | "newest", _:
             pass  # as planned, or for the given budget
         case "path", "more":
             begun = progress.epoch + (progress.images > 0)  # finish the current epoch first
-            trained = replace(trained, budget="", epochs=begun + more_epochs)
+            cfg = replace(trained, budget="", epochs=begun + more_epochs)
         case "path", "budget":
-            progress.budget_from = progress.seconds
+            progress.budget_from, plan.changed = progress.seconds, True
         case "path", _:
             plan.action = "describe"
 
     if start == "scratch":
-        plan.cfg = replace(trained, **given)
+        plan.cfg = replace(cfg, **given)
     elif plan.action == "train":
-        plan.cfg, plan.notes = settings_for_training(trained, given)
-        check_mid_epoch(plan, trained)
+        plan.cfg, plan.notes = settings_for_training(cfg, given, progress.images > 0)
+        plan.changed |= replace(trained, **plan.cfg.select("machine")) != plan.cfg
         if fraction_done(plan.cfg, progress, per_epoch=math.inf) >= 1:
             plan.action = "finished"
     return plan
@@ -78,15 +78,6 @@ def newest_of_run(models: Path) -> Path | None:
     if not found and list(models.glob("model_epoch_*.pth")):
         raise ValueError(f"{models}: none of its checkpoints can be read; repair or move them")
     return found[-1][0] if found else None
-
-
-def check_mid_epoch(plan: Plan, trained: Config) -> None:
-    """Raises ValueError if the plan goes on inside an epoch with another order of the images."""
-    for f in fields(Config):
-        new, old = getattr(plan.cfg, f.name), getattr(trained, f.name)
-        if plan.progress.images and new != old and f.metadata.get("fixed_in_epoch"):
-            stopped = f"{plan.start} stopped inside an epoch that began with {old}"
-            raise ValueError(f"{f.name} = {new}: {stopped}; finish that epoch first")
 
 
 def fraction_done(cfg: Config, progress: Progress, per_epoch: float) -> float:
@@ -136,10 +127,7 @@ class Run:
     def update_clock(self) -> None:
         self.state.progress.seconds = time.perf_counter() - self.began
         self.fraction = fraction_done(self.cfg, self.state.progress, self.per_epoch)
-
-    @property
-    def done(self) -> bool:
-        return self.fraction >= 1
+        self.done = self.fraction >= 1
 
     @property
     def epoch_done(self) -> bool:
@@ -154,11 +142,12 @@ class Run:
         """Make the folders, keep earlier results aside, and say what will be done. A new plan is
         saved at once, so that --resume knows it even if the run is killed before its next save."""
         cfg, start, progress = self.cfg, self.plan.start, self.state.progress
-        as_planned = start is not None and has_plan(start, cfg, progress)
-        make_room(cfg, start, progress, as_planned)
+        path = checkpoint_path(cfg, progress)
+        rewrites = start is not None and (self.plan.changed or start.resolve() != path.resolve())
+        make_room(self.plan, path if rewrites else None)
         until = f"for {cfg.budget}" if cfg.budget else f"to epoch {cfg.epochs}"
         print(f"training {until} from {progress}; results in {cfg.output_dir}", flush=True)
-        if start and not as_planned:
+        if rewrites:
             self.save()
 
     def log_step(self) -> None:
@@ -230,12 +219,13 @@ def note_stop_signals() -> list[int]:
     """From now on the first Ctrl-C or SIGTERM is only appended to the returned list, so that the
     current step can finish; a second one has its usual effect."""
     noted: list[int] = []
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
 
     def note(signum: int, frame: object) -> None:
         noted.append(signum)
-        signal.signal(signum, signal.default_int_handler if signum == 2 else signal.SIG_DFL)
+        signal.signal(signum, usual[signum])
 
-    for signum in (signal.SIGINT, signal.SIGTERM):
+    for signum in usual:
         signal.signal(signum, note)
     return noted
 
@@ -244,43 +234,33 @@ def checkpoint_path(cfg: Config, progress: Progress) -> Path:
     return Path(cfg.output_dir, "models", f"model_{progress.name}.pth")
 
 
-def has_plan(start: Path, cfg: Config, progress: Progress) -> bool:
-    """Whether `start` lies in this run's folder and already holds its settings."""
-    saved = checkpoint.load(start)
-    trained = replace(Config.from_dict(saved["config"]), **cfg.select("machine"))
-    same_file = start.resolve() == checkpoint_path(cfg, progress).resolve()
-    same_budget = saved["progress"]["budget_from"] == progress.budget_from
-    return same_file and same_budget and trained == cfg
-
-
-def make_room(cfg: Config, start: Path | None, progress: Progress, as_planned: bool) -> None:
+def make_room(plan: Plan, rewritten: Path | None) -> None:
     """Make the output folders, and see that this run overwrites nothing.
 
     A run that continues a checkpoint of this folder keeps what led up to it. Whatever comes after
-    that point, or all files of an unrelated earlier run, moves to output_dir/earlier. Unless the
-    run goes on `as_planned`, the checkpoint itself is copied there: it will be written again with
-    the new plan, and pictures name a model by its hash.
+    that point, or all files of an unrelated earlier run, moves to output_dir/earlier. A checkpoint
+    that will be `rewritten` with a new plan is copied there, as pictures name a model by its hash.
     """
-    out = Path(cfg.output_dir)
+    out = Path(plan.cfg.output_dir)
     models, images, metrics = out / "models", out / "images", out / "metrics.csv"
     models.mkdir(parents=True, exist_ok=True)
     images.mkdir(exist_ok=True)
     for partial in models.glob(".*.partial"):  # of a save that was killed
         partial.unlink()
-    continues = start is not None and start.resolve().parent == models.resolve()
+    continues = plan.start is not None and plan.start.resolve().parent == models.resolve()
     kept = {  # by the part of the name that a checkpoint and its grid share
         path.stem.removeprefix("model_")
         for path, its in checkpoint.list_checkpoints(models, "model_epoch_*.pth")
-        if continues and its.step <= progress.step
+        if continues and its.step <= plan.progress.step
     }
     files = [*models.glob("model_epoch_*.pth"), *images.glob("samples_epoch_*.png")]
     moved = [path for path in files if path.stem.partition("_")[2] not in kept]
-    copied = [checkpoint_path(cfg, progress)] if continues and not as_planned else []
+    copied = [rewritten] if continues and rewritten else []
     if moved or copied or not continues:
         (copied if continues else moved).append(metrics)
         keep_aside(out / "earlier", [*moved, images / "training.png"], copied)
     if continues and metrics.exists():
-        rows = [row for row in read_metrics(metrics) if int(row["step"]) <= progress.step]
+        rows = [row for row in read_metrics(metrics) if int(row["step"]) <= plan.progress.step]
         write_metrics(metrics, rows)
 
 

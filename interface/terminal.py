@@ -76,11 +76,9 @@ def whole_number(largest: int) -> Callable[[str], int]:
 def has_colour(stream: TextIO) -> bool:
     """Whether `stream` can show half blocks in shades of grey: it is a UTF-8 terminal with
     colours, and the user has not set NO_COLOR (no-color.org)."""
-    capable = (
-        os.environ.get("TERM", "dumb") != "dumb" if os.name != "nt" else "WT_SESSION" in os.environ
-    )
+    term = "xterm" if "WT_SESSION" in os.environ else os.environ.get("TERM", "dumb")
     utf8 = (stream.encoding or "").lower().replace("-", "") == "utf8"
-    return stream.isatty() and capable and utf8 and not os.environ.get("NO_COLOR")
+    return stream.isatty() and utf8 and term != "dumb" and not os.environ.get("NO_COLOR")
 
 
 def show(tiles: Tensor, stream: TextIO = sys.stderr) -> None:
@@ -116,8 +114,8 @@ def show(tiles: Tensor, stream: TextIO = sys.stderr) -> None:
 
 
 def half_blocks(top: list[int], bottom: list[int]) -> str:
-    """Two rows of pixels, 0…255, as upper half blocks: the foreground colour is the upper pixel,
-    the background colour the lower one."""
+    """Two rows of pixels, 0…255, as half blocks: the upper pixel is the foreground colour, the
+    lower one the background."""
     line, before = "", None
     for pair in zip(map(grey_of_256, top), map(grey_of_256, bottom), strict=True):
         if pair != before:
@@ -127,11 +125,9 @@ def half_blocks(top: list[int], bottom: list[int]) -> str:
 
 
 def grey_of_256(value: int) -> int:
-    """The nearest grey of the 256-colour palette: 16 is black, 231 is white, and 232 to 255 are
-    the greys 8, 18, … 238."""
-    if value < 4:
-        return 16
-    return 231 if value > 246 else 232 + min(23, max(0, round((value - 8) / 10)))
+    """The nearest grey of the 256-colour palette: 16 is black, 231 white, 232… are 8, 18, … 238."""
+    between = 232 + min(23, max(0, round((value - 8) / 10)))
+    return 16 if value < 4 else 231 if value > 246 else between
 
 
 def ascii_line(top: list[int], bottom: list[int]) -> str:

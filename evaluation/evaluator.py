@@ -1,0 +1,76 @@
+"""The evaluator: the frozen classifier, real images, and what it measures of samples."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from config import Config
+from data import load_split
+from evaluation import classifier, metrics
+from evaluation.results import Result
+
+MAX_IMAGES = 10_000  # as many as the test split has, which sets the floor
+
+
+class Evaluator:
+    """The frozen classifier, and the real images that samples are compared with."""
+
+    def __init__(self, cfg: Config, device: torch.device) -> None:
+        cfg = classifier.as_published(cfg)
+        self.device = device
+        self.net, self.train_moments, self.sha256 = classifier.load(device)
+        self.train_images, self.train_labels = load_split(cfg, train=True, device=device)
+        self.test_images, self.test_labels = load_split(cfg, train=False, device=device)
+        some = self.train_images[shuffled(len(self.train_images), seed=0)[:MAX_IMAGES].to(device)]
+        self.some_train_features = classifier.features_of(self.net, some)
+        self._real: dict[int, Result] = {}  # metrics of N real test images, by N
+
+    def measure(self, images: Tensor, labels: Tensor | None) -> tuple[Result, Tensor]:
+        """All metrics of uint8 images (N, 1, 28, 28) with int64 labels (N,), and as "real" those of
+        N test images; the ten images that are closest to a training image, each followed by it,
+        (20, 1, 28, 28). Raises ValueError for too few images."""
+        N = len(images)
+        if N < classifier.FEATURES:
+            raise ValueError(f"{N} images: a distance needs at least {classifier.FEATURES}")
+        if N not in self._real:
+            some = shuffled(MAX_IMAGES, seed=1)[:N].to(self.device)
+            real, distances, _ = self._metrics(self.test_images[some], self.test_labels[some])
+            self._real[N] = real | {"nearest_least": distances.min().item()}
+        real = self._real[N]
+        found, distances, index = self._metrics(images, labels)
+        found["fd_over_floor"] = found["fd"] / real["fd"]
+        found["nearest_over_real"] = found["nearest_median"] / real["nearest_median"]
+        found["copies"] = int((distances < real["nearest_least"]).sum())
+        closest = distances.argsort()[:10]
+        pairs = torch.stack([images[closest], self.train_images[index[closest]]], dim=1)
+        return {"images": N, "samples": found, "real": real}, pairs.flatten(0, 1)
+
+    def _metrics(self, images: Tensor, labels: Tensor | None) -> tuple[Result, Tensor, Tensor]:
+        """All metrics of images by themselves; the distance of each to the nearest training image,
+        and the index of that one."""
+        features = classifier.features_of(self.net, images)
+        found = metrics.frechet_metrics(features, self.train_moments)
+        found |= metrics.feature_metrics(features, self.some_train_features[: len(features)])
+        found |= {"pixels": metrics.pixel_metrics(images)}
+        if labels is not None:
+            answers = self.net.classify(features).argmax(dim=1)
+            found |= metrics.agreement_metrics(answers, labels)
+        distances, index = metrics.nearest(images, self.train_images)
+        return found | {"nearest_median": distances.median().item()}, distances, index
+
+    def accuracy_score(self, images: Tensor, labels: Tensor) -> Result:
+        """Test accuracy of the classifier's architecture, trained on these images alone and on as
+        many real ones, for 3 seeds (classification accuracy score, Ravuri & Vinyals 2019)."""
+        score: Result = {"synthetic": [], "real": []}
+        for seed in (1, 2, 3):
+            some = shuffled(len(self.train_images), seed)[: len(images)].to(self.device)
+            real = self.train_images[some], self.train_labels[some]
+            for kind, (x, y) in (("synthetic", (images, labels)), ("real", real)):
+                net = classifier.fit(x, y, epochs=12, seed=seed)
+                score[kind].append(classifier.accuracy(net, self.test_images, self.test_labels))
+        score["gap"] = float(np.mean(score["real"]) - np.mean(score["synthetic"]))
+        return score
+
+
+def shuffled(count: int, seed: int) -> Tensor:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
