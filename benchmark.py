@@ -38,7 +38,7 @@ class Training:
         self.cfg, self.device, self.marks = cfg, device, []
         self.images, self.labels = load_split(cfg, train=True, device=device)
         if cfg.batch_size > len(self.images):
-            raise ValueError(f"batch_size = {cfg.batch_size}: only {len(self.images)} images")
+            raise ValueError(f"batch_size = {cfg.batch_size}: choose at most {len(self.images)}")
         self.diffusion, self.state = Diffusion(cfg), TrainState.initial(cfg, device)
         self.state.model.register_forward_pre_hook(self.mark)
         self.state.model.register_forward_hook(self.mark)
@@ -113,7 +113,7 @@ def convolutions(
     x_t = torch.zeros(cfg.batch_size, cfg.img_channels, cfg.img_size, cfg.img_size, device=device)
     y = torch.zeros(cfg.batch_size, dtype=torch.int64, device=device)
     with torch.no_grad():
-        model(x_t, y + 1, y)
+        model(x_t, torch.ones_like(y), y)
     for hook in hooks:
         hook.remove()
 
@@ -154,7 +154,7 @@ def measure_sampling(cfg: Config, device: torch.device) -> dict[str, Any]:
 
 def peak_memory(device: torch.device) -> int | None:
     """The largest memory use so far, in bytes, of the GPU or else of this process; None on Windows,
-    which does not tell."""
+    which has no `resource`."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if sys.platform == "win32":
@@ -184,13 +184,14 @@ one image        {sampling["one_image_seconds"]:.3f} s at the default settings""
 
 def main() -> int:
     parser = Parser(prog="benchmark.py", description="Measure training and sampling speed.")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="also write the figures to this file"
+    )
     add_settings(parser, [f.name for f in fields(Config)])
     args = parser.parse_args()
     cfg = replace(Config(), **given_settings(args))
     if args.json and not args.json.parent.is_dir():
         raise ValueError(f"json = '{args.json}': no folder {args.json.parent}; make it first")
-    torch.set_flush_denormal(True)  # denormals are slow; to be set before any thread starts
     device = pick_device(cfg.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     result = {

@@ -1,4 +1,4 @@
-"""The state of a training run, and the one owner of the checkpoint file: save, restore, load, list.
+"""The state of a training run, and the only module that reads or writes checkpoint files.
 
 A file holds tensors and plain values only, so that reading one never runs code. It needs no random
 state, because every random number of training is a function of the seed and the progress.
@@ -13,7 +13,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -24,8 +23,8 @@ from config import Config
 from model import UNet
 from optimizer import make_optimizers
 
-FORMAT = 4  # format 3, which is still read, had other names for two settings (config.ALIASES)
-PRETRAINED = "pretrained.pth"  # the model that is committed
+FORMAT = 4  # format 3 is still read: config.ALIASES fills in the settings that it lacks
+PRETRAINED = "pretrained.pth"  # the model in git
 DAMAGED = (pickle.UnpicklingError, RuntimeError, EOFError, OSError)  # what torch.load raises
 
 
@@ -41,7 +40,7 @@ class Progress:
 
     @property
     def name(self) -> str:
-        """Part of a file's name; it is never parsed."""
+        """The part of a file's name that tells this progress; never parsed back."""
         return f"epoch_{self.epoch}" + (f"_step_{self.step}" if self.images else "")
 
     def __str__(self) -> str:
@@ -63,7 +62,7 @@ class TrainState:
 
     @classmethod
     def initial(cls, cfg: Config, device: torch.device) -> "TrainState":
-        """The state before the first step, which depends on cfg.seed alone."""
+        """The state before the first step; the random weights depend on cfg.seed alone."""
         torch.manual_seed(cfg.seed)
         model = UNet(cfg).to(device)
         ema, totals = copy.deepcopy(model).requires_grad_(False), torch.zeros(2, device=device)
@@ -85,10 +84,7 @@ class LoadedModel:
     guide: UNet | None
     progress: Progress
     device: torch.device
-
-    @cached_property
-    def sha256(self) -> str:
-        return sha256(self.path)
+    sha256: str  # of the file
 
 
 def save(path: Path, cfg: Config, state: TrainState) -> None:
@@ -103,7 +99,7 @@ def save(path: Path, cfg: Config, state: TrainState) -> None:
         "optimizers": [each.state_dict() for each in state.optimizers],
         "metrics": {"totals": state.totals.tolist(), "seconds": state.epoch_seconds},
     }
-    _write(path, contents)
+    write_tensors(path, contents)
 
 
 def slim(source: str | Path, target: str | Path) -> None:
@@ -114,10 +110,11 @@ def slim(source: str | Path, target: str | Path) -> None:
     for name in ("ema", "guide"):
         weights = contents[name]
         kept[name] = weights and {key: weight.half() for key, weight in weights.items()}
-    _write(Path(target), kept)
+    write_tensors(Path(target), kept)
 
 
-def _write(path: Path, contents: dict[str, Any]) -> None:
+def write_tensors(path: Path, contents: dict[str, Any]) -> None:
+    """Write tensors and plain values, whole or not at all. Raises ValueError as atomic_write."""
     buffer = io.BytesIO()  # torch.save itself would hide that a disk is full
     torch.save(contents, buffer)
     with atomic_write(path) as file:
@@ -126,8 +123,8 @@ def _write(path: Path, contents: dict[str, Any]) -> None:
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """A file to write `path` through: it is written beside it, flushed and renamed, so that `path`
-    appears complete or not at all. Raises ValueError with the path if that fails."""
+    """Open a file that becomes `path`: a temporary one beside it, flushed and renamed once it is
+    complete, so that `path` is whole or unchanged. Raises ValueError with the path on failure."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with open(partial, "wb") as file:
@@ -141,22 +138,23 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
         partial.unlink(missing_ok=True)
 
 
-def load(path: str | Path, device: torch.device | str = "cpu", *, mmap: bool = False) -> dict:
-    """Read a checkpoint. Raises ValueError with the path and the reason if it is not one.
+def load(path: str | Path, *, mmap: bool = False) -> dict[str, Any]:
+    """Read a checkpoint: {format, config, progress, ema, guide} and, unless it is slim, {model,
+    optimizers, metrics}. Raises ValueError with the path and the reason if it is not one.
 
     With `mmap`, tensors are read from disk only when they are used: quick for looking at the rest.
     """
     if not Path(path).is_file():
-        raise ValueError(f"{path}: no such checkpoint; look in results/models, or train one first")
+        raise ValueError(f"{path}: no such checkpoint; python generate.py lists the models")
     try:
         with warnings.catch_warnings(action="ignore"):  # torch's remarks on foreign files
-            contents = torch.load(path, map_location=device, weights_only=True, mmap=mmap)
+            contents = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
         if contents["format"] not in (3, FORMAT):
             raise ValueError(f"format {contents['format']}, but this program reads 3 and {FORMAT}")
         Progress(**contents["progress"])
         Config.from_dict(contents["config"])
         for weights in (contents["ema"], contents["guide"] or {}):
-            weights.items()
+            weights.items()  # raises AttributeError if these are no weights
     except PermissionError:
         raise ValueError(f"{path}: cannot be read; change its permissions") from None
     except ValueError as error:
@@ -169,9 +167,9 @@ def load(path: str | Path, device: torch.device | str = "cpu", *, mmap: bool = F
 def restore(path: Path, state: TrainState) -> None:
     """Fill `state` from a checkpoint. The optimizers keep their current settings, such as weight
     decay. Raises ValueError if it does not fit, or was reduced to what drawing needs."""
-    contents = load(path, state.totals.device)
+    contents = load(path)
     if "model" not in contents:
-        raise ValueError(f"{path}: has only what drawing needs, so it cannot be trained on")
+        raise ValueError(f"{path}: reduced to what drawing needs; train another checkpoint")
     _fill(state.model, contents["model"], path)
     _fill(state.ema, contents["ema"], path)
     if contents["guide"] is not None:
@@ -181,41 +179,41 @@ def restore(path: Path, state: TrainState) -> None:
         settings = optimizer.state_dict()["param_groups"]
         _fill(optimizer, {"state": saved["state"], "param_groups": settings}, path)
     state.progress = Progress(**contents["progress"])
-    state.totals += torch.tensor(contents["metrics"]["totals"], device=state.totals.device)
+    state.totals = torch.tensor(contents["metrics"]["totals"], device=state.totals.device)
     state.epoch_seconds = contents["metrics"]["seconds"]
 
 
 def load_model(path: str | Path, device: torch.device) -> LoadedModel:
     """The model of a checkpoint, built from the file alone. Raises ValueError as load does."""
-    contents = load(path, device)
+    contents = load(path)
     cfg, progress = Config.from_dict(contents["config"]), Progress(**contents["progress"])
     if contents["format"] == 3:  # at that time config.py, not the checkpoint, said how to draw
         usual = Config().select("sampling")
         usual |= {"steps": min(usual["steps"], cfg.timesteps), "clip_x_0": cfg.clip_x_0}
         cfg = replace(cfg, **usual)
-    networks = [UNet(cfg) if contents[name] else None for name in ("ema", "guide")]
-    for network, name in zip(networks, ("ema", "guide"), strict=True):
-        if network:  # in this layout a CPU runs convolutions up to twice as fast, without gradients
-            network.to(device, memory_format=torch.channels_last).requires_grad_(False).eval()
-            _fill(network, contents[name], path)
-    return LoadedModel(Path(path), cfg, *networks, progress, device)
+    networks = {name: UNet(cfg) for name in ("ema", "guide") if contents[name]}
+    for name, network in networks.items():  # without gradients, channels_last is faster on a CPU
+        network.to(device, memory_format=torch.channels_last).requires_grad_(False).eval()
+        _fill(network, contents[name], path)
+    ema, guide = networks["ema"], networks.get("guide")
+    return LoadedModel(Path(path), cfg, ema, guide, progress, device, sha256(path))
 
 
 def _fill(target: UNet | torch.optim.Optimizer, state: dict[str, Any], path: str | Path) -> None:
     try:
         target.load_state_dict(state)
     except (RuntimeError, ValueError):
-        raise ValueError(f"{path}: its weights do not fit this U-Net; train a new model") from None
+        raise ValueError(f"{path}: its contents do not fit this U-Net; train a new model") from None
 
 
-def sha256(path: Path) -> str:
+def sha256(path: str | Path) -> str:
     """The SHA-256 of a file, in hexadecimal."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def list_checkpoints(folder: str | Path, pattern: str = "*.pth") -> list[tuple[Path, Progress]]:
     """The readable checkpoints in a folder, newest last: ordered by completed steps, then by time.
-    The pretrained model comes first, so that any model of your own counts as newer."""
+    The pretrained model comes first, so that any other counts as newer."""
     found = []
     for path in sorted(Path(folder).glob(pattern)):
         with suppress(ValueError):  # some other file, or a damaged one

@@ -11,9 +11,9 @@ from typing import Any
 
 
 def setting(default: Any, help: str, **metadata: Any) -> Any:
-    """A field of Config. `metadata` has its group; its limits, which are ge, gt, le, multiple_of
-    for numbers and choices for texts; `flag` if its flag is not its name; and `fixed_in_epoch` if
-    a run that stopped inside an epoch cannot go on with another value."""
+    """A field of Config. `metadata`: `group`; the limits `ge`, `gt`, `le`, `multiple_of` (numbers)
+    or `choices` (text); `flag`, where it differs from the name; `fixed_in_epoch`, where a run
+    that stopped inside an epoch cannot go on with another value."""
     return field(default=default, metadata={"help": help, **metadata})
 
 
@@ -22,29 +22,29 @@ model = partial(setting, group="model")  # cannot change once a model has been t
 training = partial(setting, group="training")
 length = partial(setting, group="length")  # how long a run is
 sampling = partial(setting, group="sampling")  # how to draw with a model: comes with its checkpoint
-picture = partial(setting, group="picture")  # settles the pixels too, but each picture has its own
+picture = partial(setting, group="picture")  # also decides the pixels, but belongs to a picture
 
 
 @dataclass(frozen=True)
 class Config:
-    """All settings. Raises ValueError that names a bad setting, its value and the remedy."""
+    """All settings. Raises a ValueError that names the setting, its value and the remedy."""
 
     # Where things are
-    data_dir: str = machine("mnist_data", "folder that holds MNIST")
+    data_dir: str = machine("mnist_data", "folder of the MNIST files; missing ones are downloaded")
     output_dir: str = machine("results", "folder for models, pictures and metrics")
     device: str = machine("auto", "auto (CUDA if available, else CPU) or any torch device")
 
     # Images
-    img_size: int = model(28, "image side in pixels", ge=4, multiple_of=4)
-    img_channels: int = model(1, "colour channels of an image", ge=1)
-    num_classes: int = model(10, "number of labels", ge=1, le=10)
+    img_size: int = model(28, "image side in pixels", ge=4)
+    img_channels: int = model(1, "colour channels of an image (MNIST: 1)", ge=1)
+    num_classes: int = model(10, "number of labels (MNIST: 10)", ge=1, le=10)
     max_images: int = training(0, "train on the first N images (0: all)", ge=0, fixed_in_epoch=True)
 
     # U-Net
-    patch_size: int = model(2, "side of the patches that the stem folds into channels", ge=1)
-    widths: tuple[int, ...] = model((32, 64), "channels of each level", ge=8, multiple_of=8)
+    patch_size: int = model(2, "fold patches of this side into channels (1: full resolution)", ge=1)
+    widths: tuple = model((32, 64), "channels of each level, fine to coarse", ge=8, multiple_of=8)
     blocks: int = model(1, "residual blocks per level, both down and up", ge=1)
-    dense_size: int = model(128, "hidden units of the dense layer (0: no dense layer)", ge=0)
+    dense_size: int = model(128, "hidden units of a whole-image layer (0: no such layer)", ge=0)
     attention: bool = model(False, "self-attention at the coarsest level")
     embedding_size: int = model(128, "size of the time and label embedding", ge=2, multiple_of=2)
 
@@ -53,35 +53,37 @@ class Config:
     schedule: str = model("cosine", "noise schedule", choices=("linear", "cosine", "sigmoid"))
     prediction: str = model("x_0", "what the network predicts", choices=("eps", "v", "x_0"))
     loss_weighting: str = training(
-        "snr_power", "weight of each timestep", choices=("uniform", "min_snr", "snr_power")
+        "snr_power", "how the loss weights timesteps", choices=("uniform", "min_snr", "snr_power")
     )
-    snr_power: float = training(0.25, "snr_power weights x_0's error by snr^this", ge=0, le=1)
-    min_snr_gamma: float = training(5.0, "largest weight of min_snr", gt=0)
-    timestep_power: float = training(0.7, "t is T * u^this, u uniform (1: uniform t)", gt=0)
-    clip_loss: bool = training(True, "forgive errors of x_0 that clamping it would remove")
-    label_dropout: float = training(0.1, "fraction of images trained without label", ge=0, le=1)
+    snr_power: float = training(0.25, "snr_power: x_0's error is weighted by snr^this", ge=0, le=1)
+    min_snr_gamma: float = training(5.0, "min_snr: largest weight of x_0's error", gt=0)
+    timestep_power: float = training(0.7, "t is T * u^this, u uniform (below 1: more noise)", gt=0)
+    clip_loss: bool = training(True, "no loss where clamping makes the estimate of x_0 exact")
+    label_dropout: float = training(0.1, "fraction of images trained without a label", ge=0, le=1)
 
     # Training
     epochs: int = length(30, "epochs of a run from scratch", ge=1)
-    budget: str = length("", "train for a time instead of --epochs: 90s, 10m, 1.5h")
+    budget: str = length("", "train for this long instead of --epochs: 90s, 10m, 1.5h")
     batch_size: int = training(128, "images per training step", ge=1, fixed_in_epoch=True)
     learning_rate: float = training(4e-3, "peak learning rate", gt=0, flag="lr")
-    warmup_steps: int = training(100, "steps until the learning rate reaches its peak", ge=0)
-    adam_beta1: float = training(0.9, "AdamW: decay of the gradient's mean", ge=0, le=0.9999)
-    adam_beta2: float = training(0.99, "AdamW: decay of the gradient's square", ge=0, le=0.9999)
-    muon_momentum: float = training(0.95, "Muon: decay of the gradient's mean", ge=0, le=0.9999)
+    warmup_steps: int = training(100, "steps in which the learning rate rises from zero", ge=0)
+    adam_beta1: float = training(0.9, "AdamW: decay of the mean gradient", ge=0, le=0.9999)
+    adam_beta2: float = training(0.99, "AdamW: decay of the mean squared gradient", ge=0, le=0.9999)
+    muon_momentum: float = training(0.95, "Muon: decay of the mean gradient", ge=0, le=0.9999)
     weight_decay: float = training(0.01, "weight decay of both optimizers", ge=0)
     grad_clip: float = training(1.0, "largest gradient norm; larger ones are scaled down", gt=0)
-    ema_sigma_rel: float = training(0.1, "relative width of the weight average", gt=0, le=0.28)
-    guide_fraction: float = model(0.1, "part of the run that makes the guide", ge=0, le=0.5)
-    guide_label_noise: float = training(0.3, "fraction of random labels in that part", ge=0, le=1)
-    precision: str = training("auto", "auto: bf16 if native", choices=("auto", "float32", "bf16"))
+    ema_sigma_rel: float = training(0.1, "width of the weight average / run length", gt=0, le=0.28)
+    guide_fraction: float = model(0.1, "part of the run before the guide is kept", ge=0, le=0.5)
+    guide_label_noise: float = training(0.3, "fraction of random labels until then", ge=0, le=1)
+    precision: str = training(
+        "auto", "auto: bf16 where native", choices=("auto", "float32", "bf16")
+    )
     save_every: int = training(5, "epochs between checkpoints", ge=1)
     preview_digits: str = training("0123456789", "digits in each checkpoint's sample grid")
     preview_columns: int = training(10, "samples of each digit in that grid", ge=1)
 
     # Sampling, in the order in which pictures carry these settings
-    sampler: str = sampling("dpmpp", "sampler", choices=("ddpm", "ddim", "dpmpp"))
+    sampler: str = sampling("dpmpp", "sampling method", choices=("ddpm", "ddim", "dpmpp"))
     steps: int = sampling(13, "sampling steps, at most timesteps", ge=1)
     guidance: float = sampling(2.8, "guidance w (1: none; larger: clearer but more alike)")
     guidance_low: float = sampling(0.4, "guide only where t / timesteps > this", ge=0, le=1)
@@ -94,13 +96,17 @@ class Config:
     def __post_init__(self) -> None:
         for f in fields(self):
             value = getattr(self, f.name)
-            for each in value if isinstance(value, tuple) and value else (value,):
+            if f.type is tuple and (not isinstance(value, tuple) or not value):
+                raise ValueError(f"{f.name} = {value!r}: write at least one number, as in (32, 64)")
+            for each in value if f.type is tuple else (value,):
                 problem = _problem(each, f)
                 if problem:
                     raise ValueError(f"{f.name} = {each!r}: {problem}")
         coarsest = self.patch_size * 2 ** (len(self.widths) - 1)
         if self.img_size % coarsest:
-            raise ValueError(f"img_size = {self.img_size}: must be a multiple of {coarsest}")
+            raise ValueError(
+                f"img_size = {self.img_size}: with these widths a multiple of {coarsest} is needed"
+            )
         if self.steps > self.timesteps:
             raise ValueError(f"steps = {self.steps}: must be at most timesteps = {self.timesteps}")
         if self.budget:
@@ -127,14 +133,14 @@ class Config:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Config":
-        """The inverse of to_dict. Old names are read through ALIASES; a missing setting takes its
-        default and an unknown one is dropped, so that old checkpoints stay readable."""
+        """The inverse of to_dict. A missing setting is read through ALIASES or takes its default,
+        and an unknown one is dropped, so that old checkpoints stay readable."""
         values = {new: values[old] for new, old in ALIASES.items() if old in values} | values
         known = {f.name: values[f.name] for f in fields(cls) if f.name in values}
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in known.items()})
 
 
-# A setting that a checkpoint lacks takes the value of its older name
+# Whose value a setting takes that an old checkpoint lacks: {new: old}
 ALIASES = {"guide_fraction": "guide_share", "clip_loss": "clip_x_0"}
 
 # What generate.py --fast changes: 6 network calls an image instead of 19 (EXPERIMENTS.md)
@@ -143,11 +149,7 @@ FAST = {"steps": 5, "eta": 0.3, "guidance": 4.2, "guidance_low": 0.5, "guidance_
 
 def _problem(value: Any, f: Any) -> str:
     """Why `value`, or one number of a tuple, does not fit the field; empty if it does."""
-    limits, kind = f.metadata, type(f.default)
-    if kind is tuple:
-        kind = type(f.default[0])
-        if value == ():
-            return "needs at least one number"
+    limits, kind = f.metadata, int if f.type is tuple else f.type
     if type(value) is not kind and not (kind is float and type(value) is int):
         return f"must be of type {kind.__name__}"
     if "choices" in limits and value not in limits["choices"]:
@@ -177,5 +179,5 @@ def parse_duration(text: str) -> float:
 def parse_digits(text: str, num_classes: int = 10, name: str = "digits") -> list[int]:
     """The labels in a string of digits ("707": [7, 0, 7]). Raises ValueError for other text."""
     if not text or not all(c in "0123456789" and int(c) < num_classes for c in text):
-        raise ValueError(f"{name} = {text!r}: use the digits 0 to {num_classes - 1}")
+        raise ValueError(f"{name} = {text!r}: use digits 0 to {num_classes - 1}; see --help")
     return [int(c) for c in text]

@@ -40,7 +40,7 @@ def load_split(cfg: Config, train: bool, device: torch.device) -> tuple[Tensor, 
     except (OSError, RuntimeError, ValueError, AssertionError, EOFError, IndexError) as error:
         raise ValueError(
             f"data_dir = {cfg.data_dir!r}: cannot read MNIST from {raw} ({first_line(error)}); "
-            "delete that folder and run again with a network, or: git checkout mnist_data"
+            "delete that folder and run again online, or: git checkout mnist_data"
         ) from None
     images, labels = dataset.data[:, None], dataset.targets  # (N, 1, 28, 28), (N,)
     if len(images) != len(labels) or len(images) == 0:
@@ -69,6 +69,6 @@ def to_uint8(x: Tensor) -> Tensor:
 
 
 def draw_labels(count: int, seed: int) -> Tensor:
-    """Random int64 labels (count,), as frequent as in MNIST's training split."""
+    """Random int64 labels (count,) in the proportions of MNIST's training split."""
     frequency = np.array(LABEL_COUNTS) / sum(LABEL_COUNTS)
     return torch.from_numpy(np.random.default_rng(seed).choice(10, size=count, p=frequency))

@@ -22,11 +22,10 @@ _HO_BETA = np.concatenate([[0.0], np.linspace(1e-4, 0.02, 1000)])
 
 
 def make_alpha_bar(schedule: str, T: int) -> Tensor:
-    """alpha_bar[0…T] in float64, falling strictly from 1 to 4.04e-5. Raises ValueError for another
-    schedule than these: "linear", Ho et al. 2020, section 4, whose curve is sampled at T points if
-    T is not 1000; "cosine", Nichol & Dhariwal 2021, eq. 17; "sigmoid", Jabri et al. 2022, with
-    start -3, end 3, tau 1. The last two would end at 0, where eps says nothing about x_0, so they
-    are lifted to the end of "linear"."""
+    """alpha_bar[0…T] in float64, falling strictly from 1 to 4.04e-5. `schedule` is "linear" (Ho et
+    al. 2020, section 4; its 1000 steps are interpolated for another T), "cosine" (Nichol & Dhariwal
+    2021, eq. 17) or "sigmoid" (Jabri et al. 2022; start -3, end 3, tau 1). The last two would end
+    at 0, where x_0 cannot be computed from eps, so they are lifted to the end of "linear"."""
     u = np.arange(T + 1) / T
     if schedule == "linear":
         alpha_bar = np.exp(np.interp(1000 * u, np.arange(1001), np.log1p(-_HO_BETA).cumsum()))
@@ -34,10 +33,10 @@ def make_alpha_bar(schedule: str, T: int) -> Tensor:
         s = 0.008
         alpha_bar = (np.cos((u + s) / (1 + s) * np.pi / 2) / np.cos(s / (1 + s) * np.pi / 2)) ** 2
     elif schedule == "sigmoid":
-        at = 1 / (1 + np.exp(-np.concatenate([[-3, 3], -3 + u * 6])))
-        alpha_bar = (at[1] - at[2:]) / (at[1] - at[0])
+        at = 1 / (1 + np.exp(3 - 6 * u))  # the logistic function from -3 to 3
+        alpha_bar = (at[-1] - at) / (at[-1] - at[0])
     else:
-        raise ValueError(f"schedule = {schedule!r}: choose one of linear, cosine, sigmoid")
+        raise ValueError(f"schedule = {schedule!r}: choose linear, cosine or sigmoid")
     if schedule != "linear":
         floor = np.prod(1 - _HO_BETA)
         alpha_bar = alpha_bar + floor * (1 - alpha_bar)
@@ -62,8 +61,8 @@ class Diffusion:
 
         "uniform" is 1 (with `timestep_power` 1, Ho et al. 2020, eq. 14). The others weight the
         error of x_0, converted to the error of what is predicted: "min_snr" by min(snr, gamma),
-        Hang et al. 2023, and "snr_power" by snr^power, where snr is limited to 0.01…100 (all but
-        the first and last sampling steps). Power 0 is the error of x_0, power 1 that of eps.
+        Hang et al. 2023, and "snr_power" by snr^power, with snr first limited to 0.01…100. Power 0
+        weights the error of x_0 evenly, power 1 that of eps.
         """
         cfg, snr = self.cfg, self.snr[1:]
         if cfg.loss_weighting == "uniform":
@@ -77,13 +76,13 @@ class Diffusion:
         return torch.cat([torch.zeros(1), weight / per_x_0_error])
 
     def _at(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """sqrt(alpha_bar_t), sqrt(1 - alpha_bar_t) and the loss weight, (B, 1, 1, 1), like x."""
+        """sqrt(alpha_bar_t), sqrt(1 - alpha_bar_t) and the loss weight, each (B, 1, 1, 1), in the
+        dtype of x and on its device."""
         key = (x.device, x.dtype)
         if key not in self._on_device:
             table = [self.alpha_bar.sqrt(), (1 - self.alpha_bar).sqrt(), self.loss_weight]
             self._on_device[key] = torch.stack(table).to(x.dtype).to(x.device)
-        signal, noise, weight = self._on_device[key][:, t, None, None, None]
-        return signal, noise, weight
+        return self._on_device[key][:, t, None, None, None].unbind()
 
     def add_noise(self, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """x_t from x_0 (B, C, H, W) and t int64 (B,). Ho et al. 2020, eq. 4."""
@@ -98,7 +97,7 @@ class Diffusion:
         return signal * eps - noise * x_0
 
     def x_0_from(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """x_0_hat (B, C, H, W) that the network's prediction for x_t amounts to; t int64 (B,)."""
+        """The x_0_hat (B, C, H, W) that a prediction for x_t implies; t int64 (B,)."""
         signal, noise, _ = self._at(t, x_t)
         if self.cfg.prediction == "eps":
             return (x_t - noise * prediction) / signal
@@ -144,8 +143,8 @@ class Diffusion:
         return self.clip(self.x_0_from(model(x, batch_t, y).to(x.dtype), x, batch_t))
 
     def guided(self, model: Model, guide: Model | None = None) -> Denoiser:
-        """The denoiser (x_t, t, y) -> x_0_hat that the samplers need, which applies guidance w:
-        worse + w · (x_0_hat - worse).
+        """The denoiser (x_t, t, y) -> x_0_hat that the samplers need, with guidance w:
+        worse + w · (x_0_hat - worse), or for w = 0 the model without the label.
 
         `worse` is the estimate of `guide`, a weaker model that knows the label too (autoguidance,
         Karras et al. 2024), or without a guide the model's own estimate without the label
@@ -195,7 +194,7 @@ class Diffusion:
         before, t_before = None, 0
         for t, s in itertools.pairwise(self.sampling_times()):
             x_0_hat = estimate = denoiser(x, t, y)
-            if multistep and before is not None and s > 0:
+            if multistep and before is not None and s > 0:  # log_snr is infinite at s = 0
                 coefficient = self.multistep_coefficient(t_before, t, s)
                 estimate = x_0_hat + coefficient * (x_0_hat - before)
             x = self.step(x, estimate, t, s, noise)
@@ -213,7 +212,7 @@ class Diffusion:
 
     def multistep_coefficient(self, before: int, t: int, s: int) -> float:
         """How far dpmpp extrapolates the last change of x_0_hat: half the ratio of the steps'
-        lengths in log_snr. Lu et al. 2022, algorithm 2; with noise, their SDE-DPM-Solver++(2M)."""
+        lengths in log_snr. DPM-Solver++, Lu et al. 2022, algorithm 2; with noise, its SDE form."""
         log_snr = self.log_snr
         return float((log_snr[s] - log_snr[t]) / (log_snr[t] - log_snr[before]) / 2)
 
@@ -229,8 +228,8 @@ class Diffusion:
         shape = (cfg.img_channels, cfg.img_size, cfg.img_size)
         for first in range(0, len(y), cfg.sample_batch_size):
             batch = y[first : first + cfg.sample_batch_size]
-            numbers = range(first, first + len(batch))
-            noise = ImageNoise(cfg.seed, numbers, shape, device=y.device)
+            indices = range(first, first + len(batch))
+            noise = ImageNoise(cfg.seed, indices, shape, device=y.device)
             for x in self.sample(denoiser, batch, noise):
                 if on_state:
                     on_state(x)
@@ -239,18 +238,18 @@ class Diffusion:
 
 
 class ImageNoise:
-    """Standard normal noise for the images numbered `numbers` of a seed, each from a stream of its
-    own. Drawn on the CPU in float32, so that a seed means the same noise on every device."""
+    """Standard normal noise for the images `indices` of a seed, each from a stream of its own.
+    Drawn on the CPU in float32, so that a seed means the same noise on every device."""
 
-    def __init__(self, seed: int, numbers: range, shape: tuple[int, ...], **like: Any) -> None:
-        """`shape` of one image; `like`: device and dtype of the noise."""
-        self.generators = [seeded_generator(seed, number) for number in numbers]
-        self.shape, self.like = shape, like
+    def __init__(self, seed: int, indices: range, shape: tuple[int, ...], **options: Any) -> None:
+        """`shape` is that of one image; `options` are device and dtype of the noise."""
+        self.generators = [seeded_generator(seed, index) for index in indices]
+        self.shape, self.options = shape, options
 
     def draw(self) -> Tensor:
-        """The next numbers, (len(numbers), *shape)."""
+        """The next noise, (len(indices), *shape)."""
         noise = [torch.randn(self.shape, generator=g) for g in self.generators]
-        return torch.stack(noise).to(**self.like)
+        return torch.stack(noise).to(**self.options)
 
 
 def seeded_generator(*key: int, device: torch.device | str = "cpu") -> torch.Generator:

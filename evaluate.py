@@ -1,4 +1,4 @@
-"""Measure samples against MNIST: python evaluate.py measures the newest model. --help lists all."""
+"""Measure samples against MNIST: python evaluate.py measures the newest model."""
 
 import itertools
 import time
@@ -7,7 +7,6 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -16,7 +15,7 @@ from config import Config
 from data import draw_labels, to_uint8
 from diffusion import Diffusion
 from evaluation import classifier, plots, results
-from evaluation.evaluator import MAX_IMAGES, Evaluator, shuffled
+from evaluation.evaluator import MAX_MEASURED, Evaluator, shuffled
 from evaluation.results import Result
 from interface.cli import Parser, add_settings, given_settings, run_script, settings_for_drawing
 from interface.picture import image_grid, read_npz, save_png
@@ -25,48 +24,46 @@ from interface.terminal import sampling_bar
 from model import pick_device
 
 
-def sample(model: LoadedModel, cfg: Config, count: int) -> tuple[Tensor, Tensor, Result]:
-    """`count` uint8 images with random labels, as frequent as in MNIST; what training the model and
-    drawing them has cost."""
-    labels = draw_labels(count, cfg.seed).to(model.device)
+def sample(loaded: LoadedModel, cfg: Config, count: int) -> tuple[Tensor, Tensor, Result]:
+    """Draw `count` uint8 images with random labels in MNIST's proportions. Returns them, the labels
+    and what training and sampling have cost."""
+    labels = draw_labels(count, cfg.seed).to(loaded.device)
     diffusion = Diffusion(cfg)
     began = time.perf_counter()
     with sampling_bar(cfg, count) as on_state:
-        x_0 = diffusion.draw(diffusion.guided(model.model, model.guide), labels, on_state)
-    images = to_uint8(x_0).cpu().to(model.device)  # through the CPU, which waits for a GPU
+        x_0 = diffusion.draw(diffusion.guided(loaded.model, loaded.guide), labels, on_state)
+    images = to_uint8(x_0).cpu().to(loaded.device)  # the copy to the CPU waits for a GPU
     seconds = time.perf_counter() - began
     cost = {"calls": diffusion.network_calls(), "seconds": seconds}
     cost["images_per_second"] = count / seconds
-    trained = {"minutes": model.progress.seconds / 60, "steps": model.progress.step}
+    trained = {"minutes": loaded.progress.seconds / 60, "steps": loaded.progress.step}
     return images, labels, {"sampling": cost, "training": trained}
 
 
 def evaluate_model(
-    evaluator: Evaluator, model: LoadedModel, cfg: Config, args: Namespace
+    evaluator: Evaluator, loaded: LoadedModel, cfg: Config, args: Namespace
 ) -> Result:
     """Draw images with a model, measure them and write the result, unless it is there already."""
-    file = results.result_file(model, cfg, args.samples)
+    file = results.result_file(loaded, cfg, args.samples)
     settings = {**cfg.select("sampling"), "seed": cfg.seed, "samples": args.samples}
-    identity = {"model": model.sha256, "evaluator": evaluator.sha256, "settings": settings}
+    identity = {"model": loaded.sha256, "evaluator": evaluator.sha256, "settings": settings}
     known = results.read_result(file, identity)
     if known and ("cas" in known or not args.cas):
-        tqdm.write(f"measured before: {file} (nearest.png stays as it was)")
+        tqdm.write(f"read {file}, measured before; images/nearest.png is left as it is")
         return known
-    images, labels, cost = sample(model, cfg, args.samples)
-    result = {"source": str(model.path), **identity, **cost}
+    images, labels, cost = sample(loaded, cfg, args.samples)
+    result = {"source": str(loaded.path), **identity, **cost}
     return measure_and_write(evaluator, result, images, labels, file, args.cas)
 
 
 def evaluate_file(evaluator: Evaluator, args: Namespace, output_dir: str) -> Result:
-    """Measure the images of an .npz and write the result; of more than MAX_IMAGES a random part."""
+    """Measure the images of an .npz, at most MAX_MEASURED of them, and write the result."""
     images, labels = read_npz(args.images)
     if args.cas and labels is None:
-        raise ValueError(f"{args.images}: --cas needs labels (arr_1)")
-    if len(images) > MAX_IMAGES:
-        print(
-            f"{args.images}: {len(images):,} images, of which a random {MAX_IMAGES:,} are measured"
-        )
-        index = shuffled(len(images), seed=2)[:MAX_IMAGES]
+        raise ValueError(f"{args.images}: --cas needs labels (arr_1); add them or drop --cas")
+    if len(images) > MAX_MEASURED:
+        print(f"{args.images}: measuring a random {MAX_MEASURED:,} of its {len(images):,} images")
+        index = shuffled(len(images), seed=2)[:MAX_MEASURED]
         images, labels = images[index], None if labels is None else labels[index]
     images = images.to(evaluator.device)
     labels = None if labels is None else labels.to(evaluator.device)
@@ -78,9 +75,14 @@ def evaluate_file(evaluator: Evaluator, args: Namespace, output_dir: str) -> Res
 
 
 def measure_and_write(
-    evaluator: Evaluator, result: Result, images: Tensor, labels: Tensor, file: Path, cas: bool
+    evaluator: Evaluator,
+    result: Result,
+    images: Tensor,
+    labels: Tensor | None,
+    file: Path,
+    cas: bool,
 ) -> Result:
-    """Complete a result by all metrics of the images, and write it."""
+    """Add all metrics of the images to a result, and write it and the nearest pairs."""
     measured, pairs = evaluator.measure(images, labels)
     result |= measured
     if cas:
@@ -88,14 +90,14 @@ def measure_and_write(
     results.write_result(file, result)
     picture = file.parent.parent / "images" / "nearest.png"
     picture.parent.mkdir(parents=True, exist_ok=True)
-    save_png(image_grid(pairs, columns=4), picture, {})
+    save_png(image_grid(pairs, columns=4), picture)
     tqdm.write(f"wrote {file}\nwrote {picture}")
     return result
 
 
 def parse_sweep(words: list[str]) -> list[dict[str, Any]]:
     """Every combination that words such as steps=4,8 ask for. Raises ValueError for other words."""
-    kinds = {f.name: type(f.default) for f in fields(Config)}
+    kinds = {f.name: f.type for f in fields(Config)}
     names = [name for name in (*Config.names("sampling"), "seed") if kinds[name] is not bool]
     values: dict[str, list[Any]] = {}
     for word in words:
@@ -106,15 +108,17 @@ def parse_sweep(words: list[str]) -> list[dict[str, Any]]:
             values[name] = [kinds[name](value) for value in text.split(",")]
         except ValueError:
             raise ValueError(
-                f"sweep = {word!r}: write NAME=A,B with a name, once, of {', '.join(names)}"
+                f"sweep = {word!r}: write NAME=A,B, each NAME once, of {', '.join(names)}"
             ) from None
     return [dict(zip(values, each, strict=True)) for each in itertools.product(*values.values())]
 
 
-def sweep(evaluator: Evaluator, model: LoadedModel, configs: list[Config], args: Namespace) -> None:
+def sweep(
+    evaluator: Evaluator, loaded: LoadedModel, configs: list[Config], args: Namespace
+) -> None:
     """Evaluate each of `configs` that has no result yet; print the table and write the plot."""
     bar = tqdm(configs, desc="sweep", disable=None)
-    found = [evaluate_model(evaluator, model, each, args) for each in bar]
+    found = [evaluate_model(evaluator, loaded, each, args) for each in bar]
     print(results.sweep_table(found))
     picture = Path(configs[0].output_dir, "images", "sweep.png")
     plots.plot_sweep(found, results.pareto_best(found), picture)
@@ -124,26 +128,28 @@ def sweep(evaluator: Evaluator, model: LoadedModel, configs: list[Config], args:
 def parse_flags() -> Namespace:
     parser = Parser(prog="evaluate.py", description="Measure samples against MNIST.")
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--images", type=Path, metavar="NPZ", help="measure these: arr_0, arr_1")
+    what.add_argument("--images", type=Path, metavar="NPZ", help="measure arr_0, with labels arr_1")
     what.add_argument("--sweep", nargs="+", metavar="NAME=A,B", help="evaluate all combinations")
     what.add_argument("--train_evaluator", action="store_true", help="train the classifier anew")
     parser.add_argument("--model", metavar="TEXT", help="path, name, number or newest (default)")
-    count = {"type": int, "default": MAX_IMAGES, "metavar": "INT"}
+    count = {"type": int, "default": MAX_MEASURED, "metavar": "INT"}
     parser.add_argument("--samples", **count, help="images to draw (default: 10000)")
-    parser.add_argument("--cas", action="store_true", help="train on samples, test on MNIST too")
+    parser.add_argument("--cas", action="store_true", help="also train a classifier on the samples")
     add_settings(parser, Config.names("machine", "sampling", "picture"))
-    parser.excludes("--images", "--model", message="--images measures a file; drop --model")
+    allowed = ("--cas", "--data_dir", "--output_dir", "--device")
+    parser.allows_only("--images", *allowed, message=f"--images allows only {', '.join(allowed)}")
     parser.excludes("--sweep", "--cas", message="--sweep does not train on samples; drop --cas")
     return parser.parse_args()
 
 
 def main() -> int:
     args = parse_flags()
-    if not classifier.FEATURES <= args.samples <= MAX_IMAGES:
-        raise ValueError(f"samples = {args.samples}: choose {classifier.FEATURES} to {MAX_IMAGES}")
+    if not classifier.FEATURES <= args.samples <= MAX_MEASURED:
+        raise ValueError(
+            f"samples = {args.samples}: choose {classifier.FEATURES} to {MAX_MEASURED}"
+        )
     given = given_settings(args)
-    cfg = replace(Config(), **given)
-    torch.set_flush_denormal(True)  # denormals are slow; to be set before any thread starts
+    cfg = replace(Config(), **{n: given[n] for n in Config.names("machine") if n in given})
     if args.train_evaluator:
         accuracy = classifier.train_and_save(cfg)
         print(f"wrote {classifier.PATH}: {accuracy:.2%} of the test split read correctly")
@@ -152,16 +158,16 @@ def main() -> int:
         print(results.table(evaluate_file(evaluator, args, cfg.output_dir)))
     else:
         path = find_model(args.model or "newest", Path(cfg.output_dir, "models"))
-        model = load_model(path, pick_device(cfg.device))
-        if (model.cfg.img_size, model.cfg.img_channels, model.cfg.num_classes) != (28, 1, 10):
-            raise ValueError(f"{path}: does not draw MNIST's ten digits of 28 by 28 pixels")
-        cfg = settings_for_drawing(model.cfg, given)
+        loaded = load_model(path, pick_device(cfg.device))
+        if (loaded.cfg.img_size, loaded.cfg.img_channels, loaded.cfg.num_classes) != (28, 1, 10):
+            raise ValueError(f"{path}: does not draw MNIST's ten digits at 28 x 28; choose another")
+        cfg = settings_for_drawing(loaded.cfg, given)
         configs = [replace(cfg, **each) for each in parse_sweep(args.sweep or [])]
-        evaluator = Evaluator(cfg, model.device)
+        evaluator = Evaluator(cfg, loaded.device)
         if args.sweep:
-            sweep(evaluator, model, configs, args)
+            sweep(evaluator, loaded, configs, args)
         else:
-            print(results.table(evaluate_model(evaluator, model, cfg, args)))
+            print(results.table(evaluate_model(evaluator, loaded, cfg, args)))
     return 0
 
 

@@ -21,31 +21,31 @@ from interface.requests import Request
 from interface.terminal import log, sampling_bar, show
 from model import pick_device
 
-VERSION = "1.0"
+VERSION = "1.0"  # of the text chunks of a PNG
 
 
-def draw_all(model: LoadedModel, wanted: list[Request], show_digits: bool) -> None:
+def draw_all(loaded: LoadedModel, wanted: list[Request], show_digits: bool) -> None:
     """Draw and write all requests, and print their paths on stdout."""
-    seconds, images = 0.0, 0
+    seconds, count = 0.0, 0
     for request in wanted:
         began = time.perf_counter()
-        states = draw(model, request)
-        seconds, images = seconds + time.perf_counter() - began, images + len(states[-1])
-        write(model, request, states)
+        states = draw(loaded, request)
+        seconds, count = seconds + time.perf_counter() - began, count + len(states[-1])
+        write(loaded, request, states)
         if show_digits:
-            side, margin = request.cfg.img_size, request.cfg.img_size // 14  # which is empty
+            side, margin = request.cfg.img_size, request.cfg.img_size // 14  # margins are empty
             inside = states[-1][..., margin : side - margin, margin : side - margin]
             show(picture.arrange(inside, request.digits, request.count)[0])
         print(request.output, flush=True)
     cfg = wanted[0].cfg
     how = f"{cfg.sampler}, {cfg.steps} steps, guidance {cfg.guidance:g}, seed {cfg.seed}"
-    log(f"{images} images in {seconds:.2f} s by {model.path}: {how}")
+    log(f"{count} images in {seconds:.2f} s with {loaded.path}: {how}")
 
 
-def draw(model: LoadedModel, request: Request) -> list[Tensor]:
+def draw(loaded: LoadedModel, request: Request) -> list[Tensor]:
     """The images of a request, uint8 (N, C, H, W) on the CPU: for an animation one such tensor for
     each state, from noise to the images, otherwise a single one."""
-    cfg, y, states = request.cfg, request.labels.to(model.device), []
+    cfg, y, states = request.cfg, request.labels.to(loaded.device), []
     diffusion = Diffusion(cfg)
     with sampling_bar(cfg, len(y)) as advance:
 
@@ -54,14 +54,14 @@ def draw(model: LoadedModel, request: Request) -> list[Tensor]:
             if request.animated:
                 states.append(to_uint8(x).cpu())
 
-        x_0 = diffusion.draw(diffusion.guided(model.model, model.guide), y, on_state)
+        x_0 = diffusion.draw(diffusion.guided(loaded.model, loaded.guide), y, on_state)
     if not request.animated:
         return [to_uint8(x_0).cpu()]
     per_batch = cfg.steps + 1
     return [torch.cat(states[i::per_batch]) for i in range(per_batch)]
 
 
-def write(model: LoadedModel, request: Request, states: list[Tensor]) -> None:
+def write(loaded: LoadedModel, request: Request, states: list[Tensor]) -> None:
     """Write what was drawn, in the format that the output's ending says."""
     if request.output.suffix == ".npz":
         picture.write_npz(request.output, states[-1], request.labels)
@@ -71,9 +71,9 @@ def write(model: LoadedModel, request: Request, states: list[Tensor]) -> None:
     if request.animated:
         picture.save_animation(grids, request.output)
         return
-    provenance = {"model": model.sha256, "digits": request.digits, "count": request.count}
+    provenance = {"model": loaded.sha256, "digits": request.digits, "count": request.count}
     provenance |= {"version": VERSION} | request.cfg.select("sampling", "picture")
-    provenance |= {"made with": picture.made_with(model.device)}
+    provenance |= {"made with": picture.made_with(loaded.device)}
     picture.save_png(grids[-1], request.output, provenance)
 
 
@@ -90,13 +90,15 @@ def reproduce(path: Path, output: Path | None, given: dict[str, Any], show_digit
     candidates = [*folder.glob("models/*.pth"), *folder.glob("earlier/*/*.pth")]
     found = [each for each in candidates if checkpoint.sha256(each) == sha256]
     if not found:
-        raise ValueError(f"{path}: its model, SHA-256 {sha256}, is not in {folder / 'models'}")
-    model = checkpoint.load_model(found[0], device)
-    request = requests.request_from_picture(provenance, path, model.cfg, here)
+        raise ValueError(
+            f"{path}: its model, SHA-256 {sha256}, is not in {folder}; try --output_dir"
+        )
+    loaded = checkpoint.load_model(found[0], device)
+    request = requests.request_from_picture(provenance, path, loaded.cfg, here)
     request.output = output or requests.free_name(request.cfg, f"{request.digits}_again")
     if request.output.exists() and request.output.samefile(path):
-        raise ValueError(f"output = '{output}': is the picture itself; choose another name")
-    draw_all(model, [request], show_digits)
+        raise ValueError(f"output = '{output}': this is the picture itself; choose another name")
+    draw_all(loaded, [request], show_digits)
     if request.output.read_bytes() != original:
         made = f"made with {provenance.get('made with')}; this is {picture.made_with(device)}"
         raise ValueError(f"{request.output}: not the same bytes as {path}, {made}")
@@ -106,29 +108,28 @@ def reproduce(path: Path, output: Path | None, given: dict[str, Any], show_digit
 def parse_flags() -> Namespace:
     parser = Parser(prog="generate.py", description="Draw digits with a trained model.")
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--digits", metavar="TEXT", help="7, 2026, all or mnist; asks nothing")
-    what.add_argument("--reproduce", type=Path, metavar="PNG", help="draw that picture again")
-    parser.add_argument("--count", type=int, metavar="INT", help="variants (default: 16 images)")
+    what.add_argument("--digits", metavar="TEXT", help="draw 7, 2026, all or mnist without asking")
+    what.add_argument("--reproduce", type=Path, metavar="PNG", help="draw this PNG again")
+    number = {"type": int, "metavar": "INT"}
+    parser.add_argument("--count", **number, help="variants (default: 16 images in all)")
     parser.add_argument("--model", metavar="TEXT", help="path, name, number or newest (default)")
     file = {"type": requests.output_name, "metavar": "FILE"}
     parser.add_argument("--output", **file, help=".png, .npz, .gif, .webp, or a folder/")
-    parser.add_argument("--fast", action="store_true", help="6 network calls, a little worse")
+    parser.add_argument("--fast", action="store_true", help="6 network calls an image, not 19")
     in_terminal = {"action": BooleanOptionalAction, "default": sys.stderr.isatty()}
-    parser.add_argument("--show", **in_terminal, help="draw in the terminal as well")
+    parser.add_argument("--show", **in_terminal, help="show the digits in the terminal too")
     add_settings(parser, set(Config.names("machine", "sampling", "picture")) - {"data_dir"})
     parser.needs("--count", "--digits")
     parser.needs("--output", "--digits", "--reproduce")
     with_it = ("--output", "--output_dir", "--device", "--show", "--no-show")
-    parser.allows_only(
-        "--reproduce", *with_it, message="--reproduce takes the rest from the picture"
-    )
+    message = f"--reproduce allows only {', '.join(with_it)}"
+    parser.allows_only("--reproduce", *with_it, message=message)
     return parser.parse_args()
 
 
 def main() -> int:
     args = parse_flags()
     given = given_settings(args)
-    torch.set_flush_denormal(True)  # denormals are slow; to be set before any thread starts
     if args.reproduce:
         output = Path(args.output) if args.output else None
         reproduce(args.reproduce, output, given, args.show)
@@ -139,15 +140,15 @@ def main() -> int:
         asks = args.digits is None and not args.model
         name = args.model or "newest"
         path = requests.choose_model(folder) if asks else requests.find_model(name, folder)
-        model = checkpoint.load_model(path, pick_device(here["device"]))
-        cfg = settings_for_drawing(model.cfg, FAST | given if args.fast else given)
+        loaded = checkpoint.load_model(path, pick_device(here["device"]))
+        cfg = settings_for_drawing(loaded.cfg, (FAST if args.fast else {}) | given)
         if args.digits is not None:
             show_digits = args.show and not requests.is_folder(args.output)
-            draw_all(model, requests.requests_from_flags(args, cfg), show_digits)
+            draw_all(loaded, requests.requests_from_flags(args, cfg), show_digits)
             return 0
-        log(f"{path}: {model.progress}")
+        log(f"{path}: {loaded.progress}")
         for request in requests.requests_from_answers(cfg, given.get("seed")):
-            draw_all(model, [request], args.show)
+            draw_all(loaded, [request], args.show)
     return 0
 
 

@@ -56,7 +56,7 @@ class UNet(nn.Module):
             if level > 0:
                 h = self.shrink[level - 1](F.pixel_unshuffle(h, 2))  # (B, w[l], H/(P·2^l), …)
             if level == len(self.down) - 1:
-                h = h + self.label_picture(y).view(h.shape).to(h.dtype)
+                h = h + self.label_picture(y).view(h.shape).to(h.dtype)  # no float32 in autocast
             for block in blocks:
                 h = block(h, embedding)
                 skips.append(h)
@@ -138,8 +138,8 @@ class Attention(nn.Module):
 
 
 def timestep_features(t: Tensor, size: int) -> Tensor:
-    """Cosines and sines of t (B,) at `size / 2` frequencies from 1 down to 1/10000: (B, size).
-    Vaswani et al. 2017, section 3.5, as in Ho et al. 2020."""
+    """Cosines and sines of t (B,), 0…1000, at `size / 2` frequencies from 1 to almost 1/10000:
+    (B, size). Vaswani et al. 2017, section 3.5, up to the order of the features."""
     half = size // 2
     frequency = torch.exp(torch.arange(half, device=t.device) * (-math.log(10_000) / half))
     angle = t.float()[:, None] * frequency  # (B, size / 2)
@@ -147,7 +147,7 @@ def timestep_features(t: Tensor, size: int) -> Tensor:
 
 
 def zero(layer: nn.Module) -> nn.Module:
-    """Set a layer's weights to zero, so that the residual block it ends starts as the identity."""
+    """Zero the weights and bias of a layer that ends a residual branch or the network."""
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
@@ -160,7 +160,7 @@ def pick_device(name: str) -> torch.device:
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+        reason = (str(error) or "no reason given").splitlines()[0]
         raise ValueError(f"device = {name!r}: not usable here ({reason}); try auto") from None
 
 
@@ -172,6 +172,6 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # not in every torch
         native = device.type == "cpu" and any(getattr(torch.cpu, p, bool)() for p in probes)
     return torch.bfloat16 if native else torch.float32

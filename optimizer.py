@@ -24,9 +24,9 @@ def make_optimizers(cfg: Config, model: nn.Module) -> list[torch.optim.Optimizer
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose update is orthogonalized, so that it moves every direction of a matrix
-    equally far, not only those that dominate the gradient. Jordan et al. 2024, "Muon: an
-    optimizer for hidden layers in neural networks", with Nesterov momentum.
+    """SGD with Nesterov momentum whose update is orthogonalized, so that every direction of a
+    matrix moves equally far, not only those that dominate the gradient. Jordan et al. 2024, "Muon:
+    an optimizer for hidden layers in neural networks".
 
     A convolution's kernel counts as a matrix (output channels, input channels · height · width).
     The update is scaled to the size of AdamW's (Liu et al. 2025, "Muon is scalable for LLM
@@ -46,7 +46,7 @@ class Muon(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.grad is not None:
                     by_shape.setdefault((len(p), p[0].numel()), []).append(p)
-            for shape, parameters in by_shape.items():  # those of one shape as one batch
+            for shape, parameters in by_shape.items():  # matrices of one shape form one batch
                 updates = []
                 for p in parameters:
                     state = self.state[p]
@@ -54,16 +54,16 @@ class Muon(torch.optim.Optimizer):
                         state["average"] = torch.zeros_like(p)
                     state["average"].lerp_(p.grad, 1 - momentum)
                     updates.append(p.grad.lerp(state["average"], momentum))
-                updates = orthogonalize(torch.stack(updates).reshape(-1, *shape))
+                orthogonal = orthogonalize(torch.stack(updates).reshape(-1, *shape))
                 scale = 0.2 * max(shape) ** 0.5
-                for p, update in zip(parameters, updates, strict=True):
+                for p, update in zip(parameters, orthogonal, strict=True):
                     p.mul_(1 - lr * group["weight_decay"])
                     p.add_(update.reshape(p.shape), alpha=-lr * scale)
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
-    """Bring all singular values of the matrices (N, rows, columns) to between about 0.7 and 1.2, by
-    five Newton-Schulz steps x <- (a + b x xᵀ + c (x xᵀ)²) x with Jordan et al.'s coefficients.
+    """Bring the singular values of the matrices (N, rows, columns) to about 0.7 to 1.2 (tiny ones
+    stay smaller), by five Newton-Schulz steps x <- (a + b x xᵀ + c (x xᵀ)²) x, Jordan et al. 2024.
 
     Every iterate is a square matrix times the original. Only that factor is iterated, on the
     smaller side, which for these long, narrow matrices is two to four times less work.

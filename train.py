@@ -1,4 +1,4 @@
-"""Train the conditional U-Net: python train.py --epochs 30, or --budget 10m. --help lists all."""
+"""Train the conditional U-Net: python train.py --epochs 30, or --budget 10m."""
 
 import copy
 import functools
@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import checkpoint
-from checkpoint import Progress, TrainState, atomic_write
+from checkpoint import Progress, TrainState
 from config import Config, parse_digits
 from data import load_split, to_model_range, to_uint8
 from diffusion import Diffusion, seeded_generator
 from interface.cli import Parser, add_settings, given_settings, run_script
-from interface.picture import image_grid
+from interface.picture import image_grid, save_png
 from interface.runs import Plan, Run, describe, machine_flags, make_plan, note_stop_signals
 from interface.terminal import sampling_bar
 from model import pick_device, pick_precision
@@ -67,11 +67,11 @@ def train(plan: Plan, began: float) -> int:
         run.save()
         run.draw_curves()
         command = f"python train.py --resume{machine_flags(cfg)}"
-        print(f"stopped at {state.progress}; to go on: {command}")
+        print(f"stopped at {state.progress}; to continue: {command}")
         return 128 + stopped_by[0]
     if state.guide is None:
         usual = "1.5" if cfg.label_dropout > 0 else "1"
-        print(f"this model has no guide, so guidance drops the label: use --guidance {usual}")
+        print(f"this model has no guide: draw with --guidance {usual} (classifier-free guidance)")
     return 0
 
 
@@ -84,6 +84,7 @@ def batch(cfg: Config, images: Tensor, labels: Tensor, progress: Progress) -> tu
 
 @functools.lru_cache(maxsize=1)
 def epoch_order(seed: int, epoch: int, count: int, device: torch.device) -> Tensor:
+    """The epoch's order of `count` images, int64 (count,); cached for all steps of the epoch."""
     generator = seeded_generator(seed, ORDER_STREAM, epoch)
     return torch.randperm(count, generator=generator).to(device)
 
@@ -155,21 +156,19 @@ def draw_preview(cfg: Config, diffusion: Diffusion, state: TrainState) -> None:
     y = digits.repeat_interleave(cfg.preview_columns).to(state.totals.device)
     with sampling_bar(cfg, len(y)) as on_state:
         x_0 = diffusion.draw(diffusion.guided(state.ema, state.guide), y, on_state)
-    with atomic_write(path) as file:
-        image_grid(to_uint8(x_0), cfg.preview_columns).save(file, "PNG")
+    save_png(image_grid(to_uint8(x_0), cfg.preview_columns), path)
     tqdm.write(f"wrote {path}")
 
 
 def main() -> int:
-    began = time.perf_counter() - time.process_time()  # importing torch counts as well
+    began = time.perf_counter() - time.process_time()  # the imports count, by their CPU time
     parser = Parser(prog="train.py", description="Train a class-conditional DDPM on MNIST.")
     start, length = (parser.add_mutually_exclusive_group() for _ in range(2))
-    carry_on = "carry on the newest checkpoint in output_dir"
-    start.add_argument("--resume", action="store_true", help=carry_on)
-    path = {"type": Path, "metavar": "PATH", "help": "start from this checkpoint"}
-    start.add_argument("--load_checkpoint_path", **path)
-    epochs = {"type": int, "metavar": "K", "default": 0, "help": "and train it for K more epochs"}
-    length.add_argument("--continue_training_epochs", **epochs)
+    start.add_argument("--resume", action="store_true", help="continue the newest checkpoint")
+    load_help = "train this checkpoint further; without a length, say where it stands"
+    start.add_argument("--load_checkpoint_path", type=Path, metavar="PATH", help=load_help)
+    more = {"type": int, "metavar": "K", "default": 0, "help": "train it for K more epochs"}
+    length.add_argument("--continue_training_epochs", **more)
     add_settings(length, Config.names("length"))
     add_settings(parser, Config.names("machine", "model", "training", "sampling", "picture"))
     parser.needs("--continue_training_epochs", "--load_checkpoint_path")
@@ -180,7 +179,6 @@ def main() -> int:
     if more < 0:
         raise ValueError(f"continue_training_epochs = {more}: must be at least 0")
 
-    torch.set_flush_denormal(True)  # denormals are slow; to be set before any thread starts
     plan = make_plan(given_settings(args), args.resume, args.load_checkpoint_path, more)
     if args.resume and not plan.start:
         print(f"nothing to resume in {plan.cfg.output_dir}: starting from scratch")
@@ -188,7 +186,7 @@ def main() -> int:
         print(note)
     if plan.action == "train":
         return train(plan, began)
-    print(f"{'nothing left to do. ' if plan.action == 'finished' else ''}{describe(plan)}")
+    print(("nothing left to do. " if plan.action == "finished" else "") + describe(plan))
     return 0
 
 

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from checkpoint import atomic_write, sha256
+from checkpoint import sha256, write_tensors
 from config import Config
-from data import load_split
+from data import first_line, load_split
 from diffusion import seeded_generator
 from evaluation.metrics import moments
 
@@ -57,7 +57,7 @@ def _augment(images: Tensor, generator: torch.Generator) -> Tensor:
     """Small random rotations, scalings, shears and shifts, as handwriting varies; float 0…255."""
     draw = (torch.rand(5, len(images), generator=generator) * 2 - 1).to(images.device)
     angle, size = draw[0] * math.radians(12), 1 + draw[1] * 0.12
-    slant, shift = draw[2] * 0.15, draw[3:] * 2.5 / 14
+    slant, shift = draw[2] * 0.15, draw[3:] * 2.5 / 14  # 2.5 pixels, on a grid from -1 to 1
     rows = [
         torch.stack([size * angle.cos(), slant - size * angle.sin(), shift[0]], dim=1),
         torch.stack([size * angle.sin(), size * angle.cos(), shift[1]], dim=1),
@@ -67,7 +67,7 @@ def _augment(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def fit(images: Tensor, labels: Tensor, *, epochs: int, seed: int) -> Classifier:
-    """Train a classifier on uint8 images (N, 1, 28, 28) and int64 labels (N,); deterministic."""
+    """Train on uint8 images (N, 1, 28, 28) and int64 labels (N,); deterministic on a CPU."""
     torch.manual_seed(seed)
     net = Classifier().to(images.device)
     optimizer = torch.optim.AdamW(net.parameters(), weight_decay=WEIGHT_DECAY, betas=(0.9, 0.99))
@@ -105,21 +105,21 @@ def accuracy(net: Classifier, images: Tensor, labels: Tensor) -> float:
     return (answers == labels).float().mean().item()
 
 
-def as_published(cfg: Config) -> Config:
+def full_mnist(cfg: Config) -> Config:
     """MNIST complete and at its own size, whatever the settings of a model are."""
-    return replace(cfg, img_size=28, img_channels=1, max_images=0)
+    own = {"img_size": 28, "img_channels": 1, "num_classes": 10, "max_images": 0}
+    return replace(cfg, **own, patch_size=1, widths=(8,))
 
 
 def train_and_save(cfg: Config, path: Path = PATH) -> float:
     """Train the classifier on the training split and write it; returns its test accuracy."""
-    cfg = as_published(cfg)
+    cfg = full_mnist(cfg)
     device = torch.device("cpu")  # so that the file does not depend on the GPU
     images, labels = load_split(cfg, train=True, device=device)
     net = fit(images, labels, epochs=EPOCHS, seed=0)
     reference = {k: torch.from_numpy(v) for k, v in moments(features_of(net, images)).items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as file:
-        torch.save({"net": net.state_dict(), "train_moments": reference}, file)
+    write_tensors(path, {"net": net.state_dict(), "train_moments": reference})
     return accuracy(net, *load_split(cfg, train=False, device=device))
 
 
@@ -133,6 +133,6 @@ def load(device: torch.device, path: Path = PATH) -> tuple[Classifier, dict[str,
         contents = torch.load(path, map_location="cpu", weights_only=True)
         net.load_state_dict(contents["net"])
         reference = {k: v.numpy() for k, v in contents["train_moments"].items()}
-    except Exception as error:  # torch has many for a damaged file
-        raise ValueError(f"{path}: not an evaluator ({str(error).splitlines()[0]})") from None
+    except Exception as error:  # torch raises many kinds
+        raise ValueError(f"{path}: not an evaluator ({first_line(error)})") from None
     return net.to(device).eval().requires_grad_(False), reference, sha256(path)

@@ -9,19 +9,19 @@ from data import load_split
 from evaluation import classifier, metrics
 from evaluation.results import Result
 
-MAX_IMAGES = 10_000  # as many as the test split has, which sets the floor
+MAX_MEASURED = 10_000  # as many as the test split has, which sets the floor
 
 
 class Evaluator:
     """The frozen classifier, and the real images that samples are compared with."""
 
     def __init__(self, cfg: Config, device: torch.device) -> None:
-        cfg = classifier.as_published(cfg)
+        cfg = classifier.full_mnist(cfg)
         self.device = device
         self.net, self.train_moments, self.sha256 = classifier.load(device)
         self.train_images, self.train_labels = load_split(cfg, train=True, device=device)
         self.test_images, self.test_labels = load_split(cfg, train=False, device=device)
-        some = self.train_images[shuffled(len(self.train_images), seed=0)[:MAX_IMAGES].to(device)]
+        some = self.train_images[shuffled(len(self.train_images), seed=0)[:MAX_MEASURED].to(device)]
         self.some_train_features = classifier.features_of(self.net, some)
         self._real: dict[int, Result] = {}  # metrics of N real test images, by N
 
@@ -31,9 +31,9 @@ class Evaluator:
         (20, 1, 28, 28). Raises ValueError for too few images."""
         N = len(images)
         if N < classifier.FEATURES:
-            raise ValueError(f"{N} images: a distance needs at least {classifier.FEATURES}")
+            raise ValueError(f"{N} images: FD-MNIST needs at least {classifier.FEATURES}")
         if N not in self._real:
-            some = shuffled(MAX_IMAGES, seed=1)[:N].to(self.device)
+            some = shuffled(MAX_MEASURED, seed=1)[:N].to(self.device)
             real, distances, _ = self._metrics(self.test_images[some], self.test_labels[some])
             self._real[N] = real | {"nearest_least": distances.min().item()}
         real = self._real[N]
@@ -66,7 +66,7 @@ class Evaluator:
             some = shuffled(len(self.train_images), seed)[: len(images)].to(self.device)
             real = self.train_images[some], self.train_labels[some]
             for kind, (x, y) in (("synthetic", (images, labels)), ("real", real)):
-                net = classifier.fit(x, y, epochs=12, seed=seed)
+                net = classifier.fit(x, y, epochs=classifier.EPOCHS, seed=seed)
                 score[kind].append(classifier.accuracy(net, self.test_images, self.test_labels))
         score["gap"] = float(np.mean(score["real"]) - np.mean(score["synthetic"]))
         return score

@@ -31,7 +31,7 @@ ROWS = (
         for i, (low, high) in enumerate(itertools.pairwise(GREY_EDGES))
     ),
     ("nearest training image", lambda m: f"{m['nearest_median']:.2f} (median distance)"),
-    ("closer than any real one", lambda m: f"{m['copies']}"),
+    ("closer than any test image", lambda m: f"{m['copies']}"),
 )
 LABEL_ROWS = (
     ("label agreement", lambda m: f"{m['agreement']:.2%}"),
@@ -48,7 +48,7 @@ def table(result: Result) -> str:
         rows.append((name, show(samples), show(real)))
     if "cas" in result:
         accuracy = [f"{np.mean(result['cas'][kind]):.2%}" for kind in ("synthetic", "real")]
-        rows.append(("trained on, tested on real", *accuracy))
+        rows.append(("classifier trained on them", *accuracy))
     if "sampling" in result:
         cost = result["sampling"]
         calls = f"{cost['calls']} network calls an image, {cost['seconds']:.1f} s"
@@ -70,7 +70,9 @@ def sweep_table(results: list[Result]) -> str:
             f"{s[n]:.4f}" for n in ("fd", "fd_over_floor", "agreement", "precision", "recall")
         )
         settings = (k["sampler"], *map("{:g}".format, how), str(cost["calls"]))
-        rows.append(("*" * is_best, *settings, *quality, f"{cost['images_per_second']:.0f}"))
+        rows.append(
+            ("*" if is_best else "", *settings, *quality, f"{cost['images_per_second']:.0f}")
+        )
     return aligned(rows) + "\n* no other row has both a lower FD and no more network calls"
 
 
@@ -82,7 +84,7 @@ def aligned(rows: list[tuple[str, ...]]) -> str:
 
 
 def pareto_best(results: list[Result]) -> list[bool]:
-    """For each result, whether no other has both a lower FD and no more network calls."""
+    """For each result, whether none is better in FD or network calls and no worse in the other."""
     points = [(r["sampling"]["calls"], r["samples"]["fd"]) for r in results]
     return [
         not any((c <= calls and f < fd) or (c < calls and f <= fd) for c, f in points)
@@ -90,10 +92,10 @@ def pareto_best(results: list[Result]) -> list[bool]:
     ]
 
 
-def result_file(model: LoadedModel, cfg: Config, count: int) -> Path:
+def result_file(loaded: LoadedModel, cfg: Config, count: int) -> Path:
     """Where the result of `count` images drawn by a model with these settings is kept."""
     name = (
-        f"{model.path.stem}-{model.sha256[:8]}-{cfg.sampler}-{cfg.steps}-w{cfg.guidance:g}"
+        f"{loaded.path.stem}-{loaded.sha256[:8]}-{cfg.sampler}-{cfg.steps}-w{cfg.guidance:g}"
         f"-from{cfg.guidance_low:g}to{cfg.guidance_high:g}-eta{cfg.eta:g}-n{count}-s{cfg.seed}"
     )
     return Path(cfg.output_dir, "metrics", f"{name}{'' if cfg.clip_x_0 else '-unclipped'}.json")

@@ -2,10 +2,13 @@
 
 import argparse
 import os
+import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from dataclasses import fields, replace
 from typing import Any
+
+import torch
 
 from config import Config
 
@@ -33,9 +36,9 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self) -> argparse.Namespace:
         """The parsed command line; exits with code 2 and one line if it breaks a rule."""
         args = super().parse_args()
-        given = {word.partition("=")[0] for word in sys.argv[1:] if word.startswith("--")}
+        flags = {word.partition("=")[0] for word in sys.argv[1:] if word.startswith("--")}
         for flag, is_broken, message in self.rules:
-            if flag in given and is_broken(given):
+            if flag in flags and is_broken(flags):
                 self.error(message)
         return args
 
@@ -43,16 +46,16 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} (--help lists every flag)\n")
 
 
-def add_settings(parser: Any, names: Iterable[str]) -> None:
-    """Add a flag for each setting in `names` to a parser or argument group. A flag that is not
-    given leaves no trace in the parsed arguments, which tells it from one given its default."""
+def add_settings(parser: Any, names: Collection[str]) -> None:
+    """Add a flag for each setting in `names` to a parser or argument group. A flag not given is
+    absent from the parsed arguments, unlike one that is given its default."""
     for f in fields(Config):
         if f.name not in names:
             continue
-        kind = type(f.default)
-        shown = ",".join(map(str, f.default)) if kind is tuple else f.default
+        kind = f.type
+        shown = ",".join(map(str, f.default)) if kind is tuple else str(f.default) or "none"
         options: dict[str, Any] = {"dest": f.name, "default": argparse.SUPPRESS}
-        options["help"] = f"{f.metadata['help']} (default: {shown!s})"
+        options["help"] = f"{f.metadata['help']} (default: {shown})"
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
         else:
@@ -64,6 +67,8 @@ def add_settings(parser: Any, names: Iterable[str]) -> None:
 
 
 def comma_numbers(text: str) -> tuple[int, ...]:
+    if not re.fullmatch(r"\d+(,\d+)*", text):
+        raise argparse.ArgumentTypeError(f"{text!r}: write whole numbers such as 32,64")
     return tuple(int(number) for number in text.split(","))
 
 
@@ -76,23 +81,23 @@ def settings_for_training(
     trained: Config, given: dict[str, Any], mid_epoch: bool = False
 ) -> tuple[Config, list[str]]:
     """The settings with which to go on training: flags win over the checkpoint's (`trained`), and
-    the checkpoint's over config.py, which only says what belongs to this computer.
+    the checkpoint's over config.py, which only supplies the machine settings.
 
     Also returns a line for each difference that the user should know of. Raises ValueError for a
     flag that a trained model cannot take, or one that would reorder the images of an epoch under
     way (`mid_epoch`).
     """
-    here, notes = Config(), []
-    cfg = replace(trained, **{**here.select("machine"), **given})
+    defaults, notes = Config(), []
+    cfg = replace(trained, **{**defaults.select("machine"), **given})
     for f in fields(Config):
         name, group = f.name, f.metadata["group"]
-        old, new, default = (getattr(each, name) for each in (trained, cfg, here))
+        old, new, default = (getattr(each, name) for each in (trained, cfg, defaults))
         if new != old and group == "model":
-            had = f"the checkpoint was trained with {old!r}; drop the flag, or train a new model"
-            raise ValueError(f"{name} = {new!r}: {had}")
+            reason = f"the checkpoint was trained with {old!r}; drop the flag, or train a new model"
+            raise ValueError(f"{name} = {new!r}: {reason}")
         if new != old and mid_epoch and f.metadata.get("fixed_in_epoch"):
-            had = f"the checkpoint is inside an epoch that began with {old!r}; finish that first"
-            raise ValueError(f"{name} = {new!r}: {had}")
+            reason = f"the checkpoint is inside an epoch that began with {old!r}"
+            raise ValueError(f"{name} = {new!r}: {reason}; finish it without the flag")
         if group != "machine" and new != old:
             notes.append(f"{name} = {new} (the checkpoint had {old})")
         elif group not in ("machine", "length") and name not in given and new != default:
@@ -101,14 +106,15 @@ def settings_for_training(
 
 
 def settings_for_drawing(trained: Config, given: dict[str, Any]) -> Config:
-    """The settings with which to draw: flags win over the model's own (`trained`). config.py only
-    says what belongs to this computer and what each picture has of its own, such as the seed."""
+    """The settings with which to draw: flags win over the model's own (`trained`), and config.py
+    only supplies the machine settings and those of a picture, such as the seed."""
     return replace(trained, **{**Config().select("machine", "picture"), **given})
 
 
 def run_script(name: str, main: Callable[[], int]) -> None:
     """Run a script's main() and exit. A user's mistake becomes one line and exit code 2, training
     that diverged one line and 1, Ctrl-C 130. TRACEBACK=1 in the environment shows the traceback."""
+    torch.set_flush_denormal(True)  # denormals are slow; to be set before any thread starts
     try:
         sys.exit(main())
     except (ValueError, OSError, FloatingPointError) as error:
@@ -121,7 +127,9 @@ def run_script(name: str, main: Callable[[], int]) -> None:
         kind = type(error).__name__  # torch has an OutOfMemoryError of its own
         if "MemoryError" not in kind and "allocate memory" not in reason:
             raise
-        print(f"{name}: {reason}; use a smaller batch size or count", file=sys.stderr)
+        print(
+            f"{name}: {reason}; lower --batch_size, --sample_batch_size or --count", file=sys.stderr
+        )
         sys.exit(2)
     except KeyboardInterrupt:
         print(f"\n{name}: stopped", file=sys.stderr)

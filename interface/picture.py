@@ -3,6 +3,7 @@
 import json
 import zipfile
 import zlib
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ NOT_A_PNG = (OSError, EOFError, SyntaxError)  # what Pillow raises for one that 
 
 
 def image_grid(images: Tensor, columns: int, gap: int = 2) -> Image.Image:
-    """uint8 images (N, C, H, W), C 1 or 3, row by row on a grid with `gap` grey pixels between."""
+    """uint8 images (N, C, H, W), C 1 or 3, row by row, with `gap` grey pixels around each."""
     N, C, H, W = images.shape
     rows = -(-N // columns)
     grid = torch.full((C, rows * (H + gap) + gap, columns * (W + gap) + gap), 64, dtype=torch.uint8)
@@ -49,7 +50,7 @@ def arrange(images: Tensor, digits: str, count: int) -> tuple[Tensor, int]:
     return torch.cat(list(variants.unbind(1)), dim=-1), max(1, round((count / len(digits)) ** 0.5))
 
 
-def save_png(grid: Image.Image, path: Path, provenance: dict[str, Any]) -> None:
+def save_png(grid: Image.Image, path: Path, provenance: Mapping[str, Any] = {}) -> None:
     """Write a PNG with a text chunk, in JSON, for each entry of `provenance`."""
     info = PngInfo()
     for name, value in provenance.items():
@@ -83,7 +84,7 @@ def made_with(device: torch.device) -> str:
 
 
 def save_animation(grids: list[Image.Image], path: Path) -> None:
-    """Write a looping .gif or .webp: the grids within 1.5 s, and the last one for 1 s more."""
+    """Write a looping .gif or .webp: 1.5 s of grids, at least 20 ms each, and the last for 1 s."""
     pace = max(20, 1500 // len(grids))  # milliseconds
     options: dict[str, Any] = {"loop": 0, "duration": [pace] * (len(grids) - 1) + [1000]}
     if path.suffix == ".webp":
@@ -127,5 +128,7 @@ def read_npz(path: Path) -> tuple[Tensor, Tensor | None]:
         expected = f"make it whole numbers, one for each of the {len(images)} images"
         raise ValueError(f"{path}: arr_1 is {labels.dtype} of shape {labels.shape}; {expected}")
     if labels.min() < 0 or labels.max() > 9:
-        raise ValueError(f"{path}: arr_1 has labels outside 0 to 9")
+        raise ValueError(
+            f"{path}: arr_1 has labels {labels.min()} to {labels.max()}; allowed are 0 to 9"
+        )
     return images, torch.from_numpy(labels.astype(np.int64))

@@ -36,11 +36,12 @@ def find_model(text: str, folder: Path) -> Path:
     for path in (Path(text), folder / text, folder / f"{text}.pth"):
         if path.is_file():
             return path
-    found = list_models(folder) if text == "newest" or text.isdecimal() else []
-    number = len(found) if text == "newest" else int(text) if found else 0
-    if not 1 <= number <= len(found):
-        raise ValueError(f"{text}: no such checkpoint; look in {folder}, or train one first")
-    return found[number - 1][0]
+    if text == "newest" or text.isdecimal():
+        found = list_models(folder)
+        number = len(found) if text == "newest" else int(text)
+        if 1 <= number <= len(found):
+            return found[number - 1][0]
+    raise ValueError(f"model = {text!r}: no such checkpoint; look in {folder}, or train one first")
 
 
 def choose_model(folder: Path) -> Path:
@@ -55,8 +56,8 @@ def choose_model(folder: Path) -> Path:
 
 @dataclass
 class Request:
-    """One file to draw: `count` variants of `digits`, which is a number such as 2026, "all" (every
-    digit) or "mnist" (`count` digits in total, as frequent as in MNIST).
+    """One file to write: `count` variants of `digits`, which is a number such as 2026, "all" (every
+    digit) or "mnist" (`count` digits in total, in MNIST's proportions).
 
     Raises ValueError if it cannot be drawn.
     """
@@ -78,7 +79,9 @@ class Request:
         largest = MAX_ANIMATED if self.animated else MAX_IMAGES
         if images > largest:
             ending = f" in {self.output.suffix}" if self.animated else ""
-            raise ValueError(f"count = {self.count}: more than {largest:,} images{ending}")
+            raise ValueError(
+                f"count = {self.count}: {images:,} images; at most {largest:,}{ending}"
+            )
 
     @property
     def animated(self) -> bool:
@@ -139,7 +142,7 @@ def requests_from_flags(args: Namespace, cfg: Config) -> list[Request]:
     try:
         output.mkdir(exist_ok=True)
     except OSError as error:
-        raise ValueError(f"{output}: no folder ({error.strerror}); choose another") from None
+        raise ValueError(f"{output}: cannot be made ({error.strerror}); choose another") from None
     return requests
 
 
@@ -162,8 +165,8 @@ def requests_from_answers(cfg: Config, seed: int | None) -> Iterator[Request]:
 
     log("? for help, q to quit.")
     while True:
-        digits = ask(f"Digit to draw, 0 to {cfg.num_classes - 1}", None, digits_or_all)
-        count = ask("How many", count or usual_count(digits), whole_number(10_000))
+        digits = ask("Digits to draw, such as 7, 2026 or all", None, digits_or_all)
+        count = ask("How many", count or usual_count(digits), whole_number(MAX_IMAGES // 20))
         guidance = ask("Guidance", cfg.guidance, guidance_value)
         picture_seed = secrets.randbelow(2**31) if seed is None else seed
         cfg = replace(cfg, guidance=guidance, seed=picture_seed)

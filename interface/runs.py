@@ -46,27 +46,22 @@ def make_plan(
     progress = Progress(**saved["progress"])
     plan = Plan(trained, "train", load, progress, "model" in saved)
 
-    start = "scratch" if not load else "newest" if resume else "path"
-    length = "more" if more_epochs else "".join(n for n in Config.names("length") if n in given)
-    match start, length:
-        case "scratch" | "newest", "epochs":
-            cfg = replace(trained, budget="")
-        case "scratch" | "newest", _:
-            pass  # as planned, or for the given budget
-        case "path", "more":
-            begun = progress.epoch + (progress.images > 0)  # finish the current epoch first
-            cfg = replace(trained, budget="", epochs=begun + more_epochs)
-        case "path", "budget":
-            progress.budget_from, plan.changed = progress.seconds, True
-        case "path", _:
-            plan.action = "describe"
+    if "epochs" in given:
+        cfg = replace(trained, budget="")
+    elif more_epochs:
+        begun = progress.epoch + (progress.images > 0)  # the current epoch is finished first
+        cfg = replace(trained, budget="", epochs=begun + more_epochs)
+    elif "budget" in given and load and not resume:
+        progress.budget_from, plan.changed = progress.seconds, True  # a new budget, from here on
+    elif load and not resume:
+        plan.action = "describe"
 
-    if start == "scratch":
+    if not load:
         plan.cfg = replace(cfg, **given)
     elif plan.action == "train":
         plan.cfg, plan.notes = settings_for_training(cfg, given, progress.images > 0)
         plan.changed |= replace(trained, **plan.cfg.select("machine")) != plan.cfg
-        if fraction_done(plan.cfg, progress, per_epoch=math.inf) >= 1:
+        if fraction_done(plan.cfg, progress, images_per_epoch=math.inf) >= 1:
             plan.action = "finished"
     return plan
 
@@ -80,58 +75,64 @@ def newest_of_run(models: Path) -> Path | None:
     return found[-1][0] if found else None
 
 
-def fraction_done(cfg: Config, progress: Progress, per_epoch: float) -> float:
+def fraction_done(cfg: Config, progress: Progress, images_per_epoch: float) -> float:
     """How much of the whole run is done: 1 or a little more at its end."""
     if cfg.budget:
         return (progress.seconds - progress.budget_from) / parse_duration(cfg.budget)
-    return (progress.epoch + progress.images / per_epoch) / cfg.epochs
+    return (progress.epoch + progress.images / images_per_epoch) / cfg.epochs
 
 
 def describe(plan: Plan) -> str:
     """Where the plan's checkpoint stands, and how to go on from it."""
     cfg, progress = plan.cfg, plan.progress
     length = f"a budget of {cfg.budget}" if cfg.budget else f"{cfg.epochs} epochs planned"
-    stands = f"{plan.start} stands at {progress}, {length}, after {progress.seconds / 60:.1f} min."
+    stands = f"{plan.start} is at {progress}, {length}, after {progress.seconds / 60:.1f} min."
     if not plan.trainable:
-        return f"{stands}\nIt was reduced to what drawing needs and cannot be trained on."
+        return f"{stands}\nIt was reduced to what drawing needs and cannot be trained further."
     command = f"python train.py --load_checkpoint_path {shlex.quote(str(plan.start))}"
     more = f"--continue_training_epochs K{machine_flags(cfg)}"
     return f"{stands}\nTo train it for K more epochs: {command} {more}"
 
 
 def machine_flags(cfg: Config) -> str:
-    """The flags for this computer that differ from config.py: a checkpoint does not bring them."""
+    """The flags for this computer that differ from config.py: a checkpoint does not carry them."""
     here = Config().select("machine")
     changed = {n: v for n, v in cfg.select("machine").items() if v != here[n]}
     return "".join(f" --{name} {shlex.quote(value)}" for name, value in changed.items())
 
 
 class Run:
-    """A run under way: its clock, its log and its checkpoints. `fraction` of it is done."""
+    """A run under way: its clock, its log and its checkpoints. `fraction` (0…1) of it is done."""
 
     def __init__(self, plan: Plan, state: TrainState, images: int, began: float) -> None:
         """`began` (of time.perf_counter) is when the run's time starts to count. Raises ValueError
         if a batch is larger than the data set or a new budget is already spent."""
         self.plan, self.cfg, self.state, self.last_saved = plan, plan.cfg, state, plan.start
         if self.cfg.batch_size > images:
-            raise ValueError(f"batch_size = {self.cfg.batch_size}: there are only {images} images")
-        self.per_epoch = images - images % self.cfg.batch_size
+            raise ValueError(
+                f"batch_size = {self.cfg.batch_size}: choose at most {images}, the number of images"
+            )
+        self.images_per_epoch = images - images % self.cfg.batch_size
         self.bar: tqdm | None = None
-        self.log_every = 1 if state.totals.device.type == "cpu" else 50  # a GPU is not waited for
+        self.log_every = (
+            1 if state.totals.device.type == "cpu" else 50
+        )  # reading the loss waits for a GPU
         spent = state.progress.seconds - state.progress.budget_from
         self.began = began - state.progress.seconds
         self.update_clock()
         if self.done and spent == 0:
-            raise ValueError(f"budget = {self.cfg.budget!r}: too short even for start-up")
+            raise ValueError(
+                f"budget = {self.cfg.budget!r}: start-up alone takes longer; give more time"
+            )
 
     def update_clock(self) -> None:
         self.state.progress.seconds = time.perf_counter() - self.began
-        self.fraction = fraction_done(self.cfg, self.state.progress, self.per_epoch)
+        self.fraction = fraction_done(self.cfg, self.state.progress, self.images_per_epoch)
         self.done = self.fraction >= 1
 
     @property
     def epoch_done(self) -> bool:
-        return self.state.progress.images == self.per_epoch
+        return self.state.progress.images == self.images_per_epoch
 
     @property
     def save_due(self) -> bool:
@@ -143,11 +144,11 @@ class Run:
         saved at once, so that --resume knows it even if the run is killed before its next save."""
         cfg, start, progress = self.cfg, self.plan.start, self.state.progress
         path = checkpoint_path(cfg, progress)
-        rewrites = start is not None and (self.plan.changed or start.resolve() != path.resolve())
-        make_room(self.plan, path if rewrites else None)
+        saves_plan = start is not None and (self.plan.changed or start.resolve() != path.resolve())
+        prepare_folders(self.plan, path if saves_plan else None)
         until = f"for {cfg.budget}" if cfg.budget else f"to epoch {cfg.epochs}"
         print(f"training {until} from {progress}; results in {cfg.output_dir}", flush=True)
-        if rewrites:
+        if saves_plan:
             self.save()
 
     def log_step(self) -> None:
@@ -160,19 +161,19 @@ class Run:
         if self.bar is None:
             title = f"epoch {progress.epoch + 1}" + ("" if cfg.budget else f"/{cfg.epochs}")
             look = {"unit": " images", "leave": False, "disable": None, "dynamic_ncols": True}
-            self.bar = tqdm(desc=title, total=self.per_epoch, **look)
+            self.bar = tqdm(desc=title, total=self.images_per_epoch, **look)
         loss = float(self.state.totals[0]) * cfg.batch_size / progress.images
         self.bar.set_postfix_str(f"loss {loss:.4f}, {self.time_left()}")
         self.bar.update(progress.images - self.bar.n)
 
     def log_epoch(self) -> None:
-        """Add the epoch, or the part of it that was trained, to metrics.csv and say so."""
+        """Add the epoch, or the part of it that was trained, to metrics.csv and print it."""
         if self.bar is not None:
             self.bar.close()
             self.bar = None
         state, progress = self.state, self.state.progress
         loss, grad_norm = (state.totals * self.cfg.batch_size / progress.images).tolist()
-        epoch = f"{round(progress.epoch + progress.images / self.per_epoch, 2):g}"
+        epoch = f"{round(progress.epoch + progress.images / self.images_per_epoch, 2):g}"
         rate, lr = progress.images / state.epoch_seconds, state.optimizers[0].param_groups[0]["lr"]
         row = (epoch, progress.step, loss, lr, grad_norm, rate, progress.seconds)
         path = Path(self.cfg.output_dir, "metrics.csv")
@@ -212,7 +213,7 @@ class Run:
         if self.cfg.budget:
             whole = parse_duration(self.cfg.budget)
         minutes, seconds = divmod(max(0, round(whole * (1 - self.fraction))), 60)
-        return f"run ends in {minutes}m{seconds:02d}s"
+        return f"{minutes}m{seconds:02d}s left"
 
 
 def note_stop_signals() -> list[int]:
@@ -234,7 +235,7 @@ def checkpoint_path(cfg: Config, progress: Progress) -> Path:
     return Path(cfg.output_dir, "models", f"model_{progress.name}.pth")
 
 
-def make_room(plan: Plan, rewritten: Path | None) -> None:
+def prepare_folders(plan: Plan, rewritten: Path | None) -> None:
     """Make the output folders, and see that this run overwrites nothing.
 
     A run that continues a checkpoint of this folder keeps what led up to it. Whatever comes after
@@ -248,24 +249,25 @@ def make_room(plan: Plan, rewritten: Path | None) -> None:
     for partial in models.glob(".*.partial"):  # of a save that was killed
         partial.unlink()
     continues = plan.start is not None and plan.start.resolve().parent == models.resolve()
-    kept = {  # by the part of the name that a checkpoint and its grid share
+    names = {  # of the checkpoints that are kept: model_<name>.pth, with samples_<name>.png
         path.stem.removeprefix("model_")
-        for path, its in checkpoint.list_checkpoints(models, "model_epoch_*.pth")
-        if continues and its.step <= plan.progress.step
+        for path, progress in checkpoint.list_checkpoints(models, "model_epoch_*.pth")
+        if continues and progress.step <= plan.progress.step
     }
     files = [*models.glob("model_epoch_*.pth"), *images.glob("samples_epoch_*.png")]
-    moved = [path for path in files if path.stem.partition("_")[2] not in kept]
+    moved = [path for path in files if path.stem.partition("_")[2] not in names]
     copied = [rewritten] if continues and rewritten else []
-    if moved or copied or not continues:
+    rows = read_metrics(metrics)
+    kept_rows = [row for row in rows if int(row["step"]) <= plan.progress.step]
+    if moved or copied or not continues or kept_rows != rows:
         (copied if continues else moved).append(metrics)
-        keep_aside(out / "earlier", [*moved, images / "training.png"], copied)
-    if continues and metrics.exists():
-        rows = [row for row in read_metrics(metrics) if int(row["step"]) <= plan.progress.step]
-        write_metrics(metrics, rows)
+        set_aside(out / "earlier", [*moved, images / "training.png"], copied)
+    if continues and rows:
+        write_metrics(metrics, kept_rows)
 
 
-def keep_aside(earlier: Path, moved: list[Path], copied: list[Path]) -> None:
-    """Move and copy those files that exist into a new folder of `earlier`, named by the time."""
+def set_aside(earlier: Path, moved: list[Path], copied: list[Path]) -> None:
+    """Move and copy those files that exist into a new folder of `earlier`, named after the time."""
     transfers = [(shutil.move, path) for path in moved if path.exists()]
     transfers += [(shutil.copy2, path) for path in copied if path.exists()]
     if not transfers:
@@ -280,7 +282,7 @@ def keep_aside(earlier: Path, moved: list[Path], copied: list[Path]) -> None:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.csv, without one that a power cut left incomplete; none if it is new."""
+    """The rows of metrics.csv, without any whose step is not a number; empty if it is missing."""
     if not path.exists():
         return []
     with open(path, newline="") as file:

@@ -24,11 +24,11 @@ HELP = """  7     draws sevens
   2026  writes this number, in as many variants as you ask for
   all   draws every digit
   ?     shows this help; q quits; Enter takes the answer in brackets
-Guidance 1 draws what the model learned; larger values draw clearer digits, more alike."""
+Guidance 1 draws what the model learned; larger values draw clearer digits that look more alike."""
 
 
 def log(message: str) -> None:
-    """Print a message on stderr: stdout is only for the paths of written files."""
+    """Print a message on stderr: generate.py keeps stdout for the paths of written files."""
     print(message, file=sys.stderr, flush=True)
 
 
@@ -44,7 +44,7 @@ def ask(question: str, default: Any, parse: Callable[[str], Any]) -> Any:
     """Ask until `parse` accepts the answer; Enter takes the default. Raises EOFError for `q`."""
     prompt = f"{question}: " if default is None else f"{question} [{default}]: "
     while True:
-        if sys.stdin.isatty() and sys.stdout.isatty():
+        if sys.stdin.isatty() and sys.stdout.isatty():  # input() prompts on stdout
             answer = input(prompt).strip()
         else:
             print(prompt, end="", file=sys.stderr, flush=True)
@@ -82,8 +82,8 @@ def has_colour(stream: TextIO) -> bool:
 
 
 def show(tiles: Tensor, stream: TextIO = sys.stderr) -> None:
-    """Print uint8 pictures (N, C, H, W), as many side by side as the terminal is wide: at full size
-    if all of them fit, otherwise smaller, and at most two screens of them."""
+    """Print uint8 pictures (N, C, H, W), as many side by side as fit: at full size if all of them
+    fit on the screen, otherwise smaller, and at most two screens of them."""
     colour = has_colour(stream)
     wide, high = 0, 0
     with suppress(OSError, ValueError):  # not a terminal
@@ -98,7 +98,9 @@ def show(tiles: Tensor, stream: TextIO = sys.stderr) -> None:
         if width <= size.columns and (shrink > 1 or rows * height <= size.lines - 4):
             break  # the largest size that fits is the most readable
     if width > size.columns:
-        print(f"(the terminal is {size.columns} wide, the picture needs {width})", file=stream)
+        print(
+            f"(the terminal is {size.columns} columns wide, the picture needs {width})", file=stream
+        )
         return
     shown = min(N, columns * max(1, 2 * size.lines // height))
     small = F.avg_pool2d(grey[:shown], shrink, ceil_mode=True)[:, 0].round().int()
