@@ -135,7 +135,8 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     except OSError as error:
         raise ValueError(f"{path}: cannot be written ({error.strerror or error})") from None
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink()
 
 
 def load(path: str | Path, *, mmap: bool = False) -> dict[str, Any]:
@@ -149,6 +150,8 @@ def load(path: str | Path, *, mmap: bool = False) -> dict[str, Any]:
     try:
         with warnings.catch_warnings(action="ignore"):  # torch's remarks on foreign files
             contents = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        if not isinstance(contents, dict):
+            raise TypeError
         if contents["format"] not in (3, FORMAT):
             raise ValueError(f"format {contents['format']}, but this program reads 3 and {FORMAT}")
         Progress(**contents["progress"])

@@ -12,16 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from config import run_script
+from interface.cli import run_script
 
 REPO = Path(__file__).resolve().parent.parent
 MNIST = str(REPO / "mnist_data")
 
-TINY_MODEL = ("--widths", "8,8", "--embedding_size", "8")
-TINY = (
-    *TINY_MODEL, "--data_dir", MNIST, "--device", "cpu", "--max_images", "320",
-    "--batch_size", "32", "--steps", "2", "--preview_columns", "2", "--warmup_steps", "2",
-)  # fmt: skip
+TINY_MODEL = {"widths": "8,8", "embedding_size": 8}
+TINY = TINY_MODEL | {"data_dir": MNIST, "device": "cpu", "max_images": 320, "batch_size": 32}
+TINY |= {"steps": 2, "preview_columns": 2, "warmup_steps": 2}
 
 
 @dataclass
@@ -31,13 +29,25 @@ class Result:
     err: str
 
 
+def as_words(flags: dict[str, object]) -> list[str]:
+    """{"epochs": 1, "resume": True, "show": False, "sweep": [a, b]}: a command line."""
+    words: list[str] = []
+    for name, value in flags.items():
+        if isinstance(value, bool):
+            words.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return words
+
+
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable[..., Result]:
-    """Run a script as its command line would, in this process: run("train.py", "--epochs", "1")."""
+    """Run a script in this process: run("train.py", epochs=1, resume=True), or with words as they
+    are typed, run("train.py", "--epochs", 1)."""
 
-    def run_it(script: str, *args: object) -> Result:
+    def run_it(script: str, *words: object, **flags: object) -> Result:
         module = importlib.import_module(script.removesuffix(".py"))
-        monkeypatch.setattr(sys, "argv", [script, *map(str, args)])
+        monkeypatch.setattr(sys, "argv", [script, *map(str, words), *as_words(flags)])
         handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
@@ -53,10 +63,10 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Calla
 unix = pytest.mark.skipif(os.name == "nt", reason="needs a Unix pseudo-terminal, limit or signal")
 
 
-def start_script(script: str, *args: object, **options: object) -> subprocess.Popen:
-    """Start a script as a process of its own, with its output as text."""
+def start_script(script: str, flags: dict[str, object], **options: object) -> subprocess.Popen:
+    """Start a script as a process of its own, with its output as text; `options` of Popen."""
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
-    command = [sys.executable, str(REPO / script), *map(str, args)]
+    command = [sys.executable, str(REPO / script), *as_words(flags)]
     usual = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen(command, **(usual | {"env": environment} | options))
 

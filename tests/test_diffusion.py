@@ -14,13 +14,17 @@ PREDICTIONS = ("eps", "v", "x_0")
 SAMPLERS = ("ddpm", "ddim", "dpmpp")
 FLOOR = float(np.prod(1 - np.linspace(1e-4, 0.02, 1000)))  # alpha_bar_T of Ho et al. 2020
 
+# Without guidance and without added noise, unless a test asks for them
+PLAIN = {"img_size": 8, "guidance": 1.0, "guidance_low": 0.0, "guidance_high": 1.0, "eta": 0.0}
+
 
 def diffusion(**settings) -> Diffusion:
-    return Diffusion(Config(**({"img_size": 8, "steps": 1} | settings)))
+    steps = min(20, settings.get("timesteps", 1000))
+    return Diffusion(Config(**(PLAIN | {"steps": steps} | settings)))
 
 
 class GaussianData:
-    """Every pixel of class y is N(mean[y], std²): its best prediction is known exactly.
+    """The perfect model of a data set in which every pixel of class y is N(mean[y], std²).
 
     x_t is then N(sqrt(alpha_bar) mean, alpha_bar std² + 1 - alpha_bar), and the deterministic
     samplers' path keeps (x_t - its mean) / its std constant.
@@ -28,7 +32,7 @@ class GaussianData:
 
     def __init__(self, process: Diffusion, std: float = 0.5) -> None:
         self.process, self.std = process, std
-        self.mean = torch.linspace(-0.6, 0.9, process.null_class + 1, dtype=torch.float64)
+        self.mean = torch.linspace(-0.6, 0.9, process.cfg.null_class + 1, dtype=torch.float64)
         self.calls: list[int] = []
 
     def moments(self, t: torch.Tensor, y: torch.Tensor):
@@ -40,14 +44,31 @@ class GaussianData:
         a, mean_t, variance_t = self.moments(t, y)
         mean = self.mean[y][:, None, None, None]
         x_0 = mean + a.sqrt() * self.std**2 / variance_t * (x_t - mean_t)
-        eps = (x_t - a.sqrt() * x_0) / (1 - a).sqrt()
-        v = a.sqrt() * eps - (1 - a).sqrt() * x_0
-        return {"eps": eps, "v": v, "x_0": x_0}[self.process.prediction].to(x_t.dtype)
+        return predicted(self.process, x_0, x_t, t).to(x_t.dtype)
 
     def path_end(self, x_T, y):
         """Where the probability flow takes x_T."""
         _, mean_T, variance_T = self.moments(torch.full_like(y, self.process.T), y)
         return self.mean[y][:, None, None, None] + self.std * (x_T - mean_T) / variance_T.sqrt()
+
+
+def predicted(process: Diffusion, x_0: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor):
+    """What a network that takes x_0 for the clean image predicts, which depends on `prediction`."""
+    a = process.alpha_bar[t][:, None, None, None]
+    eps = (x_t - a.sqrt() * x_0) / (1 - a).sqrt()
+    v = a.sqrt() * eps - (1 - a).sqrt() * x_0
+    return {"eps": eps, "v": v, "x_0": x_0}[process.cfg.prediction]
+
+
+def path(process: Diffusion, model, y: torch.Tensor, guide=None) -> torch.Tensor:
+    """All states from noise to image, (steps + 1, N, C, H, W), in float64."""
+    size = process.cfg.img_size
+    noise = ImageNoise(process.cfg.seed, range(len(y)), (1, size, size), dtype=torch.float64)
+    return torch.stack(list(process.sample(process.guided(model, guide), y, noise)))
+
+
+def draw(process: Diffusion, model, y: torch.Tensor) -> torch.Tensor:
+    return process.draw(process.guided(model), y)
 
 
 # ---- schedules
@@ -58,8 +79,8 @@ def test_linear_is_hos_schedule():
     expected = np.concatenate([[1.0], np.cumprod(1 - beta)])
     process = diffusion(schedule="linear")
     np.testing.assert_allclose(process.alpha_bar, expected, rtol=1e-12)
-    np.testing.assert_allclose(process.beta[1:], beta, rtol=1e-9)
-    np.testing.assert_allclose(process.alpha[1:], 1 - beta, rtol=1e-12)
+    alpha = process.alpha_bar[1:] / process.alpha_bar[:-1]
+    np.testing.assert_allclose(alpha, 1 - beta, rtol=1e-12)
 
 
 @pytest.mark.parametrize("T", [2, 10, 400, 4000])
@@ -74,8 +95,8 @@ def test_cosine_and_sigmoid_against_their_papers(T):
     u = np.arange(T + 1) / T
     cosine = np.cos((u + 0.008) / 1.008 * np.pi / 2) ** 2
     cosine /= cosine[0]
-    logistic = lambda z: 1 / (1 + np.exp(-z))  # noqa: E731
-    sigmoid = (logistic(3) - logistic(-3 + 6 * u)) / (logistic(3) - logistic(-3))
+    logistic = 1 / (1 + np.exp(3 - 6 * u))  # from -3 to 3
+    sigmoid = (logistic[-1] - logistic) / (logistic[-1] - logistic[0])
     for name, expected in (("cosine", cosine), ("sigmoid", sigmoid)):
         alpha_bar = make_alpha_bar(name, T).numpy()
         np.testing.assert_allclose(alpha_bar, expected, atol=1.01 * FLOOR)
@@ -91,11 +112,12 @@ def test_every_schedule_falls_from_clean_to_nearly_pure_noise_in_float64(schedul
     assert process.alpha_bar[0] == 1
     assert (process.alpha_bar.diff() < 0).all()
     assert 0 < process.alpha_bar[T] < 5e-5
-    assert ((process.beta[1:] > 0) & (process.beta[1:] < 1)).all()
+    beta = 1 - process.alpha_bar[1:] / process.alpha_bar[:-1]
+    assert ((beta > 0) & (beta < 1)).all()
     torch.testing.assert_close(process.log_snr[1:].sigmoid(), process.alpha_bar[1:])
 
 
-def test_an_unknown_schedule():
+def test_an_unknown_schedule_is_an_error():
     with pytest.raises(ValueError, match="schedule = 'quadratic'"):
         make_alpha_bar("quadratic", 10)
 
@@ -105,16 +127,16 @@ def test_an_unknown_schedule():
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_x_0_and_eps_come_back_from_x_t_and_the_prediction(prediction, schedule):
+def test_x_0_comes_back_from_x_t_and_the_prediction(prediction, schedule):
     process = diffusion(prediction=prediction, schedule=schedule)
     t = torch.tensor([1, 2, 500, 999, 1000])
     x_0, eps = torch.randn(2, 5, 1, 8, 8, dtype=torch.float64)
     x_t = process.add_noise(x_0, t, eps)
     a = process.alpha_bar[t][:, None, None, None]
     torch.testing.assert_close(x_t, a.sqrt() * x_0 + (1 - a).sqrt() * eps)
-    x_0_hat, eps_hat = process.denoise(process.target(x_0, t, eps), x_t, t)
-    torch.testing.assert_close(x_0_hat, x_0)
-    torch.testing.assert_close(eps_hat, eps)
+    target = process.target(x_0, t, eps)
+    torch.testing.assert_close(target, predicted(process, x_0, x_t, t))
+    torch.testing.assert_close(process.x_0_from(target, x_t, t), x_0)
 
 
 def test_v_is_defined_as_in_its_paper():
@@ -130,17 +152,13 @@ def off_by(process: Diffusion, x_0: torch.Tensor, error: float):
     """A model that knows x_0 and misses it by `error` in every pixel."""
 
     def model(x_t, t, y):
-        a = process.alpha_bar[t][:, None, None, None]
-        wrong = x_0.double() + error
-        eps = (x_t - a.sqrt() * wrong) / (1 - a).sqrt()
-        v = a.sqrt() * eps - (1 - a).sqrt() * wrong
-        return {"eps": eps, "v": v, "x_0": wrong}[process.prediction]
+        return predicted(process, x_0.double() + error, x_t, t)
 
     return model
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_min_snr_weighs_the_error_of_x_0_alike_for_every_prediction(prediction):
+def test_min_snr_weights_the_error_of_x_0_alike_for_every_prediction(prediction):
     process = diffusion(
         prediction=prediction, loss_weighting="min_snr", min_snr_gamma=5.0, timestep_power=1.0
     )
@@ -153,7 +171,7 @@ def test_min_snr_weighs_the_error_of_x_0_alike_for_every_prediction(prediction):
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("power", [0.0, 0.25, 1.0])
-def test_snr_power_weighs_between_the_errors_of_x_0_and_eps(prediction, power):
+def test_snr_power_weights_between_the_errors_of_x_0_and_eps(prediction, power):
     process = diffusion(
         prediction=prediction, loss_weighting="snr_power", snr_power=power, timestep_power=1.0
     )
@@ -179,13 +197,13 @@ def test_uniform_loss_is_the_plain_squared_error():
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize(("error", "free"), [(-0.3, -1.0), (0.3, 1.0)])
-def test_an_estimate_that_the_sampler_clamps_onto_x_0_costs_nothing(prediction, error, free):
+def test_an_estimate_that_clamping_makes_exact_costs_nothing(prediction, error, free):
     y = torch.zeros(1, dtype=torch.int64)
     for grey in (-1.0, 1.0, 0.5):
         x_0 = torch.full((1, 1, 8, 8), grey)
         losses = []
         for clip in (True, False):
-            process = diffusion(prediction=prediction, clip_x_0=clip)
+            process = diffusion(prediction=prediction, clip_loss=clip)
             model = off_by(process, x_0, error)
             losses.append(process.loss(model, x_0, y, seeded_generator(0)).item())
         assert losses[1] > 0
@@ -224,12 +242,12 @@ def test_label_dropout_hits_images_not_batches_at_its_rate():
     process = diffusion(label_dropout=0.1)
     y = torch.arange(5000) % 10
     seen = record_calls(process, y)["y"]
-    dropped = seen == process.null_class
+    dropped = seen == process.cfg.null_class
     assert torch.equal(seen[~dropped], y[~dropped])
     assert dropped.float().mean().item() == pytest.approx(0.1, abs=0.015)
     for rate, count in ((0.0, 0), (1.0, 5000)):
         seen = record_calls(diffusion(label_dropout=rate), y)["y"]
-        assert (seen == process.null_class).sum() == count
+        assert (seen == process.cfg.null_class).sum() == count
 
 
 def test_the_loss_draws_from_its_generator_alone():
@@ -241,47 +259,68 @@ def test_the_loss_draws_from_its_generator_alone():
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_clip_loss_and_clip_x_0_act_independently():
+    """The one decides what the loss forgives, the other whether the samplers clamp."""
+    x_0, y = torch.full((4, 1, 8, 8), -1.0), torch.zeros(4, dtype=torch.int64)
+    for clip_loss, clip_x_0 in itertools.product((True, False), repeat=2):
+        process = diffusion(clip_loss=clip_loss, clip_x_0=clip_x_0)
+        model = off_by(process, x_0, -0.3)
+        assert (process.loss(model, x_0, y, seeded_generator(0)) == 0) == clip_loss
+        assert torch.equal(draw(process, model, y), x_0 if clip_x_0 else x_0 - 0.3)
+
+
 # ---- samplers
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 16, 49, 50])
 def test_sampling_times_fall_from_T_to_0_in_even_steps(steps):
-    times = diffusion(timesteps=50).sampling_times(steps)
+    times = diffusion(timesteps=50, steps=steps).sampling_times()
     gaps = -np.diff(times)
     assert (times[0], times[-1], len(times)) == (50, 0, steps + 1)
     assert gaps.min() >= 1
     assert gaps.max() - gaps.min() <= 1
 
 
-@pytest.mark.parametrize("steps", [0, 51, -1])
-def test_steps_out_of_range(steps):
-    process = diffusion(timesteps=50)
-    with pytest.raises(ValueError, match=f"steps = {steps}"):
-        process.sample(GaussianData(process), torch.zeros(1, dtype=torch.int64), steps=steps)
+def test_sample_is_a_generator_of_the_states_from_noise_to_image():
+    process, y = diffusion(steps=4), torch.arange(5)
+    model = GaussianData(process)
+    noise = ImageNoise(0, range(5), (1, 8, 8))
+    states = process.sample(process.guided(model), y, noise)
+    first = next(states)
+    assert model.calls == []  # the network is called only when the next state is asked for
+    assert torch.equal(first, ImageNoise(0, range(5), (1, 8, 8)).draw())
+    rest = []
+    for x in states:
+        rest.append(x)
+        assert len(model.calls) == len(rest)
+    assert len(rest) == 4
+    assert torch.equal(draw(process, model, y), rest[-1])
 
 
-def test_an_unknown_sampler():
-    process = diffusion()
-    with pytest.raises(ValueError, match="sampler = 'euler'"):
-        process.sample(GaussianData(process), torch.zeros(1, dtype=torch.int64), sampler="euler")
+def test_draw_passes_every_state_of_every_batch_on():
+    process, y = diffusion(steps=4, sample_batch_size=2), torch.arange(5)
+    denoiser, seen = process.guided(GaussianData(process)), []
+    images = process.draw(denoiser, y, seen.append)
+    assert [len(x) for x in seen] == [2] * 5 + [2] * 5 + [1] * 5
+    states = torch.stack([torch.cat(seen[i::5]) for i in range(5)])
+    together = ImageNoise(0, range(5), (1, 8, 8))
+    assert torch.equal(states, torch.stack(list(process.sample(denoiser, y, together))))
+    assert torch.equal(states[-1], images)
 
 
-def path_error(process: Diffusion, sampler: str, steps: int) -> float:
+def path_error(process: Diffusion) -> float:
     """Root mean square distance from the exact end of the probability flow."""
     model, y = GaussianData(process), torch.arange(4)
-    x_0, path = process.sample(
-        model, y, sampler=sampler, steps=steps, clip_x_0=False, dtype=torch.float64,
-        return_intermediates=True,
-    )  # fmt: skip
-    return (x_0 - model.path_end(path[0], y)).square().mean().sqrt().item()
+    states = path(process, model, y)
+    return (states[-1] - model.path_end(states[0], y)).square().mean().sqrt().item()
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize(("sampler", "order"), [("ddim", 1), ("dpmpp", 2)])
 def test_the_error_falls_with_steps_at_the_samplers_order(sampler, order, prediction):
-    process = diffusion(prediction=prediction, timesteps=3200)
+    settings = {"prediction": prediction, "sampler": sampler, "clip_x_0": False}
     counts = [10, 20, 40, 80, 160]
-    errors = [path_error(process, sampler, steps) for steps in counts]
+    errors = [path_error(diffusion(**settings, timesteps=3200, steps=n)) for n in counts]
     slope = np.polyfit(np.log(counts), np.log(errors), 1)[0]
     assert -slope == pytest.approx(order, abs=0.3)
     assert errors[-1] < (0.01 if order == 1 else 1e-4)
@@ -293,14 +332,11 @@ def test_the_error_falls_with_steps_at_the_samplers_order(sampler, order, predic
     [("ddpm", 0), ("ddim", 0), ("ddim", 0.5), ("dpmpp", 0), ("dpmpp", 0.5), ("dpmpp", 1)],
 )
 def test_the_gaussians_mean_and_variance_are_recovered(sampler, eta, schedule):
-    process = diffusion(schedule=schedule, img_size=16)
-    model, y = GaussianData(process), torch.arange(10).repeat_interleave(16)
-    x_0 = process.sample(
-        model, y, sampler=sampler, eta=eta, steps=200, clip_x_0=False, dtype=torch.float64,
-        batch_size=160,
-    )  # fmt: skip
-    for digit in range(10):
-        pixels = x_0[y == digit]
+    settings = {"sampler": sampler, "eta": eta, "steps": 200, "clip_x_0": False}
+    process = diffusion(**settings, schedule=schedule, img_size=64)
+    model = GaussianData(process)
+    x_0 = path(process, model, torch.arange(10))[-1]
+    for digit, pixels in enumerate(x_0):
         assert pixels.mean().item() == pytest.approx(model.mean[digit].item(), abs=0.035)
         assert pixels.std().item() == pytest.approx(model.std, abs=0.025)
 
@@ -308,205 +344,214 @@ def test_the_gaussians_mean_and_variance_are_recovered(sampler, eta, schedule):
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("steps", [1, 2, 5, 30])
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_any_number_of_steps_gives_finite_clipped_images(sampler, steps, prediction):
-    process = diffusion(timesteps=30, prediction=prediction)
-    x_0 = process.sample(GaussianData(process), torch.arange(3), sampler=sampler, steps=steps)
+def test_any_number_of_steps_gives_finite_clamped_images(sampler, steps, prediction):
+    process = diffusion(timesteps=30, prediction=prediction, sampler=sampler, steps=steps)
+    x_0 = draw(process, GaussianData(process), torch.arange(3))
     assert x_0.shape == (3, 1, 8, 8)
+    assert x_0.dtype == torch.float32
     assert torch.isfinite(x_0).all()
     assert x_0.abs().max() <= 1
 
 
 def test_ddim_with_eta_1_is_ddpm():
-    process, y = diffusion(), torch.arange(4)
-    model = GaussianData(process)
-    ddpm = process.sample(model, y, sampler="ddpm", steps=50)
-    assert torch.equal(process.sample(model, y, sampler="ddim", eta=1.0, steps=50), ddpm)
-    assert not torch.allclose(process.sample(model, y, sampler="ddim", steps=50), ddpm)
+    def drawn(**settings):
+        process = diffusion(steps=50, **settings)
+        return draw(process, GaussianData(process), torch.arange(4))
+
+    ddpm = drawn(sampler="ddpm")
+    assert torch.equal(drawn(sampler="ddim", eta=1.0), ddpm)
+    assert not torch.allclose(drawn(sampler="ddim", eta=0.0), ddpm)
 
 
-def test_noise_put_back_leaves_dpmpp_second_order():
-    process, y = diffusion(img_size=64), torch.full((8,), 3)
-    model, off = GaussianData(process), {}
+def test_dpmpp_with_noise_is_still_second_order():
+    y, off = torch.full((8,), 3), {}
     for sampler in ("ddpm", "dpmpp"):
-        x_0 = process.sample(
-            model, y, sampler=sampler, eta=1.0, steps=50, clip_x_0=False, dtype=torch.float64
-        )
-        off[sampler] = abs(x_0.std().item() - model.std)  # 32,768 pixels tell it to 0.002
+        process = diffusion(img_size=64, sampler=sampler, eta=1.0, steps=50, clip_x_0=False)
+        model = GaussianData(process)
+        x_0 = path(process, model, y)[-1]
+        off[sampler] = abs(x_0.std().item() - model.std)  # known to 0.002 from 32,768 pixels
     assert off["dpmpp"] < off["ddpm"] / 5, off
 
 
 def test_a_ddpm_step_is_hos_posterior():
-    process, y = diffusion(schedule="linear"), torch.arange(2)
+    settings = {"sampler": "ddpm", "steps": 1000, "clip_x_0": False}
+    process, y = diffusion(schedule="linear", **settings), torch.arange(2)
     model = GaussianData(process)
-    x_0, path = process.sample(
-        model, y, sampler="ddpm", steps=1000, clip_x_0=False, dtype=torch.float64,
-        return_intermediates=True,
-    )  # fmt: skip
-    assert torch.equal(path[-1], x_0)
-    noise = ImageNoise(0, 0, 2, (1, 8, 8), torch.device("cpu"), torch.float64)
-    assert torch.equal(noise.draw(), path[0])
+    states = path(process, model, y)
+    noise = ImageNoise(0, range(2), (1, 8, 8), dtype=torch.float64)
+    assert torch.equal(noise.draw(), states[0])
     for step in range(3):
         t = 1000 - step
         a, a_before = process.alpha_bar[t], process.alpha_bar[t - 1]
         beta = 1 - a / a_before
         batch_t = torch.full((2,), t)
-        x_0_hat = process.denoise(model(path[step], batch_t, y), path[step], batch_t)[0]
+        x_0_hat = process.x_0_from(model(states[step], batch_t, y), states[step], batch_t)
         mean = a_before.sqrt() * beta / (1 - a) * x_0_hat
-        mean += (a / a_before).sqrt() * (1 - a_before) / (1 - a) * path[step]  # eq. 7
+        mean += (a / a_before).sqrt() * (1 - a_before) / (1 - a) * states[step]  # eq. 7
         variance = (1 - a_before) / (1 - a) * beta
-        torch.testing.assert_close(path[step + 1], mean + variance.sqrt() * noise.draw())
+        torch.testing.assert_close(states[step + 1], mean + variance.sqrt() * noise.draw())
 
 
 def test_no_noise_is_added_at_the_last_step():
-    process, y = diffusion(timesteps=20), torch.arange(2)
-    model = GaussianData(process)
-    x_0, path = process.sample(
-        model, y, sampler="ddpm", steps=20, clip_x_0=False, return_intermediates=True
-    )
-    t = torch.ones_like(y)
-    torch.testing.assert_close(x_0, process.denoise(model(path[-2], t, y), path[-2], t)[0])
+    process, y = diffusion(timesteps=20, sampler="ddpm", clip_x_0=False), torch.arange(2)
+    model, t = GaussianData(process), torch.ones_like(y)
+    before, x_0 = path(process, model, y)[-2:]
+    torch.testing.assert_close(x_0, process.x_0_from(model(before, t, y), before, t))
 
 
 def test_the_first_step_of_dpmpp_is_ddim():
-    process, y = diffusion(), torch.arange(3)
     first = {}
     for sampler in ("ddim", "dpmpp"):
-        settings = {"sampler": sampler, "steps": 10, "dtype": torch.float64}
-        path = process.sample(GaussianData(process), y, **settings, return_intermediates=True)[1]
-        first[sampler] = path[1], path[2]
+        process = diffusion(sampler=sampler, steps=10)
+        first[sampler] = path(process, GaussianData(process), torch.arange(3))[1:3]
     torch.testing.assert_close(first["ddim"][0], first["dpmpp"][0])
     assert not torch.allclose(first["ddim"][1], first["dpmpp"][1])
 
 
 def test_the_clamp_keeps_x_0_and_eps_consistent():
-    process, y = diffusion(), torch.tensor([9])  # mean 0.75: many estimates lie beyond 1
+    process, y = diffusion(sampler="ddim"), torch.tensor([9])  # mean 0.75: many estimates exceed 1
     model = GaussianData(process, std=1.0)
-    path = process.sample(
-        model, y, sampler="ddim", steps=20, dtype=torch.float64, return_intermediates=True
-    )[1]
-    times = process.sampling_times(20)
-    beyond = 0
-    for i, (t, s) in enumerate(itertools.pairwise(times)):
+    states = path(process, model, y)
+    exceeding = 0
+    for i, (t, s) in enumerate(itertools.pairwise(process.sampling_times())):
         batch_t = torch.full((1,), t)
-        free = process.denoise(model(path[i], batch_t, y), path[i], batch_t)[0]
-        beyond += (free.abs() > 1).sum().item()
+        free = process.x_0_from(model(states[i], batch_t, y), states[i], batch_t)
+        exceeding += (free.abs() > 1).sum().item()
         a_t, a_s = process.alpha_bar[t], process.alpha_bar[s]
-        eps = (path[i] - a_t.sqrt() * free.clamp(-1, 1)) / (1 - a_t).sqrt()
+        eps = (states[i] - a_t.sqrt() * free.clamp(-1, 1)) / (1 - a_t).sqrt()
         expected = a_s.sqrt() * free.clamp(-1, 1) + (1 - a_s).sqrt() * eps
-        torch.testing.assert_close(path[i + 1], expected)
-    assert beyond > 100
+        torch.testing.assert_close(states[i + 1], expected)
+    assert exceeding > 100
+
+
+# ---- guidance
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_guidance_mixes_estimates_that_are_clamped_already(prediction):
-    process, y = diffusion(prediction=prediction), torch.tensor([0])
-    null = process.null_class
-
-    def beyond_black(x_t, t, y):  # how far is left to chance; both mean black
-        x_0 = torch.where(y == null, -5.0, -1.1)[:, None, None, None].expand_as(x_t).double()
-        a = process.alpha_bar[t][:, None, None, None]
-        eps = (x_t - a.sqrt() * x_0) / (1 - a).sqrt()
-        v = a.sqrt() * eps - (1 - a).sqrt() * x_0
-        return {"eps": eps, "v": v, "x_0": x_0}[prediction]
-
+    """Both estimates mean black, so guidance must not take their difference for a direction."""
     for steps in (1, 4):
-        x_0 = process.sample(beyond_black, y, steps=steps, guidance=1.5, dtype=torch.float64)
+        process = diffusion(prediction=prediction, guidance=1.5, steps=steps)
+        null = process.cfg.null_class
+
+        def darker_than_black(x_t, t, y, process=process, null=null):
+            x_0 = torch.where(y == null, -5.0, -1.1)[:, None, None, None].expand_as(x_t)
+            return predicted(process, x_0.double(), x_t, t)
+
+        x_0 = path(process, darker_than_black, torch.tensor([0]))[-1]
         torch.testing.assert_close(x_0, torch.full_like(x_0, -1.0))
+
+
+def test_the_guided_estimate_is_clamped_too():
+    x_T = torch.randn(3, 1, 8, 8, dtype=torch.float64, generator=seeded_generator(0))
+    guided = {}
+    for clip in (True, False):
+        process = diffusion(guidance=3.0, clip_x_0=clip)
+        guided[clip] = process.guided(GaussianData(process))(x_T, 1000, torch.arange(3))
+    assert guided[False].abs().max() > 2
+    torch.testing.assert_close(guided[True], guided[False].clamp(-1, 1))
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_guidance_costs_a_second_call_only_where_it_must(sampler):
-    process, y = diffusion(), torch.arange(3)
-    null = torch.full_like(y, process.null_class)
-    sampled, cost = {}, {}
+    y, sampled, cost = torch.arange(3), {}, {}
     for w in (0.0, 1.0, 2.0):
+        process = diffusion(sampler=sampler, steps=5, clip_x_0=False, guidance=w)
         model = GaussianData(process)
-        settings = {"sampler": sampler, "steps": 5, "clip_x_0": False}
-        sampled[w] = process.sample(model, y, guidance=w, **settings)
+        sampled[w] = draw(process, model, y)
         cost[w] = list(model.calls)
         if w == 1:
-            ignored = process.sample(model, null, guidance=1.0, **settings)
+            unlabelled = draw(process, model, torch.full_like(y, process.cfg.null_class))
     assert cost == {0.0: [3] * 5, 1.0: [3] * 5, 2.0: [3] * 10}
-    assert torch.equal(sampled[0.0], ignored)  # w = 0 is the null class
+    assert torch.equal(sampled[0.0], unlabelled)
     # All classes share one std, so each path is linear in its class mean, and guidance with it
     torch.testing.assert_close(sampled[2.0], 2 * sampled[1.0] - sampled[0.0])
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_guidance_leads_away_from_the_guide(sampler):
-    process, y = diffusion(), torch.arange(3)
-    guide = GaussianData(process)
-    guide.mean = guide.mean - 0.1  # errs by as much for every label
-    sampled = {}
+    y, sampled = torch.arange(3), {}
     for w in (0.0, 1.0, 2.0):
-        model, guide.calls = GaussianData(process), []
-        settings = {"sampler": sampler, "steps": 5, "clip_x_0": False, "guidance": w}
-        sampled[w] = process.sample(model, y, guide=guide, **settings)
+        process = diffusion(sampler=sampler, steps=5, clip_x_0=False, guidance=w)
+        model, guide = GaussianData(process), GaussianData(process)
+        guide.mean = guide.mean - 0.1  # errs by as much for every label
+        sampled[w] = process.draw(process.guided(model, guide), y)
         assert model.calls == [3] * 5
         assert guide.calls == ([3] * 5 if w == 2 else [])
-    settings["guidance"] = 1.0
-    weak = process.sample(guide, y, **settings)
-    torch.testing.assert_close(sampled[2.0], 2 * sampled[1.0] - weak)
-    null = process.sample(model, torch.full_like(y, process.null_class), **settings)
-    assert torch.equal(sampled[0.0], null)  # w = 0 ignores the label, guide or not
+        if w == 1:
+            weaker = draw(process, guide, y)
+            unlabelled = draw(process, model, torch.full_like(y, process.cfg.null_class))
+    torch.testing.assert_close(sampled[2.0], 2 * sampled[1.0] - weaker)
+    assert torch.equal(sampled[0.0], unlabelled)  # w = 0 ignores the label, with or without a guide
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_guidance_acts_and_costs_only_within_its_interval(sampler):
-    process, y = diffusion(), torch.arange(3)  # times 1000, 800, 600, 400, 200
-    settings = {"sampler": sampler, "steps": 5, "clip_x_0": False, "return_intermediates": True}
-    paths = {}
-    for interval, twice in (((0.0, 1.0), 5), ((0.2, 0.8), 3), ((0.5, 0.5), 0)):
-        model, (low, high) = GaussianData(process), interval
-        limits = {"guidance": 2.0, "guidance_low": low, "guidance_high": high}
-        paths[interval] = process.sample(model, y, **settings, **limits)[1]
-        assert sum(model.calls) == 3 * (5 + twice) == 3 * process.network_calls(5, *limits.values())
-    plain = process.sample(GaussianData(process), y, **settings, guidance=1.0)[1]
-    assert torch.equal(paths[0.5, 0.5], plain)
-    middle = paths[0.2, 0.8]
+    y = torch.arange(3)  # times 1000, 800, 600, 400, 200
+
+    def guided_path(w, low=0.0, high=1.0):
+        limits = {"guidance": w, "guidance_low": low, "guidance_high": high}
+        process = diffusion(sampler=sampler, steps=5, clip_x_0=False, **limits)
+        model = GaussianData(process)
+        states = path(process, model, y)
+        assert sum(model.calls) == 3 * process.network_calls()
+        return states, process.network_calls()
+
+    plain = guided_path(1.0)[0]
+    assert guided_path(2.0)[1] == 10
+    middle, calls = guided_path(2.0, 0.2, 0.8)
+    assert calls == 8
     assert torch.equal(middle[:2], plain[:2])  # not yet at t = 1000
     assert not torch.allclose(middle[2], plain[2])
-    null = process.sample(
-        GaussianData(process), y, **settings, guidance=0, guidance_low=0.2, guidance_high=0.8
-    )[1]
-    nothing = process.sample(GaussianData(process), y, **settings, guidance=0)[1]
-    assert torch.equal(null, nothing)  # a guidance of 0 is the null class throughout
+    nowhere, calls = guided_path(2.0, 0.5, 0.5)
+    assert calls == 5
+    assert torch.equal(nowhere, plain)
+    # A guidance of 0 ignores the label everywhere
+    assert torch.equal(guided_path(0.0, 0.2, 0.8)[0], guided_path(0.0)[0])
+
+
+# ---- random numbers
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_an_image_is_the_same_in_any_batch(sampler):
-    process, y = diffusion(), torch.arange(5)
-    settings = {"sampler": sampler, "steps": 4, "seed": 3}
-    whole = process.sample(GaussianData(process), y, **settings)
+    def drawn(count=5, seed=3, **settings):
+        process = diffusion(sampler=sampler, steps=4, seed=seed, **settings)
+        return draw(process, GaussianData(process), torch.arange(count))
+
+    whole = drawn()
     for batch_size in (1, 2, 4):
-        parts = process.sample(GaussianData(process), y, **settings, batch_size=batch_size)
-        assert torch.equal(parts, whole)
-    assert torch.equal(process.sample(GaussianData(process), y[:2], **settings), whole[:2])
-    other = process.sample(GaussianData(process), y, **(settings | {"seed": 4}))
-    assert not torch.allclose(other, whole)
+        assert torch.equal(drawn(sample_batch_size=batch_size), whole)
+    assert torch.equal(drawn(count=2), whole[:2])
+    assert not torch.allclose(drawn(seed=4), whole)
     assert not torch.allclose(whole[0] - whole[0].mean(), whole[1] - whole[1].mean())
 
 
+def test_the_noise_of_an_image_depends_on_its_number_and_the_seed_alone():
+    noise = ImageNoise(7, range(5), (2, 3))
+    first, second = noise.draw(), noise.draw()
+    assert first.shape == (5, 2, 3)
+    assert not torch.equal(first, second)
+    last_two = ImageNoise(7, range(3, 5), (2, 3), dtype=torch.float64)
+    for expected in (first, second):
+        drawn = last_two.draw()
+        assert drawn.dtype == torch.float64
+        assert torch.equal(drawn.float(), expected[3:])
+
+
 def test_sampling_leaves_the_global_random_state_alone():
-    process = diffusion()
+    process = diffusion(sampler="ddpm", steps=5)
     state = torch.get_rng_state()
-    process.sample(GaussianData(process), torch.arange(2), sampler="ddpm", steps=5)
+    draw(process, GaussianData(process), torch.arange(2))
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_intermediates_run_from_the_noise_to_the_image():
-    process, y = diffusion(), torch.arange(5)
-    x_0, path = process.sample(
-        GaussianData(process), y, steps=4, batch_size=2, return_intermediates=True
-    )
-    assert path.shape == (5, 5, 1, 8, 8)
-    assert torch.equal(path[-1], x_0)
-    noise = ImageNoise(0, 0, 5, (1, 8, 8), torch.device("cpu"), torch.float32).draw()
-    assert torch.equal(path[0], noise)
+def test_a_stream_depends_on_its_whole_key():
+    def numbers(*key):
+        return torch.randn(4, generator=seeded_generator(*key))
 
-
-def test_streams_are_set_by_their_whole_key():
-    draw = lambda *key: torch.randn(4, generator=seeded_generator(*key))  # noqa: E731
-    assert torch.equal(draw(1, 2), draw(1, 2))
+    assert torch.equal(numbers(1, 2), numbers(1, 2))
     for key in ((2, 1), (1,), (1, 2, 0), (1, 3)):
-        assert not torch.equal(draw(*key), draw(1, 2))
+        assert not torch.equal(numbers(*key), numbers(1, 2))
+    with pytest.raises(ValueError, match="negative"):
+        seeded_generator(-1)

@@ -1,18 +1,18 @@
-"""The figures against closed forms, independent computations and planted faults."""
+"""The metrics against closed forms, independent computations and planted faults."""
 
 import numpy as np
 import pytest
 import scipy.linalg
 import torch
 
-from metrics import (
-    agreement_figures,
-    feature_figures,
+from evaluation.metrics import (
+    agreement_metrics,
+    feature_metrics,
     frechet_distance,
-    frechet_figures,
+    frechet_metrics,
     moments,
     nearest,
-    pixel_figures,
+    pixel_metrics,
 )
 
 
@@ -46,35 +46,35 @@ def test_the_distance_against_scipys_matrix_square_root():
     assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-8)
 
 
-def test_the_interval_holds_the_distance_and_narrows_with_more_images():
+def test_the_interval_contains_the_distance_and_narrows_with_more_images():
     reference = moments(gaussian(0, 1, count=20_000, seed=9))
     widths = []
     for count in (500, 4000):
-        figures = frechet_figures(gaussian(0.3, 1, count=count), reference)
-        low, high = figures["fd_interval"]
-        assert low < figures["fd"] < high
+        found = frechet_metrics(gaussian(0.3, 1, count=count), reference)
+        low, high = found["fd_interval"]
+        assert low < found["fd"] < high
         widths.append(high - low)
     assert widths[1] < 0.6 * widths[0]
 
 
-def test_precision_and_recall_tell_two_faults_apart():
-    real = gaussian(0, 1, count=1000)
-    same = feature_figures(gaussian(0, 1, count=1000, seed=1), real)
-    narrow = feature_figures(gaussian(0, 0.5, count=1000, seed=1), real)
-    far = feature_figures(gaussian(6, 1, count=1000, seed=1), real)
+def test_precision_and_recall_distinguish_two_faults():
+    real = gaussian(0, 1, count=500)
+    same = feature_metrics(gaussian(0, 1, count=500, seed=1), real)
+    narrow = feature_metrics(gaussian(0, 0.5, count=500, seed=1), real)
+    far = feature_metrics(gaussian(6, 1, count=500, seed=1), real)
     assert narrow["precision"] > same["precision"]
     assert narrow["recall"] < 0.5 * same["recall"]
     assert far["precision"] == far["recall"] == 0
     assert abs(same["kid"]) < 0.01 < narrow["kid"] < far["kid"]
 
 
-def test_pixel_figures_by_hand():
+def test_pixel_metrics_by_hand():
     images = torch.tensor([0, 0, 10, 255], dtype=torch.uint8).view(1, 1, 2, 2)
-    figures = pixel_figures(images)
-    assert figures["black"] == 0.5
-    assert figures["mean"] == 66.25
-    assert figures["std"] == pytest.approx(np.std([0, 0, 10, 255]))
-    assert figures["histogram"] == [0.5, 0.25, 0, 0, 0, 0.25]
+    found = pixel_metrics(images)
+    assert found["black"] == 0.5
+    assert found["mean"] == 66.25
+    assert found["std"] == pytest.approx(np.std([0, 0, 10, 255]))
+    assert found["histogram"] == [0.5, 0.25, 0, 0, 0, 0.25]
 
 
 def test_nearest_against_every_pair():
@@ -92,8 +92,8 @@ def test_nearest_against_every_pair():
 def test_agreement_by_hand():
     labels = torch.tensor([3, 3, 3, 3, 8, 8, 1])
     answers = torch.tensor([3, 5, 5, 8, 8, 8, 1])
-    figures = agreement_figures(answers, labels)
-    assert figures["agreement"] == pytest.approx(4 / 7)
-    assert figures["by_digit"][3] == 0.25
-    assert figures["by_digit"][8] == figures["by_digit"][1] == 1
-    assert figures["confusions"] == [[3, 5, 2], [3, 8, 1]]
+    found = agreement_metrics(answers, labels)
+    assert found["agreement"] == pytest.approx(4 / 7)
+    assert found["by_digit"][3] == 0.25
+    assert found["by_digit"][8] == found["by_digit"][1] == 1
+    assert found["confusions"] == [[3, 5, 2], [3, 8, 1]]

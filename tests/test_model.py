@@ -12,8 +12,8 @@ def batch(cfg: Config, size: int = 3) -> tuple[torch.Tensor, torch.Tensor, torch
     return x, torch.arange(1, size + 1), torch.arange(size) % (cfg.num_classes + 1)
 
 
-def awake(cfg: Config) -> UNet:
-    """A U-Net whose zero-initialised layers have random weights, so that everything matters."""
+def random_unet(cfg: Config) -> UNet:
+    """A U-Net with random weights, also where a new one has zeros, so that every layer counts."""
     torch.manual_seed(0)
     model = UNet(cfg)
     for parameter in model.parameters():
@@ -35,7 +35,7 @@ def awake(cfg: Config) -> UNet:
 )
 def test_the_output_has_the_inputs_shape_and_depends_on_all_inputs(settings):
     cfg = Config(**(TINY | settings))
-    model, (x, t, y) = awake(cfg), batch(cfg)
+    model, (x, t, y) = random_unet(cfg), batch(cfg)
     out = model(x, t, y)
     assert out.shape == x.shape
     assert not torch.allclose(out, model(x + 0.1, t, y))
@@ -45,7 +45,7 @@ def test_the_output_has_the_inputs_shape_and_depends_on_all_inputs(settings):
 
 def test_every_parameter_gets_a_gradient():
     cfg = Config(**TINY, attention=True)
-    model, (x, t, y) = awake(cfg), batch(cfg)
+    model, (x, t, y) = random_unet(cfg), batch(cfg)
     model(x, t, y).square().mean().backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad.abs().max() > 0, name
@@ -53,15 +53,15 @@ def test_every_parameter_gets_a_gradient():
 
 def test_the_layout_of_memory_changes_only_rounding():
     cfg = Config(**TINY, attention=True)
-    model, (x, t, y) = awake(cfg), batch(cfg)
+    model, (x, t, y) = random_unet(cfg), batch(cfg)
     expected = model(x, t, y)
     off = model.to(memory_format=torch.channels_last)(x, t, y) - expected
     assert off.abs().max() < 1e-3 * expected.abs().max()
 
 
-def test_the_picture_of_a_label_is_that_labels_alone():
+def test_a_labels_picture_changes_only_images_of_that_label():
     cfg = Config(**TINY)
-    model, (x, t, y) = awake(cfg), batch(cfg)
+    model, (x, t, y) = random_unet(cfg), batch(cfg)
     before = model(x, t, y)
     torch.nn.init.normal_(model.label_picture.weight[y[0]])
     after = model(x, t, y)
@@ -74,9 +74,9 @@ def test_a_new_network_predicts_zero():
     assert UNet(cfg)(*batch(cfg)).abs().max() == 0
 
 
-def test_images_of_a_batch_do_not_mix():
+def test_the_images_of_a_batch_do_not_influence_each_other():
     cfg = Config(**TINY, attention=True)
-    model, (x, t, y) = awake(cfg), batch(cfg)
+    model, (x, t, y) = random_unet(cfg), batch(cfg)
     whole = model(x, t, y)
     for i in range(len(x)):
         alone = model(x[i : i + 1], t[i : i + 1], y[i : i + 1])
@@ -107,11 +107,18 @@ def test_timestep_features_against_their_formula():
     torch.testing.assert_close(features, torch.cat([angle.cos(), angle.sin()], dim=1))
 
 
+def test_a_timestep_means_its_fraction_of_all_timesteps():
+    x, t, y = batch(Config(**TINY))
+    long, short = (random_unet(Config(**TINY, timesteps=T)) for T in (1000, 500))
+    torch.testing.assert_close(short(x, t, y), long(x, 2 * t, y))
+    assert not torch.allclose(short(x, t, y), long(x, t, y))
+
+
 def test_the_default_network_is_small():
     assert sum(p.numel() for p in UNet(Config()).parameters()) < 4_000_000
 
 
-def test_devices():
+def test_auto_takes_cuda_if_available_and_an_unusable_device_is_an_error():
     assert pick_device("cpu") == torch.device("cpu")
     assert pick_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
     for name in ("gpu", "cuda:99"):
@@ -119,7 +126,7 @@ def test_devices():
             pick_device(name)
 
 
-def test_auto_precision_takes_bf16_only_where_the_cpu_multiplies_it(monkeypatch):
+def test_auto_precision_takes_bf16_only_where_the_cpu_multiplies_it_natively(monkeypatch):
     cpu = torch.device("cpu")
     for native in (False, True):
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda x=native: x)
@@ -131,7 +138,7 @@ def test_auto_precision_takes_bf16_only_where_the_cpu_multiplies_it(monkeypatch)
 
 def test_bf16_changes_the_output_only_by_rounding():
     cfg = Config(**TINY)
-    model, (x, t, y) = awake(cfg), batch(cfg)
+    model, (x, t, y) = random_unet(cfg), batch(cfg)
     exact = model(x, t, y)
     with torch.autocast("cpu", torch.bfloat16):
         rounded = model(x, t, y).float()

@@ -52,7 +52,7 @@ def test_a_step_is_as_large_as_adamws_whatever_the_gradients_size():
         assert rms == pytest.approx(0.2, rel=0.25)
 
 
-def test_momentum_looks_ahead():
+def test_momentum_is_nesterovs():
     (kernel,) = kernels(1)
     muon = Muon([kernel], lr=0.1, momentum=0.8, weight_decay=0.0)
     first = kernel.grad.clone()
@@ -66,7 +66,7 @@ def test_momentum_looks_ahead():
     torch.testing.assert_close(kernel.data, before - 0.1 * 0.2 * 72**0.5 * step)
 
 
-def test_kernels_of_one_shape_are_stepped_together_as_if_alone():
+def test_kernels_of_one_shape_are_updated_together_as_if_alone():
     together, alone = kernels(3), kernels(3)
     Muon(together, 0.1, 0.9, 0.01).step()
     for kernel in alone:
@@ -75,7 +75,7 @@ def test_kernels_of_one_shape_are_stepped_together_as_if_alone():
         torch.testing.assert_close(a.data, b.data)
 
 
-def test_every_parameter_has_one_optimizer_and_muon_the_large_matrices():
+def test_every_parameter_has_one_optimizer_and_muon_has_the_large_matrices():
     cfg = Config(widths=(8, 16), embedding_size=16, attention=True)
     model = UNet(cfg)
     muon, adamw = make_optimizers(cfg, model)
@@ -90,7 +90,7 @@ def test_every_parameter_has_one_optimizer_and_muon_the_large_matrices():
     }
 
 
-def test_no_optimizer_touches_what_has_no_gradient():
+def test_muon_leaves_a_parameter_without_a_gradient_alone():
     (kernel,) = kernels(1)
     kernel.grad, before = None, kernel.detach().clone()
     Muon([kernel], 0.1, 0.9, 0.01).step()

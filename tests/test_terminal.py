@@ -1,12 +1,14 @@
-"""Pictures as characters, on streams that stand for terminals of every kind."""
+"""Pictures as characters, on streams that stand for terminals of every kind, and questions."""
 
+import builtins
 import io
 import re
 
 import pytest
 import torch
 
-import terminal
+from config import Config
+from interface import terminal
 
 
 class Screen(io.TextIOWrapper):
@@ -69,7 +71,7 @@ def test_sixteen_digits_fit_an_ordinary_terminal(sized):
     assert "more" not in lines[-1]
 
 
-def test_what_does_not_fit_is_told(sized):
+def test_a_person_is_told_of_what_does_not_fit(sized):
     assert shown(digits(500), Screen())[-1] == "(452 more in the file)"
     sized(20, 24)
     assert "20 wide" in shown(digits(1, 240), Screen())[0]
@@ -100,3 +102,76 @@ def test_plain_characters_where_the_terminal_knows_no_better(sized, monkeypatch)
     plain.append(shown(digits(1), Screen()))
     assert all(lines == plain[0] for lines in plain)
     assert set("".join(plain[0])) == {" ", "@"}
+
+
+def answers(monkeypatch: pytest.MonkeyPatch, *lines: str) -> None:
+    """Let a person type these lines, and then Ctrl-D."""
+    typed = iter(lines)
+
+    def read(prompt: str = "") -> str:
+        try:
+            return next(typed)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr(builtins, "input", read)
+
+
+def test_a_question_is_asked_until_the_answer_makes_sense(monkeypatch, capsys):
+    answers(monkeypatch, "many", "0", "17", " 16 ")
+    assert terminal.ask("How many", 4, terminal.whole_number(16)) == 16
+    captured = capsys.readouterr()
+    assert captured.out == ""  # stdout is only for the paths of written files
+    assert captured.err.count("How many [4]: ") == 4
+    for wrong in ("many", "0", "17"):
+        assert f"  '{wrong}' is not a whole number from 1 to 16\n" in captured.err
+
+
+def test_enter_takes_the_default_where_there_is_one(monkeypatch, capsys):
+    answers(monkeypatch, "")
+    assert terminal.ask("How many", 4, terminal.whole_number(16)) == 4
+    answers(monkeypatch, "", "3")
+    assert terminal.ask("How many", None, terminal.whole_number(16)) == 3
+    assert "'' is not a whole number" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("lines", [("q",), ("Q",), ("x", "q"), ()], ids=str)
+def test_q_and_the_end_of_the_input_end_the_questions(monkeypatch, lines):
+    answers(monkeypatch, *lines)
+    with pytest.raises(EOFError):
+        terminal.ask("How many", 4, terminal.whole_number(16))
+
+
+def test_a_question_mark_shows_the_help(monkeypatch, capsys):
+    answers(monkeypatch, "?", "5")
+    assert terminal.ask("How many", 4, terminal.whole_number(16)) == 5
+    assert "2026" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["2.5", "-1", "1e1", "", "0", "17", "½"])
+def test_what_is_not_a_whole_number_is_refused(text):
+    with pytest.raises(ValueError, match="not a whole number from 1 to 16"):
+        terminal.whole_number(16)(text)
+
+
+def test_the_sampling_bar_counts_every_state_of_every_batch(monkeypatch):
+    totals, updates = [], []
+
+    class Bar:
+        def __init__(self, total: int, **look: object) -> None:
+            totals.append(total)
+
+        def __enter__(self) -> "Bar":
+            return self
+
+        def __exit__(self, *error: object) -> None:
+            pass
+
+        def update(self) -> None:
+            updates.append(1)
+
+    monkeypatch.setattr(terminal, "tqdm", Bar)
+    with terminal.sampling_bar(Config(steps=5, sample_batch_size=4), 9) as on_state:
+        on_state(torch.zeros(4, 1, 28, 28))
+    assert totals == [3 * 6]  # three batches from the noise over five steps
+    assert updates == [1]

@@ -10,21 +10,22 @@ import shlex
 import shutil
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, assert_one_line, assert_same, start_script, unix
+from conftest import MNIST, TINY, assert_one_line, assert_same, start_script, unix
 from PIL import Image
 
 import checkpoint
 import train
+from checkpoint import TrainState
 from config import Config
 from data import load_split, to_model_range
 from diffusion import Diffusion, seeded_generator
-from model import UNet
-from optimizer import make_optimizers
+from interface.runs import newest_of_run
 
 if os.name != "nt":
     import pty
@@ -50,11 +51,14 @@ def losses(folder: Path) -> list[tuple[str, ...]]:
     return [tuple(row[name] for name in names) for row in metrics(folder)]
 
 
+FOUR_EPOCHS = TINY | {"epochs": 4, "save_every": 2}
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
     """The results of four epochs that nothing interrupted; tests read it and do not write."""
     out = tmp_path_factory.mktemp("whole")
-    process = start_script("train.py", *TINY, "--epochs", 4, "--save_every", 2, "--output_dir", out)
+    process = start_script("train.py", FOUR_EPOCHS | {"output_dir": out})
     output = process.communicate()[0]
     assert process.returncode == 0, output
     (out / "output.txt").write_text(output)
@@ -68,15 +72,13 @@ def test_a_run_writes_models_grids_and_metrics_and_names_them(whole):
         assert f"wrote {whole / 'images' / f'samples_epoch_{epoch}.png'}" in output
         grid = np.asarray(Image.open(whole / "images" / f"samples_epoch_{epoch}.png"))
         assert grid.shape == (10 * 30 + 2, 2 * 30 + 2)  # a row a digit, 2 columns
-    assert sorted(p.name for p in whole.glob("models/*")) == [
-        "model_epoch_2.pth", "model_epoch_4.pth"
-    ]  # fmt: skip
+    names = [p.name for p in whole.glob("models/*")]
+    assert sorted(names) == ["model_epoch_2.pth", "model_epoch_4.pth"]
     assert f"wrote {whole / 'images' / 'training.png'}" in output
     assert Image.open(whole / "images" / "training.png").width > 300
     rows = metrics(whole)
-    assert [(float(r["epoch"]), int(r["step"])) for r in rows] == [
-        (1, 10), (2, 20), (3, 30), (4, 40)
-    ]  # fmt: skip
+    assert [float(r["epoch"]) for r in rows] == [1, 2, 3, 4]
+    assert [int(r["step"]) for r in rows] == [10, 20, 30, 40]
     assert float(rows[-1]["loss"]) < float(rows[0]["loss"])
     assert all(float(r["images_per_second"]) > 0 and float(r["grad_norm"]) > 0 for r in rows)
     seconds = [float(r["seconds"]) for r in rows]
@@ -86,7 +88,7 @@ def test_a_run_writes_models_grids_and_metrics_and_names_them(whole):
 def test_resuming_from_an_epochs_end_gives_the_same_bits(whole, tmp_path, run):
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
     (tmp_path / "models" / "model_epoch_4.pth").unlink()
-    result = run("train.py", *TINY, "--epochs", 4, "--resume", "--output_dir", tmp_path)
+    result = run("train.py", **TINY, epochs=4, resume=True, output_dir=tmp_path)
     assert result.code == 0
     assert_same(
         state(tmp_path / "models/model_epoch_4.pth"), state(whole / "models/model_epoch_4.pth")
@@ -97,20 +99,20 @@ def test_resuming_from_an_epochs_end_gives_the_same_bits(whole, tmp_path, run):
     assert not list(tmp_path.glob("earlier/*/*.pth"))
 
 
-LONG = (*TINY, "--max_images", 4800, "--epochs", 2, "--save_every", 1)  # 150 steps an epoch
+LONG = TINY | {"max_images": 4800, "epochs": 2, "save_every": 1}  # 150 steps an epoch
 
 
 @pytest.fixture(scope="module")
 def long_run(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("long")
-    process = start_script("train.py", *LONG, "--output_dir", out)
+    process = start_script("train.py", LONG | {"output_dir": out})
     assert process.wait() == 0, process.stdout.read()
     return out
 
 
 def stop_when(pattern: str, out: Path, signum: int, delay: float = 0.25) -> tuple[int, str]:
     """Start the long run, wait for output that has `pattern`, then send the signal."""
-    process = start_script("train.py", *LONG, "--output_dir", out)
+    process = start_script("train.py", LONG | {"output_dir": out})
     output = ""
     for line in process.stdout:
         output += line
@@ -129,13 +131,13 @@ def stop_when(pattern: str, out: Path, signum: int, delay: float = 0.25) -> tupl
 def test_an_interrupted_epoch_resumes_to_the_same_bits(long_run, tmp_path, run, signum, code):
     returned, output = stop_when("^training to", tmp_path, signum)
     assert returned == code, output
-    stopped = checkpoint.newest(tmp_path / "models")
+    stopped = newest_of_run(tmp_path / "models")
     assert 0 < checkpoint.load(stopped)["progress"]["images"] < 4800
     assert f"wrote {stopped}" in output
     going_on = output[output.index("python train.py --resume") :]
     assert f"--output_dir {tmp_path}" in going_on
     assert "--device cpu" in going_on  # a checkpoint does not bring it along
-    result = run("train.py", *LONG, "--resume", "--output_dir", tmp_path)
+    result = run("train.py", **LONG, resume=True, output_dir=tmp_path)
     assert result.code == 0
     assert_same(
         state(tmp_path / "models/model_epoch_2.pth"), state(long_run / "models/model_epoch_2.pth")
@@ -147,7 +149,7 @@ def test_an_interrupted_epoch_resumes_to_the_same_bits(long_run, tmp_path, run, 
 def test_a_killed_run_resumes_to_the_same_bits(long_run, tmp_path, run):
     returned, output = stop_when(r"^wrote .*model_epoch_1\.pth", tmp_path, signal.SIGKILL)
     assert returned == -signal.SIGKILL, output
-    result = run("train.py", *LONG, "--resume", "--output_dir", tmp_path)
+    result = run("train.py", **LONG, resume=True, output_dir=tmp_path)
     assert result.code == 0
     last = "models/model_epoch_2.pth"
     assert_same(state(tmp_path / last), state(long_run / last))
@@ -155,8 +157,7 @@ def test_a_killed_run_resumes_to_the_same_bits(long_run, tmp_path, run):
 
 
 def test_resume_with_nothing_to_resume_starts_from_scratch_and_says_so(whole, tmp_path, run):
-    settings = (*TINY, "--epochs", 4, "--save_every", 2)
-    result = run("train.py", *settings, "--resume", "--output_dir", tmp_path)
+    result = run("train.py", **FOUR_EPOCHS, resume=True, output_dir=tmp_path)
     assert result.code == 0
     assert "starting from scratch" in result.out
     assert_same(
@@ -167,7 +168,7 @@ def test_resume_with_nothing_to_resume_starts_from_scratch_and_says_so(whole, tm
 def test_resume_after_the_end_has_nothing_to_do(whole, tmp_path, run):
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
-    result = run("train.py", "--resume", "--output_dir", tmp_path)
+    result = run("train.py", resume=True, output_dir=tmp_path)
     assert result.code == 0
     assert "nothing left to do" in result.out
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
@@ -180,7 +181,7 @@ def test_a_budget_that_starting_up_would_overrun_is_done(whole, tmp_path, run):
     contents["config"]["budget"], contents["progress"]["seconds"] = "10m", 599.99
     torch.save(contents, path)
     before = path.read_bytes()
-    result = run("train.py", *TINY, "--resume", "--output_dir", tmp_path)
+    result = run("train.py", **TINY, resume=True, output_dir=tmp_path)
     assert result.code == 0, result
     assert "nothing left to do" in result.out
     assert path.read_bytes() == before
@@ -188,15 +189,15 @@ def test_a_budget_that_starting_up_would_overrun_is_done(whole, tmp_path, run):
 
 def test_resuming_with_more_epochs_extends_the_plan(whole, tmp_path, run):
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
-    result = run("train.py", *TINY, "--resume", "--epochs", 5, "--output_dir", tmp_path)
+    result = run("train.py", **TINY, resume=True, epochs=5, output_dir=tmp_path)
     assert result.code == 0
     assert "epochs = 5 (the checkpoint had 4)" in result.out
-    assert checkpoint.newest(tmp_path / "models").name == "model_epoch_5.pth"
+    assert newest_of_run(tmp_path / "models").name == "model_epoch_5.pth"
 
 
 def test_a_checkpoint_alone_is_described_and_not_trained(whole, run):
     path = whole / "models" / "model_epoch_2.pth"
-    result = run("train.py", "--load_checkpoint_path", path)
+    result = run("train.py", load_checkpoint_path=path)
     assert result.code == 0
     going_on = ("--continue_training_epochs K", f"--output_dir {whole}", "--device cpu")
     for words in ("epoch 2", "step 20", "4 epochs planned", *going_on):
@@ -206,22 +207,20 @@ def test_a_checkpoint_alone_is_described_and_not_trained(whole, run):
 
 def test_what_to_type_next_bears_a_folder_with_a_space(run, tmp_path):
     folder = tmp_path / "my runs"
-    assert run("train.py", *TINY, "--epochs", 1, "--output_dir", folder).code == 0
+    assert run("train.py", **TINY, epochs=1, output_dir=folder).code == 0
     path = folder / "models" / "model_epoch_1.pth"
-    result = run("train.py", "--load_checkpoint_path", path, "--output_dir", folder)
+    result = run("train.py", load_checkpoint_path=path, output_dir=folder)
     command = result.out[result.out.index("python train.py") :].replace("epochs K", "epochs 1")
-    assert run(*shlex.split(command)[1:], *TINY).code == 0
+    assert run(*shlex.split(command)[1:], **TINY).code == 0
     assert (folder / "models" / "model_epoch_2.pth").exists()
 
 
 def test_training_more_epochs_numbers_on_and_keeps_the_rest_aside(whole, tmp_path, run):
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
     models = tmp_path / "models"
-    result = run(
-        "train.py", *TINY, "--load_checkpoint_path", models / "model_epoch_2.pth",
-        "--continue_training_epochs", 3, "--lr", 0.001, "--weight_decay", 0.3,
-        "--muon_momentum", 0.8, "--output_dir", tmp_path,
-    )  # fmt: skip
+    settings = {"lr": 0.001, "weight_decay": 0.3, "muon_momentum": 0.8, "output_dir": tmp_path}
+    start = {"load_checkpoint_path": models / "model_epoch_2.pth", "continue_training_epochs": 3}
+    result = run("train.py", **TINY, **start, **settings)
     assert result.code == 0
     had = Config().learning_rate
     assert f"learning_rate = 0.001 (the checkpoint had {had})" in result.out
@@ -234,10 +233,13 @@ def test_training_more_epochs_numbers_on_and_keeps_the_rest_aside(whole, tmp_pat
     assert [float(r["epoch"]) for r in metrics(tmp_path)] == [1, 2, 3, 4, 5]
     assert all(float(r["learning_rate"]) <= 0.001 for r in metrics(tmp_path)[2:])
     moved = next((tmp_path / "earlier").iterdir())
-    assert sorted(p.name for p in moved.iterdir()) == [
-        "metrics.csv", "model_epoch_2.pth", "model_epoch_4.pth", "samples_epoch_4.png",
+    assert {p.name for p in moved.iterdir()} == {
+        "metrics.csv",
+        "model_epoch_2.pth",
+        "model_epoch_4.pth",
+        "samples_epoch_4.png",
         "training.png",
-    ]  # fmt: skip
+    }
     for name in ("model_epoch_2.pth", "model_epoch_4.pth"):  # the first is rewritten with its plan
         assert (moved / name).read_bytes() == (whole / "models" / name).read_bytes()
 
@@ -245,22 +247,26 @@ def test_training_more_epochs_numbers_on_and_keeps_the_rest_aside(whole, tmp_pat
 def test_a_second_run_from_scratch_overwrites_nothing(whole, tmp_path, run):
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
     (tmp_path / "images" / "generated_4_001.png").write_bytes(b"mine")
-    result = run("train.py", *TINY, "--epochs", 1, "--output_dir", tmp_path)
+    result = run("train.py", **TINY, epochs=1, output_dir=tmp_path)
     assert result.code == 0
     moved = next((tmp_path / "earlier").iterdir())
     assert f"kept in {moved}" in result.out
-    assert sorted(p.name for p in moved.iterdir()) == [
-        "metrics.csv", "model_epoch_2.pth", "model_epoch_4.pth", "samples_epoch_2.png",
-        "samples_epoch_4.png", "training.png",
-    ]  # fmt: skip
+    assert {p.name for p in moved.iterdir()} == {
+        "metrics.csv",
+        "model_epoch_2.pth",
+        "model_epoch_4.pth",
+        "samples_epoch_2.png",
+        "samples_epoch_4.png",
+        "training.png",
+    }
     assert [p.name for p in (tmp_path / "models").iterdir()] == ["model_epoch_1.pth"]
     assert len(metrics(tmp_path)) == 1
     assert (tmp_path / "images" / "generated_4_001.png").read_bytes() == b"mine"
 
 
 def test_sampling_never_disturbs_training(whole, tmp_path, run):
-    run("train.py", *TINY, "--epochs", 4, "--save_every", 1, "--preview_digits", "12",
-        "--sampler", "ddpm", "--output_dir", tmp_path)  # fmt: skip
+    often = TINY | {"epochs": 4, "save_every": 1, "preview_digits": "12", "sampler": "ddpm"}
+    assert run("train.py", **often, output_dir=tmp_path).code == 0
     last = "models/model_epoch_4.pth"
     assert_same(state(tmp_path / last)["model"], state(whole / last)["model"])
     assert Image.open(tmp_path / "images/samples_epoch_1.png").height == 2 * 30 + 2
@@ -268,19 +274,16 @@ def test_sampling_never_disturbs_training(whole, tmp_path, run):
 
 def test_a_budget_ends_the_run_in_time_with_the_learning_rate_at_zero(tmp_path):
     began = time.perf_counter()
-    process = start_script(
-        "train.py", *TINY, "--max_images", 0, "--budget", "12s", "--output_dir", tmp_path
-    )
+    flags = TINY | {"max_images": 0, "budget": "12s", "output_dir": tmp_path}
+    process = start_script("train.py", flags)
     output = process.communicate()[0]
     assert process.returncode == 0, output
     assert 11 < time.perf_counter() - began < 17
     rows = metrics(tmp_path)
     assert float(rows[-1]["learning_rate"]) < 0.05 * Config().learning_rate
     assert 11.9 < float(rows[-1]["seconds"]) < 14
-    newest = checkpoint.newest(tmp_path / "models")
-    assert (
-        (tmp_path / "images" / newest.name.replace("model", "samples")).with_suffix(".png").exists()
-    )
+    grid = newest_of_run(tmp_path / "models").stem.replace("model", "samples")
+    assert (tmp_path / "images" / f"{grid}.png").exists()
     assert "12s" in output
 
 
@@ -288,10 +291,9 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_last_good_checkpo
     whole, tmp_path, run
 ):
     path = whole / "models" / "model_epoch_2.pth"
-    result = run(
-        "train.py", *TINY, "--load_checkpoint_path", path, "--continue_training_epochs", 2,
-        "--lr", 1e30, "--warmup_steps", 0, "--output_dir", tmp_path,
-    )  # fmt: skip
+    flags = TINY | {"load_checkpoint_path": path, "continue_training_epochs": 2}
+    flags |= {"lr": 1e30, "warmup_steps": 0, "output_dir": tmp_path}
+    result = run("train.py", **flags)
     assert result.code == 1
     message = result.err.strip().splitlines()[-1]
     assert re.search(r"no longer finite at step 2[2-9]", message)
@@ -302,15 +304,13 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_last_good_checkpo
 
 def test_a_budget_from_a_checkpoint_counts_from_there(whole, tmp_path):
     path = whole / "models" / "model_epoch_4.pth"
-    process = start_script(
-        "train.py", *TINY, "--load_checkpoint_path", path, "--budget", "10s",
-        "--output_dir", tmp_path,
-    )  # fmt: skip
+    flags = TINY | {"load_checkpoint_path": path, "budget": "10s", "output_dir": tmp_path}
+    process = start_script("train.py", flags)
     output = process.communicate()[0]
     assert process.returncode == 0, output
     first, last = metrics(tmp_path)[0], metrics(tmp_path)[-1]
     assert float(first["learning_rate"]) > float(last["learning_rate"])
-    newest = checkpoint.newest(tmp_path / "models")
+    newest = newest_of_run(tmp_path / "models")
     progress = checkpoint.load(newest)["progress"]
     assert progress["budget_from"] == checkpoint.load(path)["progress"]["seconds"]
     assert progress["step"] > 40
@@ -318,16 +318,15 @@ def test_a_budget_from_a_checkpoint_counts_from_there(whole, tmp_path):
 
 def test_a_continuation_killed_before_its_first_save_keeps_its_plan(whole, tmp_path, run):
     path = whole / "models" / "model_epoch_4.pth"
-    process = start_script(
-        "train.py", *TINY, "--max_images", 6400, "--load_checkpoint_path", path,
-        "--continue_training_epochs", 1, "--output_dir", tmp_path,
-    )  # fmt: skip
+    flags = TINY | {"max_images": 6400, "load_checkpoint_path": path}
+    flags |= {"continue_training_epochs": 1, "output_dir": tmp_path}
+    process = start_script("train.py", flags)
     assert any(line.startswith("wrote") for line in process.stdout)  # its plan, before any step
     process.kill()
     process.wait()
-    result = run("train.py", *TINY, "--resume", "--output_dir", tmp_path)
+    result = run("train.py", **TINY, resume=True, output_dir=tmp_path)
     assert result.code == 0, result
-    assert checkpoint.newest(tmp_path / "models").name == "model_epoch_5.pth"
+    assert newest_of_run(tmp_path / "models").name == "model_epoch_5.pth"
 
 
 def test_metrics_cut_short_by_a_power_cut_do_not_stop_a_resume(whole, tmp_path, run):
@@ -335,14 +334,14 @@ def test_metrics_cut_short_by_a_power_cut_do_not_stop_a_resume(whole, tmp_path, 
     (tmp_path / "models" / "model_epoch_4.pth").unlink()
     with open(tmp_path / "metrics.csv", "a") as file:
         file.write("5,")
-    assert run("train.py", *TINY, "--resume", "--output_dir", tmp_path).code == 0
+    assert run("train.py", **TINY, resume=True, output_dir=tmp_path).code == 0
     assert losses(tmp_path) == losses(whole)
 
 
 def test_checkpoints_that_cannot_be_read_stop_a_resume(run, tmp_path):
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / "model_epoch_3.pth").write_text("damaged")
-    result = run("train.py", *TINY, "--resume", "--output_dir", tmp_path)
+    result = run("train.py", **TINY, resume=True, output_dir=tmp_path)
     assert_one_line(result, str(tmp_path / "models"), "can be read")
 
 
@@ -350,86 +349,123 @@ def test_a_checkpoint_for_sampling_alone_cannot_be_trained_on(whole, run, tmp_pa
     whole_file, path = whole / "models" / "model_epoch_4.pth", tmp_path / "small.pth"
     checkpoint.slim(whole_file, path)
     assert path.stat().st_size < 0.4 * whole_file.stat().st_size
-    result = run("train.py", *TINY, "--load_checkpoint_path", path,
-                 "--continue_training_epochs", 1, "--output_dir", tmp_path)  # fmt: skip
+    start = {"load_checkpoint_path": path, "continue_training_epochs": 1}
+    result = run("train.py", **TINY, **start, output_dir=tmp_path)
     assert_one_line(result, str(path), "cannot be trained on")
-    assert "for drawing only" in run("train.py", "--load_checkpoint_path", path).out
-    assert run("generate.py", "--digits", "1", "--model", path, "--output_dir", tmp_path).code == 0
+    assert "cannot be trained on" in run("train.py", load_checkpoint_path=path).out
+    assert run("generate.py", digits=1, model=path, output_dir=tmp_path).code == 0
 
 
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (("--load_checkpoint_path", "nowhere.pth"), ("nowhere.pth", "no such checkpoint")),
-        (("--continue_training_epochs", 2), ("--load_checkpoint_path",)),
-        (("--continue_training_epochs", -2), ("-2", "at least 0")),
-        (("--resume", "--load_checkpoint_path", "a.pth"), ("--resume", "drop")),
-        (("--load_checkpoint_path", "a.pth", "--epochs", 3), ("--continue_training_epochs",)),
-        (("--epochs", 3, "--budget", "10m"), ("--budget", "--epochs")),
-        (("--budget", "10"), ("budget = '10'", "10m")),
-        (("--batch_size", 100_000), ("batch_size = 100000", "60000 images")),
-        (("--device", "gpu"), ("device = 'gpu'", "auto")),
-        (("--timesteps", 10), (f"steps = {Config().steps}", "1 to 10")),
-        (("--budget", "0.1s"), ("budget = '0.1s'", "more time")),
+        ({"load_checkpoint_path": "nowhere.pth"}, ("nowhere.pth", "no such checkpoint")),
+        ({"continue_training_epochs": 2}, ("--continue_training_epochs needs --load_checkpoint",)),
+        ({"continue_training_epochs": -2}, ("--continue_training_epochs needs --load_checkpoint",)),
+        (
+            {"load_checkpoint_path": "a.pth", "continue_training_epochs": -2},
+            ("continue_training_epochs = -2", "at least 0"),
+        ),
+        (
+            {"resume": True, "load_checkpoint_path": "a.pth"},
+            ("--load_checkpoint_path: not allowed with argument --resume",),
+        ),
+        ({"load_checkpoint_path": "a.pth", "epochs": 3}, ("--continue_training_epochs",)),
+        ({"epochs": 3, "budget": "10m"}, ("--budget: not allowed with argument --epochs",)),
+        (
+            {"load_checkpoint_path": "a.pth", "continue_training_epochs": 1, "budget": "10m"},
+            ("--budget: not allowed with argument --continue_training_epochs",),
+        ),
+        ({"budget": "10"}, ("budget = '10'", "10m")),
+        ({"batch_size": 100_000}, ("batch_size = 100000", "60000 images")),
+        ({"device": "gpu"}, ("device = 'gpu'", "auto")),
+        ({"timesteps": 10}, (f"steps = {Config().steps}", "at most timesteps = 10")),
+        ({"budget": "0.1s"}, ("budget = '0.1s'", "too short")),
     ],
+    ids=str,
 )
 def test_bad_input_is_one_line(flags, words, run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    given = (*TINY[4:6], *flags)
-    assert_one_line(run("train.py", *given), *words)
+    assert_one_line(run("train.py", data_dir=MNIST, **flags), *words)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_flags_that_a_trained_model_cannot_take(whole, run):
     path = whole / "models" / "model_epoch_2.pth"
-    result = run(
-        "train.py", "--load_checkpoint_path", path, "--continue_training_epochs", 1,
-        "--widths", "16,16",
-    )  # fmt: skip
+    flags = {"load_checkpoint_path": path, "continue_training_epochs": 1, "widths": "16,16"}
+    result = run("train.py", **flags)
     assert_one_line(result, "widths = (16, 16)", "trained with (8, 8)")
 
 
 def test_an_output_folder_that_cannot_be_made(run, tmp_path):
     (tmp_path / "file").write_text("")
-    result = run("train.py", *TINY, "--epochs", 1, "--output_dir", tmp_path / "file")
+    result = run("train.py", **TINY, epochs=1, output_dir=tmp_path / "file")
     assert_one_line(result, str(tmp_path / "file"))
 
 
 def test_one_batch_is_overfitted():
-    cfg = Config(widths=(16, 32), embedding_size=32, label_dropout=0.0)
-    process, y = Diffusion(cfg), torch.arange(8)
-    torch.manual_seed(0)
-    model = UNet(cfg)
-    images = torch.randint(0, 256, (8, 1, 7, 7), generator=seeded_generator(0)).repeat_interleave(
-        4, 2
-    )
-    x_0 = to_model_range(images.repeat_interleave(4, 3))
-    optimizers = make_optimizers(cfg, model)
-    first = last = 0.0
-    for step in range(250):
+    cfg = Config(widths=(16, 32), embedding_size=32, label_dropout=0.0, guide_fraction=0.0)
+    cfg = replace(cfg, warmup_steps=0, precision="float32", steps=20, guidance=1.0)
+    diffusion, y = Diffusion(cfg), torch.arange(8)
+    state = TrainState.initial(cfg, torch.device("cpu"))
+    pixels = torch.randint(0, 256, (8, 1, 7, 7), generator=seeded_generator(0), dtype=torch.uint8)
+    x_0 = to_model_range(pixels.repeat_interleave(4, 2).repeat_interleave(4, 3))
+    losses = []
+    for _ in range(250):
         # Each image many times, so that a step sees it at many timesteps
-        loss = process.loss(model, x_0.repeat(8, 1, 1, 1), y.repeat(8), seeded_generator(step))
-        model.zero_grad()
-        loss.backward()
-        for optimizer in optimizers:
-            optimizer.step()
-        first, last = first or loss.item(), loss.item()
-    assert last < 0.12 * first
-    drawn = process.sample(model.eval(), y, steps=20)
+        state.totals.zero_()
+        train.training_step(cfg, diffusion, state, x_0.repeat(8, 1, 1, 1), y.repeat(8), 0.0)
+        losses.append(float(state.totals[0]))
+    assert losses[-1] < 0.12 * losses[0]
+    drawn = diffusion.draw(diffusion.guided(state.model.eval()), y)
     nearest = (drawn[:, None] - x_0[None]).square().mean(dim=(2, 3, 4)).argmin(dim=1)
     assert torch.equal(nearest, y)  # each label now draws its own image
 
 
+def test_a_step_counts_itself_its_images_its_loss_and_its_gradient():
+    cfg = Config(widths=(8, 8), embedding_size=8, warmup_steps=3, learning_rate=1.0, grad_clip=0.1)
+    state = TrainState.initial(cfg, torch.device("cpu"))
+    before = {name: weight.clone() for name, weight in state.model.state_dict().items()}
+    x_0 = torch.rand(4, 1, 28, 28)
+    train.training_step(cfg, Diffusion(cfg), state, x_0, torch.arange(4), 0.0)
+    assert (state.progress.step, state.progress.images, state.progress.epoch) == (1, 4, 0)
+    assert (state.totals > 0).all()
+    rates = [group["lr"] for optimizer in state.optimizers for group in optimizer.param_groups]
+    assert rates == [0.25, 0.25]  # the first of the steps that lead up to the peak
+    after = dict(state.model.state_dict())
+    assert any(not torch.equal(after[name], before[name]) for name in before)
+    assert_same(dict(state.ema.state_dict()), after)  # the average over the one step so far
+    assert state.guide is None
+
+
+def test_an_epoch_has_every_image_once_in_an_order_of_its_own():
+    cfg = Config(batch_size=32, seed=3)
+    images = torch.arange(96, dtype=torch.uint8)[:, None, None, None].expand(96, 1, 4, 4)
+    labels = torch.arange(96)
+    orders = []
+    for seed, epoch in ((3, 0), (3, 1), (4, 0), (3, 0)):
+        order = []
+        for first in (0, 32, 64):
+            progress = checkpoint.Progress(epoch=epoch, images=first)
+            x_0, y = train.batch(replace(cfg, seed=seed), images, labels, progress)
+            assert torch.equal(x_0, to_model_range(images[y]))
+            order += y.tolist()
+        assert sorted(order) == list(range(96))
+        orders.append(order)
+    assert orders[0] == orders[3]
+    assert len({tuple(order) for order in orders}) == 3
+
+
 def test_the_learning_rate_rises_then_falls_to_zero():
     cfg = Config(learning_rate=1.0, warmup_steps=9)
-    assert [round(train.learning_rate(cfg, step, 0.0), 3) for step in (0, 4, 9, 99)] == [
-        0.1, 0.5, 1.0, 1.0
-    ]  # fmt: skip
+    rates = [train.learning_rate(cfg, step, 0.0) for step in (0, 4, 9, 99)]
+    assert rates == pytest.approx([0.1, 0.5, 1.0, 1.0])
     assert train.learning_rate(cfg, 500, 0.325) == pytest.approx(0.75)
     assert train.learning_rate(cfg, 1000, 1.0) == 0
 
 
 def test_the_learning_rate_reaches_zero_for_the_guide_and_starts_again_from_its_peak():
-    cfg = Config(learning_rate=1.0, warmup_steps=0, guide_share=0.2)
+    cfg = Config(learning_rate=1.0, warmup_steps=0, guide_fraction=0.2)
     fractions = (0.0, 0.1, 0.2, 0.4, 1.0)
     making = [train.learning_rate(cfg, 500, f, making_guide=True) for f in fractions]
     assert making == pytest.approx([1, 0.5, 0, 0, 0])
@@ -437,61 +473,62 @@ def test_the_learning_rate_reaches_zero_for_the_guide_and_starts_again_from_its_
     assert after == pytest.approx([1, 1, 1, 0.75, 0])
 
 
-def test_mishear_replaces_as_many_labels_as_asked():
+def test_as_many_labels_are_randomized_as_asked():
     y = torch.arange(10_000) % 10
-    heard = train.mishear(y, Config(guide_label_noise=0.3), seeded_generator(0))
-    assert (heard != y).float().mean().item() == pytest.approx(0.3 * 9 / 10, abs=0.015)
-    assert heard.bincount(minlength=10).min() > 900
-    assert torch.equal(train.mishear(y, Config(guide_label_noise=0.0), seeded_generator(0)), y)
+    noisy = train.randomize_labels(y, Config(guide_label_noise=0.3), seeded_generator(0))
+    assert (noisy != y).float().mean().item() == pytest.approx(0.3 * 9 / 10, abs=0.015)
+    assert noisy.bincount(minlength=10).min() > 900
+    none = train.randomize_labels(y, Config(guide_label_noise=0.0), seeded_generator(0))
+    assert torch.equal(none, y)
 
 
-def test_labels_are_misheard_until_the_guide_is_made_and_the_guide_draws_the_preview(
+def test_labels_are_randomized_until_the_guide_is_made_and_the_guide_draws_the_preview(
     run, tmp_path, monkeypatch
 ):
-    heard, guides, averages = [], [], []
-    loss, sample = Diffusion.loss, Diffusion.sample
+    seen, networks = [], []
+    loss, guided = Diffusion.loss, Diffusion.guided
 
     def recorded_loss(self, model, x_0, y, generator):
-        heard.append(y)
+        seen.append(y)
         return loss(self, model, x_0, y, generator)
 
-    def recorded_sample(self, model, y, **settings):
-        guides.append(settings["guide"])
-        averages.append(model)
-        return sample(self, model, y, **settings)
+    def recorded_guided(self, model, guide=None):
+        networks.extend([model, guide])
+        return guided(self, model, guide)
 
     monkeypatch.setattr(Diffusion, "loss", recorded_loss)
-    monkeypatch.setattr(Diffusion, "sample", recorded_sample)
-    flags = (*TINY, "--epochs", 1, "--guide_share", 0.5, "--guide_label_noise", 1)
-    assert run("train.py", *flags, "--output_dir", tmp_path).code == 0
-    labels = load_split(Config(max_images=320), True, torch.device("cpu"))[1]
+    monkeypatch.setattr(Diffusion, "guided", recorded_guided)
+    flags = TINY | {"epochs": 1, "guide_fraction": 0.5, "guide_label_noise": 1}
+    assert run("train.py", **flags, output_dir=tmp_path).code == 0
+    labels = load_split(Config(data_dir=MNIST, max_images=320), True, torch.device("cpu"))[1]
     order = torch.randperm(320, generator=seeded_generator(0, train.ORDER_STREAM, 0))
-    right = [(a == b).float().mean() for a, b in zip(heard, labels[order].split(32), strict=True)]
+    right = [(a == b).float().mean() for a, b in zip(seen, labels[order].split(32), strict=True)]
     assert torch.stack(right[:5]).mean() < 0.25
     assert right[5:] == [1.0] * 5
-    saved = checkpoint.load(tmp_path / "models/model_epoch_1.pth")["guide"]
-    assert_same(dict(guides[-1].state_dict()), dict(saved))
-    # a weight average that knew where it came from would keep every step's weights in memory
-    assert not any(p.requires_grad for net in (guides[-1], averages[-1]) for p in net.parameters())
+    saved = checkpoint.load(tmp_path / "models/model_epoch_1.pth")
+    for network, name in zip(networks, ("ema", "guide"), strict=True):
+        assert_same(dict(network.state_dict()), dict(saved[name]))
+        # An average that tracked gradients would keep every step's weights in memory
+        assert not any(p.requires_grad for p in network.parameters())
 
 
 def test_a_run_shorter_than_its_warm_up_makes_no_guide(run, tmp_path):
-    flags = (*TINY, "--epochs", 1, "--warmup_steps", 11, "--output_dir", tmp_path)
-    result = run("train.py", *flags)
-    assert "--guidance 1.5" in result.out  # the usual 2.8 is for models with a guide
+    flags = TINY | {"epochs": 1, "warmup_steps": 11, "output_dir": tmp_path}
+    result = run("train.py", **flags)
+    assert "--guidance 1.5\n" in result.out  # the usual 2.8 is for models with a guide
     assert checkpoint.load(tmp_path / "models/model_epoch_1.pth")["guide"] is None
-    result = run("train.py", *flags, "--label_dropout", 0)
+    result = run("train.py", **flags, label_dropout=0)
     assert "--guidance 1\n" in result.out  # it never learned to do without the label
-    assert "--guidance" not in run("train.py", *flags, "--warmup_steps", 2).out
+    assert "--guidance" not in run("train.py", **(flags | {"warmup_steps": 2})).out
 
 
-def test_the_guide_is_the_average_at_its_share_of_the_run(whole, run, tmp_path):
+def test_the_guide_is_the_average_at_its_fraction_of_the_run(whole, run, tmp_path):
     contents = [checkpoint.load(whole / f"models/model_epoch_{epoch}.pth") for epoch in (2, 4)]
     assert_same(contents[0]["guide"], contents[1]["guide"])  # made after 0.4 epochs, and kept
     assert not torch.equal(contents[1]["guide"]["stem.weight"], contents[1]["ema"]["stem.weight"])
 
-    flags = (*TINY, "--epochs", 4, "--save_every", 1, "--output_dir", tmp_path)
-    assert run("train.py", *flags, "--guide_share", 0.5).code == 0
+    flags = TINY | {"epochs": 4, "save_every": 1, "output_dir": tmp_path}
+    assert run("train.py", **flags, guide_fraction=0.5).code == 0
     paths = [tmp_path / f"models/model_epoch_{epoch}.pth" for epoch in (1, 2, 3, 4)]
     first, second, _, last = map(checkpoint.load, paths)
     assert first["guide"] is None
@@ -500,18 +537,18 @@ def test_the_guide_is_the_average_at_its_share_of_the_run(whole, run, tmp_path):
     for path in paths[1:]:  # the same again, resumed from before the guide
         path.unlink()
     straight = last["guide"], last["model"]
-    assert run("train.py", *flags, "--guide_share", 0.5, "--resume").code == 0
+    assert run("train.py", **flags, guide_fraction=0.5, resume=True).code == 0
     last = checkpoint.load(paths[-1])
     assert_same((last["guide"], last["model"]), straight)
 
-    assert run("train.py", *flags, "--guide_share", 0).code == 0
+    assert run("train.py", **flags, guide_fraction=0).code == 0
     assert checkpoint.load(paths[-1])["guide"] is None
-    drawn = ("generate.py", "--digits", "3", "--count", 2, "--output_dir", tmp_path)
-    assert run(*drawn).code == 0  # guidance then drops the label
+    drawn = run("generate.py", digits=3, count=2, output_dir=tmp_path)
+    assert drawn.code == 0  # guidance then drops the label
 
 
 @pytest.mark.parametrize("sigma_rel", [0.05, 0.10, 0.20])
-def test_the_weight_averages_width_is_the_asked_share_of_any_run(sigma_rel):
+def test_the_width_of_the_weight_average_is_the_asked_fraction_of_any_run(sigma_rel):
     exponent = train.ema_gamma(sigma_rel) + 1
     for steps in (500, 4000):
         weights = np.zeros(steps)
@@ -530,10 +567,8 @@ def test_the_weight_averages_width_is_the_asked_share_of_any_run(sigma_rel):
 def test_the_progress_bar_shows_loss_speed_and_time_left(tmp_path):
     screen, terminal = pty.openpty()
     termios.tcsetwinsize(terminal, (24, 100))
-    process = start_script(
-        "train.py", *LONG, "--epochs", 1, "--output_dir", tmp_path,
-        stdout=terminal, stderr=terminal, stdin=terminal,
-    )  # fmt: skip
+    streams = dict.fromkeys(("stdout", "stderr", "stdin"), terminal)
+    process = start_script("train.py", LONG | {"epochs": 1, "output_dir": tmp_path}, **streams)
     os.close(terminal)
     shown = io.BytesIO()
     with contextlib.suppress(OSError):  # Linux's way to say that the other side is closed

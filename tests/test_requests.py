@@ -1,0 +1,340 @@
+"""What a user asks for: the model, and what to draw, by flags, by answers and by a picture."""
+
+import builtins
+import itertools
+import re
+from argparse import ArgumentTypeError, Namespace
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import checkpoint
+from checkpoint import Progress, TrainState
+from config import Config
+from data import LABEL_COUNTS
+from interface import requests
+from interface.requests import (
+    Request,
+    choose_model,
+    find_model,
+    free_name,
+    is_folder,
+    list_models,
+    output_name,
+    request_from_picture,
+    requests_from_answers,
+    requests_from_flags,
+    usual_count,
+)
+
+CFG = Config(widths=(8, 8), embedding_size=8)
+
+
+def answers(monkeypatch: pytest.MonkeyPatch, *lines: str) -> None:
+    """Let a person type these lines."""
+    typed = iter(lines)
+    monkeypatch.setattr(builtins, "input", lambda prompt="": next(typed))
+
+
+# ---- one file to draw
+
+
+@pytest.mark.parametrize(
+    ("digits", "count", "output", "words"),
+    [
+        ("7x", 1, "a.png", ("digits = '7x'", "0 to 9")),
+        ("", 1, "a.png", ("digits = ''", "0 to 9")),
+        ("everything", 1, "a.png", ("digits = 'everything'",)),
+        ("7", 0, "a.png", ("count = 0", "at least 1")),
+        ("mnist", -3, "a.npz", ("count = -3", "at least 1")),
+        ("7", 10**12, "a.png", ("count = 1000000000000", "100,000 images")),
+        ("77", 50_001, "a.npz", ("count = 50001", "100,000 images")),
+        ("all", 10_001, "a.npz", ("count = 10001", "100,000 images")),
+        ("mnist", 100_001, "a.npz", ("count = 100001", "100,000 images")),
+        ("7", 501, "a.gif", ("count = 501", "500 images", ".gif")),
+        ("all", 51, "a.webp", ("count = 51", "500 images", ".webp")),
+    ],
+)
+def test_a_request_that_cannot_be_drawn_is_refused(digits, count, output, words):
+    with pytest.raises(ValueError, match=re.escape(words[0])) as error:
+        Request(digits, count, CFG, Path(output))
+    for word in words:
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("digits", "count", "output"),
+    [
+        ("7", 100_000, "a.png"),
+        ("all", 10_000, "a.npz"),
+        ("mnist", 100_000, "a.npz"),
+        ("77", 250, "a.gif"),
+        ("all", 50, "a.webp"),
+    ],
+)
+def test_the_largest_requests_are_accepted(digits, count, output):
+    largest = 500 if Path(output).suffix in (".gif", ".webp") else 100_000
+    assert len(Request(digits, count, CFG, Path(output)).labels) == largest
+
+
+def test_a_model_of_fewer_digits_draws_those_alone():
+    five = replace(CFG, num_classes=5, preview_digits="01234")
+    assert Request("all", 2, five, Path("a.png")).labels.tolist() == [0, 1, 2, 3, 4] * 2
+    with pytest.raises(ValueError, match="digits = '5': use the digits 0 to 4"):
+        Request("5", 1, five, Path("a.png"))
+    with pytest.raises(ValueError, match=r"digits = 'mnist'.*5 digits"):
+        Request("mnist", 1, five, Path("a.npz"))
+
+
+@pytest.mark.parametrize("output", ["a.png", "a.npz", "a.gif"])
+def test_each_variant_has_every_digit_whatever_file_it_goes_to(output):
+    number = Request("707", 2, CFG, Path(output)).labels
+    assert number.dtype == torch.int64
+    assert number.tolist() == [7, 0, 7] * 2
+    assert Request("all", 3, CFG, Path(output)).labels.tolist() == list(range(10)) * 3
+
+
+def test_labels_as_in_mnist_are_as_frequent_and_depend_on_the_seed():
+    labels = Request("mnist", 20_000, CFG, Path("a.npz")).labels
+    fractions = labels.bincount(minlength=10) / 20_000
+    real = torch.tensor(LABEL_COUNTS) / sum(LABEL_COUNTS)
+    assert (fractions - real).abs().max() < 0.01
+    assert fractions[1] > fractions[5] + 0.01
+    again, other = (
+        Request("mnist", 20_000, replace(CFG, seed=seed), Path("a.png")).labels for seed in (0, 1)
+    )
+    assert torch.equal(again, labels)
+    assert not torch.equal(other, labels)
+
+
+def test_the_usual_count_is_sixteen_images_or_sixteen_of_each_digit():
+    counts = {"7": 16, "26": 8, "2026": 4, "1" * 17: 1, "all": 16, "mnist": 16}
+    assert {digits: usual_count(digits) for digits in counts} == counts
+
+
+def test_a_name_is_never_used_twice(tmp_path):
+    cfg = replace(CFG, output_dir=str(tmp_path))
+    for number in (1, 2, 3):
+        path = free_name(cfg, "7")
+        assert path == tmp_path / "images" / f"generated_7_00{number}.png"
+        path.write_bytes(b"taken")
+    assert free_name(cfg, "1" * 30).name == f"generated_{'1' * 20}_001.png"
+
+
+# ---- which model
+
+
+def save(path: Path, step: int) -> Path:
+    state = TrainState.initial(CFG, torch.device("cpu"))
+    state.progress = Progress(epoch=step // 10, step=step)
+    checkpoint.save(path, CFG, state)
+    return path
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> Path:
+    """A folder of models; tests read it and do not write."""
+    folder = tmp_path_factory.mktemp("models")
+    for name, step in (("pretrained", 900), ("model_epoch_30", 300), ("model_epoch_5", 50)):
+        save(folder / f"{name}.pth", step)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("newest", "model_epoch_30"),
+        ("3", "model_epoch_30"),
+        ("2", "model_epoch_5"),
+        ("1", "pretrained"),
+        ("pretrained", "pretrained"),
+        ("model_epoch_5.pth", "model_epoch_5"),
+    ],
+)
+def test_a_model_is_found_by_its_name_its_number_or_as_the_newest(models, text, name):
+    assert find_model(text, models) == models / f"{name}.pth"
+
+
+def test_a_model_is_found_by_its_path_first(models, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert find_model(str(models / "pretrained.pth"), tmp_path) == models / "pretrained.pth"
+    Path("2").write_text("a file of this name")
+    assert find_model("2", models) == Path("2")
+
+
+@pytest.mark.parametrize("text", ["4", "0", "none.pth", "none", "-1", ""])
+def test_a_model_that_does_not_exist_is_named(models, text):
+    with pytest.raises(ValueError, match=f"^{text}: no such checkpoint.*{models}"):
+        find_model(text, models)
+
+
+def test_a_folder_without_a_model_says_how_to_train_one(tmp_path):
+    (tmp_path / "notes.pth").write_text("not a checkpoint")
+    for look_for_it in (list_models, choose_model, lambda folder: find_model("newest", folder)):
+        with pytest.raises(ValueError, match=r"no model in .*python train\.py"):
+            look_for_it(tmp_path)
+
+
+def test_the_shipped_model_counts_as_the_oldest(models):
+    names = [path.stem for path, _ in list_models(models)]
+    assert names == ["pretrained", "model_epoch_5", "model_epoch_30"]
+
+
+def test_a_person_chooses_from_a_numbered_list(models, monkeypatch, capsys):
+    answers(monkeypatch, "4", "2")
+    assert choose_model(models).stem == "model_epoch_5"
+    shown = capsys.readouterr().err
+    assert re.search(r"  2  model_epoch_5\.pth  epoch 5 \(step 50\)  20\d\d-\d\d-\d\d \d\d:", shown)
+    assert "'4' is not a whole number from 1 to 3" in shown
+    answers(monkeypatch, "")
+    assert choose_model(models).stem == "model_epoch_30"
+
+
+# ---- by flags
+
+
+def by_flags(cfg: Config, digits: str, count: int | None, output: object = None) -> list[Request]:
+    flags = Namespace(digits=digits, count=count, output=output and str(output))
+    return requests_from_flags(flags, cfg)
+
+
+def test_flags_ask_for_one_file(tmp_path):
+    cfg = replace(CFG, output_dir=str(tmp_path))
+    (request,) = by_flags(cfg, "26", None)
+    assert request == Request("26", 8, cfg, tmp_path / "images" / "generated_26_001.png")
+    (request,) = by_flags(cfg, "mnist", 50, tmp_path / "a.npz")
+    assert request == Request("mnist", 50, cfg, tmp_path / "a.npz")
+    assert len(request.labels) == 50
+
+
+@pytest.mark.parametrize("digits", ["all", "mnist"])
+def test_any_kind_of_file_can_have_the_largest_number_of_images(monkeypatch, digits):
+    monkeypatch.setattr(requests, "MAX_IMAGES", 20)
+    largest = {"all": 2, "mnist": 20}[digits]
+    for output in ("a.npz", "a.png"):
+        assert len(by_flags(CFG, digits, largest, output)[0].labels) == 20
+        with pytest.raises(ValueError, match=f"count = {largest + 1}: more than 20 images"):
+            by_flags(CFG, digits, largest + 1, output)
+
+
+def test_a_folder_takes_a_file_for_each_image_each_with_its_own_seed(tmp_path):
+    cfg = replace(CFG, seed=11)
+    found = by_flags(cfg, "72", 2, f"{tmp_path}/many/")
+    assert (tmp_path / "many").is_dir()
+    names = ["7_seed11.png", "2_seed12.png", "7_seed13.png", "2_seed14.png"]
+    assert [request.output for request in found] == [tmp_path / "many" / name for name in names]
+    for request, seed in zip(found, itertools.count(11), strict=False):
+        assert request.cfg == replace(CFG, seed=seed)
+        assert (request.digits, request.count) == (request.output.name[0], 1)
+    labels = Request("mnist", 5, cfg, tmp_path).labels.tolist()
+    assert [int(r.digits) for r in by_flags(cfg, "mnist", 5, tmp_path / "many")] == labels
+
+
+def test_a_folder_that_has_one_of_the_files_is_refused(tmp_path):
+    (tmp_path / "2_seed1.png").write_bytes(b"mine")
+    with pytest.raises(ValueError, match=r"2_seed1\.png: exists already"):
+        by_flags(CFG, "72", 1, tmp_path)
+
+
+def test_seeds_beyond_the_largest_are_refused_before_anything_is_made(tmp_path):
+    with pytest.raises(ValueError, match=r"seed = 4294967296.*at most"):
+        by_flags(replace(CFG, seed=2**32 - 1), "77", 1, f"{tmp_path}/many/")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_output_is_a_known_kind_of_file_or_a_folder(tmp_path):
+    for name in ("a.png", "a.npz", "a.gif", "a.webp", "new/", "."):
+        assert output_name(f"{tmp_path}/{name}") == f"{tmp_path}/{name}"
+    for name in ("a.jpg", "a", "a.png.txt", "a.PNG"):
+        with pytest.raises(ArgumentTypeError, match=r"must end in \.png, \.npz, .*a folder"):
+            output_name(f"{tmp_path}/{name}")
+    for name in ("no/a.png", "no/such/"):
+        with pytest.raises(ArgumentTypeError, match=r"no folder .*make it first"):
+            output_name(f"{tmp_path}/{name}")
+
+
+def test_a_folder_is_known_by_its_slash_or_by_being_one(tmp_path):
+    assert is_folder(f"{tmp_path}/new/")
+    assert is_folder(str(tmp_path))
+    assert not is_folder(f"{tmp_path}/new")
+    assert not is_folder(None)
+
+
+# ---- by answers
+
+
+def test_answers_become_requests_and_the_last_answers_are_the_defaults(tmp_path, monkeypatch):
+    cfg = replace(CFG, output_dir=str(tmp_path), guidance=1.5)
+    answers(monkeypatch, "4", "3", "2", "2026", "", "", "all", "1", "", "7", "2", "0")
+    found = []
+    for request in itertools.islice(requests_from_answers(cfg, seed=5), 4):
+        request.output.write_bytes(b"taken")
+        found.append((request.digits, request.count, request.cfg.guidance, request.output.name))
+        assert request.cfg.seed == 5
+    assert found == [
+        ("4", 3, 2.0, "generated_4_001.png"),
+        ("2026", 3, 2.0, "generated_2026_001.png"),
+        ("all", 1, 2.0, "generated_all_001.png"),
+        ("7", 2, 0.0, "generated_7_001.png"),
+    ]
+
+
+def test_the_first_defaults_are_the_usual_count_and_the_models_guidance(tmp_path, monkeypatch):
+    cfg = replace(CFG, output_dir=str(tmp_path), guidance=1.5)
+    answers(monkeypatch, "26", "", "")
+    request = next(requests_from_answers(cfg, seed=5))
+    assert (request.count, request.cfg.guidance) == (8, 1.5)
+
+
+def test_without_a_seed_every_picture_gets_one_of_its_own(tmp_path, monkeypatch):
+    answers(monkeypatch, *["4", "1", ""] * 3)
+    cfg = replace(CFG, output_dir=str(tmp_path))
+    asked = itertools.islice(requests_from_answers(cfg, seed=None), 3)
+    assert len({request.cfg.seed for request in asked}) == 3
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (("1x", "1"), "digits = '1x': use the digits 0 to 9"),
+        (("mnist", "1"), "digits = 'mnist': use the digits 0 to 9"),
+        (("1" * 21, "1"), "too long: 20 digits at most"),
+        (("1", "10001"), "'10001' is not a whole number from 1 to 10000"),
+        (("1", "3", "strong"), "'strong' is not a number such as 1 or 1.5"),
+        (("1", "3", "inf"), "'inf' is not a number such as 1 or 1.5"),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, tuple) else "",
+)
+def test_an_answer_that_makes_no_sense_is_asked_for_again(
+    tmp_path, monkeypatch, capsys, lines, message
+):
+    wrong = len(lines) if lines[0] == "1" else 1  # after how many answers there is a complaint
+    answers(monkeypatch, *lines[:wrong], *["1", "1", "1"][wrong - 1 :])
+    request = next(requests_from_answers(replace(CFG, output_dir=str(tmp_path)), seed=0))
+    assert request.digits == "1"
+    assert message in capsys.readouterr().err
+
+
+# ---- by a picture
+
+
+def provenance(cfg: Config) -> dict[str, object]:
+    return {"digits": "31", "count": 2} | cfg.select("sampling", "picture")
+
+
+def test_a_picture_asks_for_itself_with_this_computers_settings(tmp_path):
+    drawn = replace(CFG, sampler="ddim", steps=5, guidance=1.5, seed=7, sample_batch_size=3)
+    here = {"output_dir": str(tmp_path), "device": "cpu"}
+    request = request_from_picture(provenance(drawn), tmp_path / "a.png", CFG, here)
+    assert (request.digits, request.count) == ("31", 2)
+    assert request.cfg == replace(drawn, **here)
+
+
+@pytest.mark.parametrize("name", ["digits", "count", "seed", "clip_x_0", "sampler"])
+def test_a_picture_that_lacks_a_setting_asks_for_nothing(name):
+    known = provenance(CFG)
+    del known[name]
+    with pytest.raises(ValueError, match=r"a\.png: not a PNG that generate\.py wrote"):
+        request_from_picture(known, Path("a.png"), CFG, {})
