@@ -104,9 +104,7 @@ class Config:
                     raise ValueError(f"{f.name} = {each!r}: {problem}")
         coarsest = self.patch_size * 2 ** (len(self.widths) - 1)
         if self.img_size % coarsest:
-            raise ValueError(
-                f"img_size = {self.img_size}: with these widths a multiple of {coarsest} is needed"
-            )
+            raise ValueError(f"img_size = {self.img_size}: must be a multiple of {coarsest}")
         if self.steps > self.timesteps:
             raise ValueError(f"steps = {self.steps}: must be at most timesteps = {self.timesteps}")
         if self.budget:

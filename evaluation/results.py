@@ -112,7 +112,7 @@ def read_result(file: Path, identity: Result) -> Result | None:
         raise ValueError(f"{file}: damaged; delete it") from None
     try:
         table(known)
-    except (LookupError, TypeError):
+    except (LookupError, TypeError, ValueError):
         return None
     return known if all(known.get(k) == v for k, v in identity.items()) else None
 

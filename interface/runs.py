@@ -282,11 +282,13 @@ def set_aside(earlier: Path, moved: list[Path], copied: list[Path]) -> None:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.csv, without any whose step is not a number; empty if it is missing."""
+    """The complete rows of metrics.csv, without one that a power cut tore; empty if it is missing."""
     if not path.exists():
         return []
     with open(path, newline="") as file:
-        return [row for row in csv.DictReader(file) if (row.get("step") or "").isdecimal()]
+        rows = list(csv.DictReader(file))
+    whole = [row for row in rows if all(row.get(name) for name in METRICS)]
+    return [row for row in whole if row["step"].isdecimal()]
 
 
 def write_metrics(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -192,13 +192,13 @@ def test_the_model_asked_for_is_used(results, draw):
         ({"digits": "7x"}, ("digits = '7x'", "0 to 9")),
         ({"digits": ""}, ("digits = ''", "0 to 9")),
         ({"digits": 7, "count": 0}, ("count = 0", "at least 1")),
-        ({"digits": 7, "count": 10**12}, ("count = 1000000000000", "100,000 images")),
+        ({"digits": 7, "count": 10**12}, ("count = 1000000000000", "at most 100,000")),
         (
             {"digits": "mnist", "count": 100_001, "output": "a.npz"},
-            ("count = 100001", "100,000 images"),
+            ("count = 100001", "at most 100,000"),
         ),
-        ({"digits": "all", "count": 10_001}, ("count = 10001", "100,000 images")),
-        ({"digits": 7, "count": 600, "output": "a.gif"}, ("count = 600", "500 images")),
+        ({"digits": "all", "count": 10_001}, ("count = 10001", "at most 100,000")),
+        ({"digits": 7, "count": 600, "output": "a.gif"}, ("count = 600", "at most 500")),
         ({"digits": 77, "seed": 2**32 - 1, "output": "many/"}, ("seed = ", "at most")),
         ({"digits": 7, "steps": 0}, ("steps = 0", "at least 1")),
         ({"digits": 7, "steps": 2000}, ("steps = 2000", "at most timesteps = 1000")),
@@ -303,10 +303,10 @@ def test_a_conversation(results):
     assert re.search(r"model_epoch_2\.pth .* 20\d\d-\d\d-\d\d \d\d:\d\d", listing)
     assert "'9' is not a whole number from 1 to 2" in terminal.type("9\n", "[2]: ")
     assert "'x' is not" in terminal.type("x\n", "[2]: ")
-    assert "model_epoch_2.pth" in terminal.type("\n", "Digit to draw, 0 to 9: ")
-    assert "2026" in terminal.type("?\n", "to draw, 0 to 9: ")
+    assert "model_epoch_2.pth" in terminal.type("\n", "Digits to draw, such as 7, 2026 or all: ")
+    assert "2026" in terminal.type("?\n", "2026 or all: ")
     for wrong in ("1x", "x", "-1", ""):
-        shown = terminal.type(f"{wrong}\n", "to draw, 0 to 9: ")
+        shown = terminal.type(f"{wrong}\n", "2026 or all: ")
         assert "digit" in shown
         assert "How many" not in shown
     terminal.type("4\n", "How many [16]: ")
@@ -316,13 +316,13 @@ def test_a_conversation(results):
         assert "invalid digit" not in shown
     terminal.type("3\n", "Guidance [1.5]: ")
     assert "'strong' is not a number" in terminal.type("strong\n", "Guidance [1.5]: ")
-    assert "generated_4_001.png" in terminal.type("2\n", "Digit to draw, 0 to 9: ")
+    assert "generated_4_001.png" in terminal.type("2\n", "Digits to draw, such as 7, 2026 or all: ")
     terminal.type("4\n", "How many [3]: ")  # the last answers are the defaults now
     terminal.type("\n", "Guidance [2.0]: ")
-    assert "generated_4_002.png" in terminal.type("\n", "Digit to draw, 0 to 9: ")
+    assert "generated_4_002.png" in terminal.type("\n", "Digits to draw, such as 7, 2026 or all: ")
     terminal.type("2026\n", "How many [3]: ")
     terminal.type("1\n", "Guidance [2.0]: ")
-    assert "generated_2026_001.png" in terminal.type("\n", "Digit to draw, 0 to 9: ")
+    assert "generated_2026_001.png" in terminal.type("\n", "Digits to draw, such as 7, 2026 or all: ")
     os.write(terminal.screen, b"q\n")
     assert terminal.exit_code() == 0
     pictures = [results / "images" / f"generated_4_00{n}.png" for n in (1, 2)]

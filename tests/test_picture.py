@@ -153,8 +153,8 @@ def test_a_set_of_images_comes_back(tmp_path):
         ({"arr_0": np.zeros((0, 28, 28), np.uint8)}, "(0, 28, 28)"),
         ({"arr_1": np.zeros(3, int)}, "each of the 2 images"),
         ({"arr_1": np.zeros(2)}, "arr_1 is float64"),
-        ({"arr_1": np.array([1, 10])}, "labels outside 0 to 9"),
-        ({"arr_1": np.array([-1, 9])}, "labels outside 0 to 9"),
+        ({"arr_1": np.array([1, 10])}, "allowed are 0 to 9"),
+        ({"arr_1": np.array([-1, 9])}, "allowed are 0 to 9"),
     ],
 )
 def test_a_set_of_images_that_does_not_fit_is_named(tmp_path, arrays, words):

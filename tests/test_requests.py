@@ -82,7 +82,7 @@ def test_the_largest_requests_are_accepted(digits, count, output):
 def test_a_model_of_fewer_digits_draws_those_alone():
     five = replace(CFG, num_classes=5, preview_digits="01234")
     assert Request("all", 2, five, Path("a.png")).labels.tolist() == [0, 1, 2, 3, 4] * 2
-    with pytest.raises(ValueError, match="digits = '5': use the digits 0 to 4"):
+    with pytest.raises(ValueError, match="digits = '5': use digits 0 to 4"):
         Request("5", 1, five, Path("a.png"))
     with pytest.raises(ValueError, match=r"digits = 'mnist'.*5 digits"):
         Request("mnist", 1, five, Path("a.npz"))
@@ -166,7 +166,7 @@ def test_a_model_is_found_by_its_path_first(models, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("text", ["4", "0", "none.pth", "none", "-1", ""])
 def test_a_model_that_does_not_exist_is_named(models, text):
-    with pytest.raises(ValueError, match=f"^{text}: no such checkpoint.*{models}"):
+    with pytest.raises(ValueError, match=f"model = '{text}': no such checkpoint.*{models}"):
         find_model(text, models)
 
 
@@ -215,7 +215,7 @@ def test_any_kind_of_file_can_have_the_largest_number_of_images(monkeypatch, dig
     largest = {"all": 2, "mnist": 20}[digits]
     for output in ("a.npz", "a.png"):
         assert len(by_flags(CFG, digits, largest, output)[0].labels) == 20
-        with pytest.raises(ValueError, match=f"count = {largest + 1}: more than 20 images"):
+        with pytest.raises(ValueError, match=f"count = {largest + 1}: .* images; at most 20"):
             by_flags(CFG, digits, largest + 1, output)
 
 
@@ -298,8 +298,8 @@ def test_without_a_seed_every_picture_gets_one_of_its_own(tmp_path, monkeypatch)
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        (("1x", "1"), "digits = '1x': use the digits 0 to 9"),
-        (("mnist", "1"), "digits = 'mnist': use the digits 0 to 9"),
+        (("1x", "1"), "digits = '1x': use digits 0 to 9"),
+        (("mnist", "1"), "digits = 'mnist': use digits 0 to 9"),
         (("1" * 21, "1"), "too long: 20 digits at most"),
         (("1", "10001"), "'10001' is not a whole number from 1 to 10000"),
         (("1", "3", "strong"), "'strong' is not a number such as 1 or 1.5"),

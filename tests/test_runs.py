@@ -231,7 +231,7 @@ def test_a_checkpoint_that_cannot_be_loaded_is_named(tmp_path, name):
 def test_a_description_says_where_a_checkpoint_stands(tmp_path):
     saved = save(tmp_path, progress=IN_AN_EPOCH)
     words = describe(plan_of(tmp_path, load=saved))
-    assert f"{saved} stands at epoch 2 and 64 images (step 22), 4 epochs planned" in words
+    assert f"{saved} is at epoch 2 and 64 images (step 22), 4 epochs planned" in words
     assert f"--load_checkpoint_path {saved} --continue_training_epochs K" in words
     assert words.endswith("--output_dir 'of another computer'")  # a run does not bring it along
     saved = save(tmp_path, replace(CFG, budget="2m"))

@@ -74,7 +74,7 @@ def test_sixteen_digits_fit_an_ordinary_terminal(sized):
 def test_a_person_is_told_of_what_does_not_fit(sized):
     assert shown(digits(500), Screen())[-1] == "(452 more in the file)"
     sized(20, 24)
-    assert "20 wide" in shown(digits(1, 240), Screen())[0]
+    assert "20 columns wide" in shown(digits(1, 240), Screen())[0]
 
 
 def test_half_blocks_are_grey_above_grey_below(sized):
