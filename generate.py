@@ -3,7 +3,6 @@
 import sys
 import time
 from argparse import BooleanOptionalAction, Namespace
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +135,7 @@ def main() -> int:
         return 0
     here = Config().select("machine") | given
     folder = Path(here["output_dir"], "models")
-    with suppress(EOFError):  # q or Ctrl-D at a question
+    try:
         asks = args.digits is None and not args.model
         name = args.model or "newest"
         path = requests.choose_model(folder) if asks else requests.find_model(name, folder)
@@ -149,6 +148,8 @@ def main() -> int:
         log(f"{path}: {loaded.progress}")
         for request in requests.requests_from_answers(cfg, given.get("seed")):
             draw_all(loaded, [request], args.show)
+    except EOFError:  # q or Ctrl-D at a question
+        log("")
     return 0
 
 

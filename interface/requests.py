@@ -73,8 +73,8 @@ class Request:
             raise ValueError(f"digits = 'mnist': this model knows {classes} digits, MNIST has 10")
         if self.digits not in ("all", "mnist"):
             parse_digits(self.digits, classes)
-        if self.count < 1:
-            raise ValueError(f"count = {self.count}: must be at least 1")
+        if type(self.count) is not int or self.count < 1:
+            raise ValueError(f"count = {self.count}: must be at least 1, a whole number")
         images = self.count * {"all": classes, "mnist": 1}.get(self.digits, len(self.digits))
         largest = MAX_ANIMATED if self.animated else MAX_IMAGES
         if images > largest:
@@ -99,7 +99,7 @@ class Request:
 
 def usual_count(digits: str) -> int:
     """How many variants to draw by default: 16 images, but 16 of each digit of "all"."""
-    return 16 if digits in ("all", "mnist") else max(1, 16 // len(digits))
+    return 16 if digits in ("all", "mnist") else max(1, 16 // max(1, len(digits)))
 
 
 def free_name(cfg: Config, digits: str) -> Path:

@@ -256,7 +256,7 @@ def prepare_folders(plan: Plan, rewritten: Path | None) -> None:
     }
     files = [*models.glob("model_epoch_*.pth"), *images.glob("samples_epoch_*.png")]
     moved = [path for path in files if path.stem.partition("_")[2] not in names]
-    copied = [rewritten] if continues and rewritten else []
+    copied = [rewritten] if continues and rewritten and rewritten not in moved else []
     rows = read_metrics(metrics)
     kept_rows = [row for row in rows if int(row["step"]) <= plan.progress.step]
     if moved or copied or not continues or kept_rows != rows:

@@ -19,11 +19,11 @@ from interface.runs import (
     Plan,
     describe,
     fraction_done,
-    set_aside,
     make_plan,
     newest_of_run,
     note_stop_signals,
     read_metrics,
+    set_aside,
     write_metrics,
 )
 
@@ -240,7 +240,7 @@ def test_a_description_says_where_a_checkpoint_stands(tmp_path):
     checkpoint.slim(saved, tmp_path / "slim.pth")
     plan = plan_of(tmp_path, load=tmp_path / "slim.pth")
     assert not plan.trainable
-    assert "cannot be trained on" in describe(plan)
+    assert "cannot be trained further" in describe(plan)
     assert "--continue_training_epochs" not in describe(plan)
 
 
