@@ -282,7 +282,7 @@ def set_aside(earlier: Path, moved: list[Path], copied: list[Path]) -> None:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The complete rows of metrics.csv, without one that a power cut tore; empty if it is missing."""
+    """The whole rows of metrics.csv, without one that a power cut tore; none if it is missing."""
     if not path.exists():
         return []
     with open(path, newline="") as file:
