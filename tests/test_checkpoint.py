@@ -238,6 +238,10 @@ def test_a_file_appears_only_when_it_is_complete(tmp_path):
             assert (path.read_bytes() if path.exists() else None) == before
         assert path.read_bytes() == text
         assert os.listdir(tmp_path) == ["a.txt"]
+    os.link(path, tmp_path / "same file")
+    with atomic_write(path) as file:
+        file.write(b"third")
+    assert (tmp_path / "same file").read_bytes() == text  # replaced, not written over
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,8 @@
 """Short runs and drawings give what they gave when tests/recorded.json was written.
 
 On the machine that wrote it they must be equal to the last bit. Elsewhere their means must agree.
-The tolerances are 5 to 10 times what other instruction sets (plain, SSE 4.1, AVX2, AVX-512) and
-one thread instead of two change, and less than what a factor of 1.01 in a formula changes.
+The tolerances are 5 to 10 times what another instruction set (plain or SSE 4.1 instead of AVX2) or
+one thread instead of two changed, and less than what a factor of 1.01 in a formula changed.
 """
 
 import json

@@ -99,7 +99,7 @@ def test_resuming_from_an_epochs_end_gives_the_same_bits(whole, tmp_path, run):
     assert not list(tmp_path.glob("earlier/*/*.pth"))
 
 
-LONG = TINY | {"max_images": 4800, "epochs": 2, "save_every": 1}  # 150 steps an epoch
+LONG = TINY | {"max_images": 3200, "epochs": 2, "save_every": 1}  # 100 steps an epoch
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +132,7 @@ def test_an_interrupted_epoch_resumes_to_the_same_bits(long_run, tmp_path, run, 
     returned, output = stop_when("^training to", tmp_path, signum)
     assert returned == code, output
     stopped = newest_of_run(tmp_path / "models")
-    assert 0 < checkpoint.load(stopped)["progress"]["images"] < 4800
+    assert 0 < checkpoint.load(stopped)["progress"]["images"] < 3200
     assert f"wrote {stopped}" in output
     going_on = output[output.index("python train.py --resume") :]
     assert f"--output_dir {tmp_path}" in going_on
@@ -411,12 +411,12 @@ def test_one_batch_is_overfitted():
     pixels = torch.randint(0, 256, (8, 1, 7, 7), generator=seeded_generator(0), dtype=torch.uint8)
     x_0 = to_model_range(pixels.repeat_interleave(4, 2).repeat_interleave(4, 3))
     losses = []
-    for _ in range(250):
-        # Each image many times, so that a step sees it at many timesteps
+    for _ in range(80):
+        # Each image several times, so that a step sees it at several timesteps
         state.totals.zero_()
-        train.training_step(cfg, diffusion, state, x_0.repeat(8, 1, 1, 1), y.repeat(8), 0.0)
+        train.training_step(cfg, diffusion, state, x_0.repeat(4, 1, 1, 1), y.repeat(4), 0.0)
         losses.append(float(state.totals[0]))
-    assert losses[-1] < 0.12 * losses[0]
+    assert losses[-1] < 0.02 * losses[0]
     drawn = diffusion.draw(diffusion.guided(state.model.eval()), y)
     nearest = (drawn[:, None] - x_0[None]).square().mean(dim=(2, 3, 4)).argmin(dim=1)
     assert torch.equal(nearest, y)  # each label now draws its own image
