@@ -155,13 +155,14 @@ class Run:
         """Show the running loss on the progress bar, if it is time to. Raises FloatingPointError
         if the loss is no longer finite."""
         cfg, progress = self.cfg, self.state.progress
+        if self.bar is None:
+            done = progress.images - cfg.batch_size  # before this run, where it resumes mid-epoch
+            title = f"epoch {progress.epoch + 1}" + ("" if cfg.budget else f"/{cfg.epochs}")
+            look = {"unit": " images", "leave": False, "disable": None, "dynamic_ncols": True}
+            self.bar = tqdm(desc=title, total=self.images_per_epoch, initial=done, **look)
         if progress.step % self.log_every and not self.epoch_done:
             return
         self.check_finite()
-        if self.bar is None:
-            title = f"epoch {progress.epoch + 1}" + ("" if cfg.budget else f"/{cfg.epochs}")
-            look = {"unit": " images", "leave": False, "disable": None, "dynamic_ncols": True}
-            self.bar = tqdm(desc=title, total=self.images_per_epoch, **look)
         loss = float(self.state.totals[0]) * cfg.batch_size / progress.images
         self.bar.set_postfix_str(f"loss {loss:.4f}, {self.time_left()}")
         self.bar.update(progress.images - self.bar.n)
