@@ -119,10 +119,8 @@ def convolutions(
 
     dtype, bare = pick_precision(cfg.precision, device), []
     for layer, shape in inputs:
-        layer, inner = (
-            copy.deepcopy(layer).to(dtype),
-            bool(bare),
-        )  # the first needs no gradient of x
+        layer = copy.deepcopy(layer).to(dtype)
+        inner = bool(bare)  # the first convolution needs no gradient of x
         x = torch.randn(shape, device=device, dtype=dtype, requires_grad=inner)
         gradient = torch.randn_like(layer(x))
 

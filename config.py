@@ -75,9 +75,7 @@ class Config:
     ema_sigma_rel: float = training(0.1, "width of the weight average / run length", gt=0, le=0.28)
     guide_fraction: float = model(0.1, "part of the run before the guide is kept", ge=0, le=0.5)
     guide_label_noise: float = training(0.3, "fraction of random labels until then", ge=0, le=1)
-    precision: str = training(
-        "auto", "auto: bf16 where native", choices=("auto", "float32", "bf16")
-    )
+    precision: str = training("auto", "auto: bf16 if native", choices=("auto", "float32", "bf16"))
     save_every: int = training(5, "epochs between checkpoints", ge=1)
     preview_digits: str = training("0123456789", "digits in each checkpoint's sample grid")
     preview_columns: int = training(10, "samples of each digit in that grid", ge=1)

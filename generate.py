@@ -37,7 +37,8 @@ def draw_all(loaded: LoadedModel, wanted: list[Request], show_digits: bool) -> N
             show(picture.arrange(inside, request.digits, request.count)[0])
         print(request.output, flush=True)
     cfg = wanted[0].cfg
-    how = f"{cfg.sampler}, {cfg.steps} steps, guidance {cfg.guidance:g}, seed {cfg.seed}"
+    eta = "" if cfg.sampler == "ddpm" else f", eta {cfg.eta:g}"
+    how = f"{cfg.sampler}{eta}, {cfg.steps} steps, guidance {cfg.guidance:g}, seed {cfg.seed}"
     log(f"{count} images in {seconds:.2f} s with {loaded.path}: {how}")
 
 
@@ -89,9 +90,8 @@ def reproduce(path: Path, output: Path | None, given: dict[str, Any], show_digit
     candidates = [*folder.glob("models/*.pth"), *folder.glob("earlier/*/*.pth")]
     found = [each for each in candidates if checkpoint.sha256(each) == sha256]
     if not found:
-        raise ValueError(
-            f"{path}: its model, SHA-256 {sha256}, is not in {folder}; try --output_dir"
-        )
+        missing = f"its model, SHA-256 {sha256}, is not in {folder}; try --output_dir"
+        raise ValueError(f"{path}: {missing}")
     loaded = checkpoint.load_model(found[0], device)
     request = requests.request_from_picture(provenance, path, loaded.cfg, here)
     request.output = output or requests.free_name(request.cfg, f"{request.digits}_again")

@@ -42,7 +42,10 @@ def plot_sweep(results: list[dict[str, Any]], best: list[bool], path: Path) -> N
             "{sampler}, eta {eta:g}, guidance {guidance:g} ({guidance_low:g} to {guidance_high:g}),"
             " seed {seed}"
         )
-        lines.setdefault(label.format(**result["settings"]), []).append(point)
+        settings = result["settings"]
+        if settings["sampler"] == "ddpm":
+            settings = settings | {"eta": 1}  # which is what ddpm means, whatever the setting
+        lines.setdefault(label.format(**settings), []).append(point)
     for label, line in lines.items():
         axes.plot(*zip(*sorted(line), strict=True), marker="o", label=label)
     calls, fd = zip(*itertools.compress(points, best), strict=True)

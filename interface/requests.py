@@ -74,14 +74,12 @@ class Request:
         if self.digits not in ("all", "mnist"):
             parse_digits(self.digits, classes)
         if type(self.count) is not int or self.count < 1:
-            raise ValueError(f"count = {self.count}: must be at least 1, a whole number")
+            raise ValueError(f"count = {self.count}: must be a whole number, at least 1")
         images = self.count * {"all": classes, "mnist": 1}.get(self.digits, len(self.digits))
         largest = MAX_ANIMATED if self.animated else MAX_IMAGES
         if images > largest:
-            ending = f" in {self.output.suffix}" if self.animated else ""
-            raise ValueError(
-                f"count = {self.count}: {images:,} images; at most {largest:,}{ending}"
-            )
+            most = f"{largest:,}{f' in {self.output.suffix}' if self.animated else ''}"
+            raise ValueError(f"count = {self.count}: {images:,} images; at most {most}")
 
     @property
     def animated(self) -> bool:

@@ -102,7 +102,7 @@ def machine_flags(cfg: Config) -> str:
 
 
 class Run:
-    """A run under way: its clock, its log and its checkpoints. `fraction` (0…1) of it is done."""
+    """A run under way: its clock, log and checkpoints. `fraction` is the part done, 0 to 1."""
 
     def __init__(self, plan: Plan, state: TrainState, images: int, began: float) -> None:
         """`began` (of time.perf_counter) is when the run's time starts to count. Raises ValueError
@@ -110,20 +110,18 @@ class Run:
         self.plan, self.cfg, self.state, self.last_saved = plan, plan.cfg, state, plan.start
         if self.cfg.batch_size > images:
             raise ValueError(
-                f"batch_size = {self.cfg.batch_size}: choose at most {images}, the number of images"
+                f"batch_size = {self.cfg.batch_size}: choose at most {images} (images)"
             )
         self.images_per_epoch = images - images % self.cfg.batch_size
         self.bar: tqdm | None = None
-        self.log_every = (
-            1 if state.totals.device.type == "cpu" else 50
-        )  # reading the loss waits for a GPU
+        # Reading the loss makes the CPU wait for a GPU, so that is done seldom
+        self.log_every = 1 if state.totals.device.type == "cpu" else 50
         spent = state.progress.seconds - state.progress.budget_from
         self.began = began - state.progress.seconds
         self.update_clock()
         if self.done and spent == 0:
-            raise ValueError(
-                f"budget = {self.cfg.budget!r}: start-up alone takes longer; give more time"
-            )
+            fault = "start-up alone takes longer; give more time"
+            raise ValueError(f"budget = {self.cfg.budget!r}: {fault}")
 
     def update_clock(self) -> None:
         self.state.progress.seconds = time.perf_counter() - self.began
@@ -283,7 +281,7 @@ def set_aside(earlier: Path, moved: list[Path], copied: list[Path]) -> None:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The whole rows of metrics.csv, without one that a power cut tore; none if it is missing."""
+    """The complete rows of metrics.csv, leaving out a torn one; none if the file is missing."""
     if not path.exists():
         return []
     with open(path, newline="") as file:

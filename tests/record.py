@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL
 import torch
 from PIL import Image, ImageSequence
 
@@ -69,8 +70,8 @@ def machine() -> dict[str, str]:
     if info.exists():
         found = re.findall(r"^(?:model name|flags)\s*: (.*)$", info.read_text(), re.MULTILINE)
         cpu = hashlib.sha256("".join(found[:2]).encode()).hexdigest()[:16]
-    threads = str(torch.get_num_threads())
-    return {"torch": torch.__version__, "cpu": cpu, "threads": threads, "numpy": np.__version__}
+    libraries = {"torch": torch.__version__, "numpy": np.__version__, "pillow": PIL.__version__}
+    return libraries | {"cpu": cpu, "threads": str(torch.get_num_threads())}
 
 
 def record(arrays: Iterable[np.ndarray]) -> dict[str, Any]:
