@@ -175,5 +175,5 @@ def parse_duration(text: str) -> float:
 def parse_digits(text: str, num_classes: int = 10, name: str = "digits") -> list[int]:
     """The labels in a string of digits ("707": [7, 0, 7]). Raises ValueError for other text."""
     if not text or not all(c in "0123456789" and int(c) < num_classes for c in text):
-        raise ValueError(f"{name} = {text!r}: use digits 0 to {num_classes - 1}; see --help")
+        raise ValueError(f"{name} = {text!r}: use digits 0 to {num_classes - 1}")
     return [int(c) for c in text]

@@ -167,9 +167,7 @@ class Run:
 
     def log_epoch(self) -> None:
         """Add the epoch, or the part of it that was trained, to metrics.csv and print it."""
-        if self.bar is not None:
-            self.bar.close()
-            self.bar = None
+        self.close_bar()
         state, progress = self.state, self.state.progress
         loss, grad_norm = (state.totals * self.cfg.batch_size / progress.images).tolist()
         epoch = f"{round(progress.epoch + progress.images / self.images_per_epoch, 2):g}"
@@ -179,8 +177,14 @@ class Run:
         write_metrics(path, [*read_metrics(path), dict(zip(METRICS, row, strict=True))])
         tqdm.write(f"epoch {epoch}: loss {loss:.4f}, {rate:.0f} images/s, {self.time_left()}")
 
+    def close_bar(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
     def save(self) -> None:
         self.check_finite()
+        self.close_bar()  # still open where a signal stops the run inside an epoch
         self.last_saved = checkpoint_path(self.cfg, self.state.progress)
         checkpoint.save(self.last_saved, self.cfg, self.state)
         tqdm.write(f"wrote {self.last_saved}")
@@ -200,6 +204,7 @@ class Run:
 
     def check_finite(self) -> None:
         if not math.isfinite(float(self.state.totals.sum())):
+            self.close_bar()
             step = self.state.progress.step
             fault = f"the loss or its gradient is no longer finite at step {step}"
             good = f"last good checkpoint: {self.last_saved or 'none yet'}"

@@ -2,7 +2,6 @@
 
 import contextlib
 import csv
-import io
 import math
 import os
 import re
@@ -563,17 +562,35 @@ def test_the_width_of_the_weight_average_is_the_asked_fraction_of_any_run(sigma_
         assert width / steps == pytest.approx(sigma_rel, rel=0.03)
 
 
-@unix
-def test_the_progress_bar_shows_loss_speed_and_time_left(tmp_path):
+def shown_in_a_terminal(flags: dict[str, object], stop_at: bytes = b"") -> tuple[int, str]:
+    """The exit code and all that a terminal of 100 columns is sent by train.py, which gets a
+    SIGINT as soon as it has shown `stop_at`."""
     screen, terminal = pty.openpty()
     termios.tcsetwinsize(terminal, (24, 100))
     streams = dict.fromkeys(("stdout", "stderr", "stdin"), terminal)
-    process = start_script("train.py", LONG | {"epochs": 1, "output_dir": tmp_path}, **streams)
+    process = start_script("train.py", flags, **streams)
     os.close(terminal)
-    shown = io.BytesIO()
+    shown = b""
     with contextlib.suppress(OSError):  # Linux's way to say that the other side is closed
         while chunk := os.read(screen, 4096):
-            shown.write(chunk)
-    text = shown.getvalue().decode()
-    assert process.wait() == 0, text
+            shown += chunk
+            if stop_at and stop_at in shown:
+                process.send_signal(signal.SIGINT)
+                stop_at = b""
+    return process.wait(), shown.decode()
+
+
+@unix
+def test_the_progress_bar_shows_loss_speed_and_time_left(tmp_path):
+    code, text = shown_in_a_terminal(LONG | {"epochs": 1, "output_dir": tmp_path})
+    assert code == 0, text
     assert re.search(r"epoch 1/1: +\d+%.*images/s, loss 0\.\d+, 0m\d\ds left", text), text
+
+
+@unix
+def test_a_stop_clears_the_progress_bar_before_it_says_how_to_continue(tmp_path):
+    code, text = shown_in_a_terminal(LONG | {"output_dir": tmp_path}, stop_at=b"loss 0.")
+    assert code == 130, text
+    said = text[text.index("wrote ") :]
+    assert "epoch 1/2" not in said  # no bar is drawn again below the message
+    assert re.search(r"[\r\n]stopped at epoch 0 and", said), said
