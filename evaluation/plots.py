@@ -11,6 +11,7 @@ import matplotlib.pyplot as plt
 from matplotlib.ticker import LogLocator
 
 from checkpoint import atomic_write
+from evaluation.results import settings_used
 
 
 def save(figure: plt.Figure, path: Path) -> None:
@@ -42,10 +43,7 @@ def plot_sweep(results: list[dict[str, Any]], best: list[bool], path: Path) -> N
             "{sampler}, eta {eta:g}, guidance {guidance:g} ({guidance_low:g} to {guidance_high:g}),"
             " seed {seed}"
         )
-        settings = result["settings"]
-        if settings["sampler"] == "ddpm":
-            settings = settings | {"eta": 1}  # which is what ddpm means, whatever the setting
-        lines.setdefault(label.format(**settings), []).append(point)
+        lines.setdefault(label.format(**settings_used(result)), []).append(point)
     for label, line in lines.items():
         axes.plot(*zip(*sorted(line), strict=True), marker="o", label=label)
     calls, fd = zip(*itertools.compress(points, best), strict=True)

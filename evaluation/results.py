@@ -40,6 +40,12 @@ LABEL_ROWS = (
 )
 
 
+SWEEP_ROW = (
+    "{sampler} {steps} {guidance:g} {guidance_low:g} {guidance_high:g} {eta:g} {calls} {fd:.4f} "
+    "{fd_over_floor:.2f} {agreement:.2%} {precision:.3f} {recall:.3f} {images_per_second:.0f}"
+)
+
+
 def table(result: Result) -> str:
     """A result as a person reads it."""
     samples, real = result["samples"], {"fd_over_floor": 1, "copies": 0, **result["real"]}
@@ -64,16 +70,16 @@ def sweep_table(results: list[Result]) -> str:
     )
     rows = [("", *head.split())]
     for result, is_best in zip(results, pareto_best(results), strict=True):
-        k, s, cost = result["settings"], result["samples"], result["sampling"]
-        how = (k[n] for n in ("steps", "guidance", "guidance_low", "guidance_high", "eta"))
-        quality = (
-            f"{s[n]:.4f}" for n in ("fd", "fd_over_floor", "agreement", "precision", "recall")
-        )
-        settings = (k["sampler"], *map("{:g}".format, how), str(cost["calls"]))
-        rows.append(
-            ("*" if is_best else "", *settings, *quality, f"{cost['images_per_second']:.0f}")
-        )
+        line = settings_used(result) | result["samples"] | result["sampling"]
+        mark = "*" if is_best else ""
+        rows.append((mark, *SWEEP_ROW.format(**line).split()))
     return aligned(rows) + "\n* no other row has both a lower FD and no more network calls"
+
+
+def settings_used(result: Result) -> Result:
+    """The settings of a result, with the eta that its sampler has: ddpm's is always 1."""
+    settings = result["settings"]
+    return settings | ({"eta": 1} if settings["sampler"] == "ddpm" else {})
 
 
 def aligned(rows: list[tuple[str, ...]]) -> str:

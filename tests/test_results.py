@@ -101,11 +101,17 @@ def test_the_table_of_a_sweep_has_a_line_for_each_result_and_marks_the_best():
     assert head.split() == [*names.split(), "images/s"]
     assert rows[0].split() == [
         *("*", "dpmpp", "4", "1", "0.4", "0.9", "0.3", "4"),
-        *("0.5000", "2.0000", "0.9950", "0.9100", "0.8200", "51"),
+        *("0.5000", "2.00", "99.50%", "0.910", "0.820", "51"),
     ]
     assert rows[1].split()[:7] == ["ddim", "8", "2.8", "0.25", "0.9", "0", "8"]
     assert rows[0].index("dpmpp") == rows[1].index("ddim") == head.index("sampler")
     assert "lower FD" in note
+
+
+def test_a_sweep_shows_the_eta_that_ddpm_has_whatever_the_setting():
+    for sampler, eta in (("ddpm", "1"), ("ddim", "0.3")):
+        row = results.sweep_table([result(4, 0.5, sampler=sampler, eta=0.3)]).splitlines()[1]
+        assert row.split()[6] == eta
 
 
 # ---- files
