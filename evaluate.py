@@ -136,9 +136,8 @@ def parse_flags() -> Namespace:
     parser.add_argument("--samples", **count, help="images to draw (default: 10000)")
     parser.add_argument("--cas", action="store_true", help="also train a classifier on the samples")
     add_settings(parser, Config.names("machine", "sampling", "picture"))
-    with_images = ("--cas", "--data_dir", "--output_dir", "--device")
-    for flag, allowed in (("--images", with_images), ("--train_evaluator", ("--data_dir",))):
-        parser.allows_only(flag, *allowed, message=f"{flag} allows only {', '.join(allowed)}")
+    parser.allows_only("--images", "--cas", "--data_dir", "--output_dir", "--device")
+    parser.allows_only("--train_evaluator", "--data_dir")
     parser.excludes("--sweep", "--cas", message="--sweep does not train on samples; drop --cas")
     return parser.parse_args()
 

@@ -66,15 +66,21 @@ def write(loaded: LoadedModel, request: Request, states: list[Tensor]) -> None:
     if request.output.suffix == ".npz":
         picture.write_npz(request.output, states[-1], request.labels)
         return
-    arranged = (picture.arrange(images, request.digits, request.count) for images in states)
-    grids = [picture.image_grid(*tiles_and_columns) for tiles_and_columns in arranged]
+    grids = [
+        picture.image_grid(*picture.arrange(images, request.digits, request.count))
+        for images in states
+    ]
     if request.animated:
         picture.save_animation(grids, request.output)
-        return
-    provenance = {"model": loaded.sha256, "digits": request.digits, "count": request.count}
-    provenance |= {"version": VERSION} | request.cfg.select("sampling", "picture")
-    provenance |= {"made with": picture.made_with(loaded.device)}
-    picture.save_png(grids[-1], request.output, provenance)
+    else:
+        picture.save_png(grids[-1], request.output, provenance(loaded, request))
+
+
+def provenance(loaded: LoadedModel, request: Request) -> dict[str, Any]:
+    """What a PNG records, as text: all that --reproduce needs to draw it again."""
+    what = {"model": loaded.sha256, "digits": request.digits, "count": request.count}
+    how = {"version": VERSION} | request.cfg.select("sampling", "picture")
+    return what | how | {"made with": picture.made_with(loaded.device)}
 
 
 def reproduce(path: Path, output: Path | None, given: dict[str, Any], show_digits: bool) -> None:
@@ -83,23 +89,23 @@ def reproduce(path: Path, output: Path | None, given: dict[str, Any], show_digit
     runs, and if the bytes come out differently."""
     if output and output.suffix != ".png":
         raise ValueError(f"output = '{output}': --reproduce writes a .png")
-    provenance, original = picture.read_provenance(path), path.read_bytes()
+    recorded, original = picture.read_provenance(path), path.read_bytes()
     here = {"output_dir": Config().output_dir, "device": "cpu"} | given  # a GPU rounds differently
     device = pick_device(here["device"])
-    folder, sha256 = Path(here["output_dir"]), provenance["model"]
+    folder, sha256 = Path(here["output_dir"]), recorded["model"]
     candidates = [*folder.glob("models/*.pth"), *folder.glob("earlier/*/*.pth")]
     found = [each for each in candidates if checkpoint.sha256(each) == sha256]
     if not found:
         missing = f"its model, SHA-256 {sha256}, is not in {folder}; try --output_dir"
         raise ValueError(f"{path}: {missing}")
     loaded = checkpoint.load_model(found[0], device)
-    request = requests.request_from_picture(provenance, path, loaded.cfg, here)
+    request = requests.request_from_picture(recorded, path, loaded.cfg, here)
     request.output = output or requests.free_name(request.cfg, f"{request.digits}_again")
     if request.output.exists() and request.output.samefile(path):
         raise ValueError(f"output = '{output}': this is the picture itself; choose another name")
     draw_all(loaded, [request], show_digits)
     if request.output.read_bytes() != original:
-        made = f"made with {provenance.get('made with')}; this is {picture.made_with(device)}"
+        made = f"made with {recorded.get('made with')}; this is {picture.made_with(device)}"
         raise ValueError(f"{request.output}: not the same bytes as {path}, {made}")
     log(f"the same bytes as {path}")
 
@@ -110,7 +116,7 @@ def parse_flags() -> Namespace:
     what.add_argument("--digits", metavar="TEXT", help="draw 7, 2026, all or mnist without asking")
     what.add_argument("--reproduce", type=Path, metavar="PNG", help="draw this PNG again")
     number = {"type": int, "metavar": "INT"}
-    parser.add_argument("--count", **number, help="variants (default: 16 images in all)")
+    parser.add_argument("--count", **number, help="variants (default: 16 images; of all: 16 each)")
     parser.add_argument("--model", metavar="TEXT", help="path, name, number or newest (default)")
     file = {"type": requests.output_name, "metavar": "FILE"}
     parser.add_argument("--output", **file, help=".png, .npz, .gif, .webp, or a folder/")
@@ -121,8 +127,7 @@ def parse_flags() -> Namespace:
     parser.needs("--count", "--digits")
     parser.needs("--output", "--digits", "--reproduce")
     with_it = ("--output", "--output_dir", "--device", "--show", "--no-show")
-    message = f"--reproduce allows only {', '.join(with_it)}"
-    parser.allows_only("--reproduce", *with_it, message=message)
+    parser.allows_only("--reproduce", *with_it)
     return parser.parse_args()
 
 

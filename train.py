@@ -53,7 +53,7 @@ def train(plan: Plan, began: float) -> int:
         state.epoch_seconds += time.perf_counter() - step_began
         run.update_clock()
         keep_guide(cfg, state, run.fraction)
-        run.log_step()
+        run.show_progress()
         if run.epoch_done or run.done:
             run.log_epoch()
         if run.epoch_done:

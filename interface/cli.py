@@ -29,8 +29,9 @@ class Parser(argparse.ArgumentParser):
         """`flag` cannot be combined with any of `others`."""
         self.rules.append((flag, lambda given: given & set(others), message))
 
-    def allows_only(self, flag: str, *others: str, message: str) -> None:
+    def allows_only(self, flag: str, *others: str) -> None:
         """`flag` cannot be combined with anything but `others`."""
+        message = f"{flag} allows only {', '.join(others)}"
         self.rules.append((flag, lambda given: given - {flag, *others}, message))
 
     def parse_args(self) -> argparse.Namespace:

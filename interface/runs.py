@@ -102,7 +102,7 @@ def machine_flags(cfg: Config) -> str:
 
 
 class Run:
-    """A run under way: its clock, log and checkpoints. `fraction` is the part done, 0 to 1."""
+    """A run under way: its clock, log and checkpoints."""
 
     def __init__(self, plan: Plan, state: TrainState, images: int, began: float) -> None:
         """`began` (of time.perf_counter) is when the run's time starts to count. Raises ValueError
@@ -125,8 +125,15 @@ class Run:
 
     def update_clock(self) -> None:
         self.state.progress.seconds = time.perf_counter() - self.began
-        self.fraction = fraction_done(self.cfg, self.state.progress, self.images_per_epoch)
-        self.done = self.fraction >= 1
+
+    @property
+    def fraction(self) -> float:
+        """The part of the whole run that is done, 0 to 1."""
+        return fraction_done(self.cfg, self.state.progress, self.images_per_epoch)
+
+    @property
+    def done(self) -> bool:
+        return self.fraction >= 1
 
     @property
     def epoch_done(self) -> bool:
@@ -149,7 +156,7 @@ class Run:
         if saves_plan:
             self.save()
 
-    def log_step(self) -> None:
+    def show_progress(self) -> None:
         """Show the running loss on the progress bar, if it is time to. Raises FloatingPointError
         if the loss is no longer finite."""
         cfg, progress = self.cfg, self.state.progress
@@ -252,25 +259,27 @@ def prepare_folders(plan: Plan, rewritten: Path | None) -> None:
     images.mkdir(exist_ok=True)
     for partial in models.glob(".*.partial"):  # of a save that was killed
         partial.unlink()
-    continues = plan.start is not None and plan.start.resolve().parent == models.resolve()
+    files = [*models.glob("model_epoch_*.pth"), *images.glob("samples_epoch_*.png")]
+    curves = images / "training.png"
+    if plan.start is None or plan.start.resolve().parent != models.resolve():
+        set_aside(out / "earlier", moved=[*files, metrics, curves])
+        return
     names = {  # of the checkpoints that are kept: model_<name>.pth, with samples_<name>.png
         path.stem.removeprefix("model_")
         for path, progress in checkpoint.list_checkpoints(models, "model_epoch_*.pth")
-        if continues and progress.step <= plan.progress.step
+        if progress.step <= plan.progress.step
     }
-    files = [*models.glob("model_epoch_*.pth"), *images.glob("samples_epoch_*.png")]
     moved = [path for path in files if path.stem.partition("_")[2] not in names]
-    copied = [rewritten] if continues and rewritten and rewritten not in moved else []
+    copied = [rewritten] if rewritten and rewritten not in moved else []
     rows = read_metrics(metrics)
     kept_rows = [row for row in rows if int(row["step"]) <= plan.progress.step]
-    if moved or copied or not continues or kept_rows != rows:
-        (copied if continues else moved).append(metrics)
-        set_aside(out / "earlier", [*moved, images / "training.png"], copied)
-    if continues and rows:
+    if moved or copied or kept_rows != rows:
+        set_aside(out / "earlier", [*moved, curves], [*copied, metrics])
+    if rows:
         write_metrics(metrics, kept_rows)
 
 
-def set_aside(earlier: Path, moved: list[Path], copied: list[Path]) -> None:
+def set_aside(earlier: Path, moved: list[Path], copied: list[Path] = []) -> None:
     """Move and copy those files that exist into a new folder of `earlier`, named after the time."""
     transfers = [(shutil.move, path) for path in moved if path.exists()]
     transfers += [(shutil.copy2, path) for path in copied if path.exists()]

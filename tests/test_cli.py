@@ -117,9 +117,9 @@ def test_flags_that_exclude_each_other_are_refused_together(parse, refusal):
 
 def test_a_flag_that_allows_only_some_others_is_refused_with_the_rest(parse, refusal):
     parser = parser_with("--reproduce", "--output", "--seed")
-    parser.allows_only("--reproduce", "--output", message="the picture says the rest")
+    parser.allows_only("--reproduce", "--output")
     for line in ("--reproduce a --seed 3", "--seed=3 --output b --reproduce=a"):
-        assert "the picture says the rest" in refusal(parser, line)
+        assert "--reproduce allows only --output" in refusal(parser, line)
     for line in ("", "--reproduce a", "--reproduce a --output b", "--output b --seed 3"):
         parse(parser, line)
 
