@@ -262,7 +262,7 @@ def prepare_folders(plan: Plan, rewritten: Path | None) -> None:
     files = [*models.glob("model_epoch_*.pth"), *images.glob("samples_epoch_*.png")]
     curves = images / "training.png"
     if plan.start is None or plan.start.resolve().parent != models.resolve():
-        set_aside(out / "earlier", moved=[*files, metrics, curves])
+        set_aside(out / "earlier", [*files, metrics, curves], copied=[])
         return
     names = {  # of the checkpoints that are kept: model_<name>.pth, with samples_<name>.png
         path.stem.removeprefix("model_")
@@ -279,7 +279,7 @@ def prepare_folders(plan: Plan, rewritten: Path | None) -> None:
         write_metrics(metrics, kept_rows)
 
 
-def set_aside(earlier: Path, moved: list[Path], copied: list[Path] = []) -> None:
+def set_aside(earlier: Path, moved: list[Path], copied: list[Path]) -> None:
     """Move and copy those files that exist into a new folder of `earlier`, named after the time."""
     transfers = [(shutil.move, path) for path in moved if path.exists()]
     transfers += [(shutil.copy2, path) for path in copied if path.exists()]
