@@ -173,7 +173,7 @@ def report(result: dict[str, Any]) -> str:
 {result["machine"]}, torch {result["torch"]}, {result["precision"]}, batch {result["batch_size"]}
 U-Net            {result["parameters"]:,} parameters
 training         {training["images_per_second"]:.0f} images/s, {training["tera_flops"]:.3f} TFLOP/s
-                 {training["share_of_convolution_peak"]:.0%} of its convolutions alone
+                 {training["share_of_convolution_peak"]:.0%} of the time goes into convolutions
 a step, in ms    {parts}
 peak memory      {f"{memory / 1e9:.2f} GB in training" if memory else "unknown"}
 sampling         images/s by network calls per image: {speeds}

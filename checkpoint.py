@@ -36,7 +36,7 @@ class Progress:
     images: int = 0
     step: int = 0
     seconds: float = 0.0
-    budget_from: float = 0.0  # the value of `seconds` from which a time budget counts
+    budget_from: float = 0.0  # `seconds` when the current time budget began
 
     @property
     def name(self) -> str:
@@ -114,7 +114,7 @@ def slim(source: str | Path, target: str | Path) -> None:
 
 
 def write_tensors(path: Path, contents: dict[str, Any]) -> None:
-    """Write tensors and plain values, whole or not at all. Raises ValueError as atomic_write."""
+    """Write tensors and plain values, whole or not at all. Raises what atomic_write raises."""
     buffer = io.BytesIO()  # torch.save itself would hide that a disk is full
     torch.save(contents, buffer)
     with atomic_write(path) as file:
@@ -215,7 +215,7 @@ def sha256(path: str | Path) -> str:
 
 
 def list_checkpoints(folder: str | Path, pattern: str = "*.pth") -> list[tuple[Path, Progress]]:
-    """The readable checkpoints in a folder, newest last: ordered by completed steps, then by time.
+    """The readable checkpoints in a folder, newest last, by completed steps and then by time.
     The pretrained model comes first, so that any other counts as newer."""
     found = []
     for path in sorted(Path(folder).glob(pattern)):

@@ -22,7 +22,9 @@ model = partial(setting, group="model")  # cannot change once a model has been t
 training = partial(setting, group="training")
 length = partial(setting, group="length")  # how long a run is
 sampling = partial(setting, group="sampling")  # how to draw with a model: comes with its checkpoint
-picture = partial(setting, group="picture")  # also decides the pixels, but belongs to a picture
+picture = partial(
+    setting, group="picture"
+)  # affects the pixels too, but is chosen for each picture
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class Config:
     label_dropout: float = training(0.1, "fraction of images trained without a label", ge=0, le=1)
 
     # Training
-    epochs: int = length(30, "epochs of a run from scratch", ge=1)
+    epochs: int = length(30, "epochs of the whole run", ge=1)
     budget: str = length("", "train for this long instead of --epochs: 90s, 10m, 1.5h")
     batch_size: int = training(128, "images per training step", ge=1, fixed_in_epoch=True)
     learning_rate: float = training(4e-3, "peak learning rate", gt=0, flag="lr")
@@ -72,9 +74,15 @@ class Config:
     muon_momentum: float = training(0.95, "Muon: decay of the mean gradient", ge=0, le=0.9999)
     weight_decay: float = training(0.01, "weight decay of both optimizers", ge=0)
     grad_clip: float = training(1.0, "largest gradient norm; larger ones are scaled down", gt=0)
-    ema_sigma_rel: float = training(0.1, "width of the weight average / run length", gt=0, le=0.28)
-    guide_fraction: float = model(0.1, "part of the run before the guide is kept", ge=0, le=0.5)
-    guide_label_noise: float = training(0.3, "fraction of random labels until then", ge=0, le=1)
+    ema_sigma_rel: float = training(
+        0.1, "width of the weight average, as a fraction of the run", gt=0, le=0.28
+    )
+    guide_fraction: float = model(
+        0.1, "fraction of the run that makes the guide (0: no guide)", ge=0, le=0.5
+    )
+    guide_label_noise: float = training(
+        0.3, "fraction of random labels while the guide is made", ge=0, le=1
+    )
     precision: str = training("auto", "auto: bf16 if native", choices=("auto", "float32", "bf16"))
     save_every: int = training(5, "epochs between checkpoints", ge=1)
     preview_digits: str = training("0123456789", "digits in each checkpoint's sample grid")
@@ -136,7 +144,7 @@ class Config:
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in known.items()})
 
 
-# Whose value a setting takes that an old checkpoint lacks: {new: old}
+# Where an old checkpoint lacks a setting, the one whose value it takes: {lacking: read instead}
 ALIASES = {"guide_fraction": "guide_share", "clip_loss": "clip_x_0"}
 
 # What generate.py --fast changes: 6 network calls an image instead of 19 (EXPERIMENTS.md)

@@ -210,11 +210,11 @@ class Diffusion:
         x_s = kept * x + (math.sqrt(a_s) - kept * math.sqrt(a_t)) * x_0_hat
         return x_s + math.sqrt(variance) * noise.draw() if variance > 0 else x_s
 
-    def multistep_coefficient(self, before: int, t: int, s: int) -> float:
+    def multistep_coefficient(self, t_before: int, t: int, s: int) -> float:
         """How far dpmpp extrapolates the last change of x_0_hat: half the ratio of the steps'
         lengths in log_snr. DPM-Solver++, Lu et al. 2022, algorithm 2; with noise, its SDE form."""
         log_snr = self.log_snr
-        return float((log_snr[s] - log_snr[t]) / (log_snr[t] - log_snr[before]) / 2)
+        return float((log_snr[s] - log_snr[t]) / (log_snr[t] - log_snr[t_before]) / 2)
 
     def draw(
         self, denoiser: Denoiser, y: Tensor, on_state: Callable[[Tensor], object] | None = None

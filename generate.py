@@ -86,7 +86,7 @@ def provenance(loaded: LoadedModel, request: Request) -> dict[str, Any]:
 def reproduce(path: Path, output: Path | None, given: dict[str, Any], show_digits: bool) -> None:
     """Draw a picture again from its text chunks, on the CPU unless a device is `given`. Raises
     ValueError if it has none, if its model is neither among the models nor among those of earlier
-    runs, and if the bytes come out differently."""
+    runs, or if the bytes come out differently."""
     if output and output.suffix != ".png":
         raise ValueError(f"output = '{output}': --reproduce writes a .png")
     recorded, original = picture.read_provenance(path), path.read_bytes()
@@ -105,8 +105,8 @@ def reproduce(path: Path, output: Path | None, given: dict[str, Any], show_digit
         raise ValueError(f"output = '{output}': this is the picture itself; choose another name")
     draw_all(loaded, [request], show_digits)
     if request.output.read_bytes() != original:
-        made = f"made with {recorded.get('made with')}; this is {picture.made_with(device)}"
-        raise ValueError(f"{request.output}: not the same bytes as {path}, {made}")
+        made = f"made with {recorded.get('made with')}; here: {picture.made_with(device)}"
+        raise ValueError(f"{request.output}: its bytes differ from those of {path}, {made}")
     log(f"the same bytes as {path}")
 
 
@@ -116,7 +116,9 @@ def parse_flags() -> Namespace:
     what.add_argument("--digits", metavar="TEXT", help="draw 7, 2026, all or mnist without asking")
     what.add_argument("--reproduce", type=Path, metavar="PNG", help="draw this PNG again")
     number = {"type": int, "metavar": "INT"}
-    parser.add_argument("--count", **number, help="variants (default: 16 images; of all: 16 each)")
+    parser.add_argument(
+        "--count", **number, help="variants (default: 16 images; with all, 16 each)"
+    )
     parser.add_argument("--model", metavar="TEXT", help="path, name, number or newest (default)")
     file = {"type": requests.output_name, "metavar": "FILE"}
     parser.add_argument("--output", **file, help=".png, .npz, .gif, .webp, or a folder/")

@@ -165,7 +165,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_precision(name: str, device: torch.device) -> torch.dtype:
-    """The dtype in which the network computes; its weights stay in float32. "auto" takes bf16 only
+    """The dtype in which the network trains; its weights stay in float32. "auto" takes bf16 only
     where it is native, because a CPU that emulates it is hundreds of times slower."""
     if name != "auto":
         return torch.bfloat16 if name == "bf16" else torch.float32

@@ -70,8 +70,8 @@ def train(plan: Plan, began: float) -> int:
         print(f"stopped at {state.progress}; to continue: {command}")
         return 128 + stopped_by[0]
     if state.guide is None:
-        usual = "1.5" if cfg.label_dropout > 0 else "1"
-        print(f"this model has no guide: draw with --guidance {usual} (classifier-free guidance)")
+        how = "1.5 (classifier-free guidance)" if cfg.label_dropout > 0 else "1 (no guidance)"
+        print(f"this model has no guide: draw with --guidance {how}")
     return 0
 
 
@@ -161,19 +161,19 @@ def draw_preview(cfg: Config, diffusion: Diffusion, state: TrainState) -> None:
 
 
 def main() -> int:
-    began = time.perf_counter() - time.process_time()  # the imports count, by their CPU time
+    began = time.perf_counter() - time.process_time()  # imports count too, as CPU time
     parser = Parser(prog="train.py", description="Train a class-conditional DDPM on MNIST.")
     start, length = (parser.add_mutually_exclusive_group() for _ in range(2))
     start.add_argument("--resume", action="store_true", help="continue the newest checkpoint")
-    load_help = "train this checkpoint further; without a length, say where it stands"
+    load_help = "train it for --budget or K more epochs; with neither, describe it"
     start.add_argument("--load_checkpoint_path", type=Path, metavar="PATH", help=load_help)
     more = {"type": int, "metavar": "K", "default": 0, "help": "train it for K more epochs"}
     length.add_argument("--continue_training_epochs", **more)
     add_settings(length, Config.names("length"))
     add_settings(parser, Config.names("machine", "model", "training", "sampling", "picture"))
     parser.needs("--continue_training_epochs", "--load_checkpoint_path")
-    from_scratch = "--epochs is for a run from scratch; give --continue_training_epochs instead"
-    parser.excludes("--load_checkpoint_path", "--epochs", message=from_scratch)
+    counts_all = "--epochs counts from scratch; give --continue_training_epochs instead"
+    parser.excludes("--load_checkpoint_path", "--epochs", message=counts_all)
     args = parser.parse_args()
     more = args.continue_training_epochs
     if more < 0:

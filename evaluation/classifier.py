@@ -31,7 +31,7 @@ def _block(c_in: int, c_out: int, size: int = 3, stride: int = 1) -> nn.Sequenti
 
 
 class Classifier(nn.Module):
-    """uint8 images (N, 1, 28, 28) to features (N, 128), or logits (N, 10) by `classify`."""
+    """uint8 images (N, 1, 28, 28) to features (N, 128); `classify` turns those into logits."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -26,9 +26,9 @@ class Evaluator:
         self._real: dict[int, Result] = {}  # metrics of N real test images, by N
 
     def measure(self, images: Tensor, labels: Tensor | None) -> tuple[Result, Tensor]:
-        """All metrics of uint8 images (N, 1, 28, 28) with int64 labels (N,), and as "real" those of
-        N test images; the ten images that are closest to a training image, each followed by it,
-        (20, 1, 28, 28). Raises ValueError for too few images."""
+        """Measure uint8 images (N, 1, 28, 28) with int64 labels (N,). Returns their metrics, with
+        those of N test images as "real"; and the ten images closest to a training image, each
+        followed by it, (20, 1, 28, 28). Raises ValueError for too few images."""
         N = len(images)
         if N < classifier.FEATURES:
             raise ValueError(f"{N} images: FD-MNIST needs at least {classifier.FEATURES}")

@@ -26,7 +26,7 @@ def frechet_distance(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> floa
 
 def frechet_metrics(features: Tensor, reference: dict[str, np.ndarray]) -> dict[str, Any]:
     """Fréchet distance of features (N, D) to the reference, with a 95 % bootstrap interval. The
-    interval is centred on the distance itself, because resampling alone increases it."""
+    interval is corrected for bias, because resampling alone increases the distance."""
     generator = torch.Generator().manual_seed(0)
     fd = frechet_distance(moments(features), reference)
     again = []

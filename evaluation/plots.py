@@ -34,7 +34,7 @@ def plot_training(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def plot_sweep(results: list[dict[str, Any]], best: list[bool], path: Path) -> None:
-    """Plot quality against network calls, with a line for each sampler and guidance."""
+    """Plot quality against network calls, a line for each choice of the other settings."""
     figure, axes = plt.subplots(figsize=(7, 4.5))
     lines: dict[str, list[tuple[int, float]]] = {}
     points = [(result["sampling"]["calls"], result["samples"]["fd"]) for result in results]

@@ -54,7 +54,7 @@ def table(result: Result) -> str:
         rows.append((name, show(samples), show(real)))
     if "cas" in result:
         accuracy = [f"{np.mean(result['cas'][kind]):.2%}" for kind in ("synthetic", "real")]
-        rows.append(("classifier trained on them", *accuracy))
+        rows.append(("CAS: accuracy on real tests", *accuracy))
     if "sampling" in result:
         cost = result["sampling"]
         calls = f"{cost['calls']} network calls an image, {cost['seconds']:.1f} s"
@@ -73,7 +73,7 @@ def sweep_table(results: list[Result]) -> str:
         line = settings_used(result) | result["samples"] | result["sampling"]
         mark = "*" if is_best else ""
         rows.append((mark, *SWEEP_ROW.format(**line).split()))
-    return aligned(rows) + "\n* no other row has both a lower FD and no more network calls"
+    return aligned(rows) + "\n* no other row reaches a lower FD with as few network calls"
 
 
 def settings_used(result: Result) -> Result:

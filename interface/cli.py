@@ -128,9 +128,7 @@ def run_script(name: str, main: Callable[[], int]) -> None:
         kind = type(error).__name__  # torch has an OutOfMemoryError of its own
         if "MemoryError" not in kind and "allocate memory" not in reason:
             raise
-        print(
-            f"{name}: {reason}; lower --batch_size, --sample_batch_size or --count", file=sys.stderr
-        )
+        print(f"{name}: {reason}; use smaller batches, or draw fewer images", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print(f"\n{name}: stopped", file=sys.stderr)

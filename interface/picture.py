@@ -112,7 +112,7 @@ def read_npz(path: Path) -> tuple[Tensor, Tensor | None]:
         with file:
             arrays = {name: file[name] for name in ("arr_0", "arr_1") if name in file.files}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        reason = "no such file" if not path.exists() else f"not a whole .npz: {first_line(error)}"
+        reason = "no such file" if not path.exists() else f"not a valid .npz: {first_line(error)}"
         raise ValueError(f"{path}: {reason}") from None
     images, labels = arrays.get("arr_0"), arrays.get("arr_1")
     if images is None:

@@ -23,7 +23,7 @@ MAX_IMAGES = 100_000
 
 
 def list_models(folder: Path) -> list[tuple[Path, Progress]]:
-    """All models in a folder, newest last. Raises ValueError if there is none."""
+    """All models in a folder, the most trained last. Raises ValueError if there is none."""
     found = list_checkpoints(folder)
     if not found:
         raise ValueError(f"no model in {folder}; train one first: python train.py --budget 10m")
@@ -174,7 +174,7 @@ def requests_from_answers(cfg: Config, seed: int | None) -> Iterator[Request]:
 def request_from_picture(
     provenance: dict[str, Any], picture: Path, trained: Config, given: dict[str, Any]
 ) -> Request:
-    """What a picture's text chunks ask for, with the settings of this computer that are `given`.
+    """The request that a PNG's text chunks record, with this computer's settings as `given`.
     Raises ValueError if they are not the chunks that generate.write writes."""
     try:
         known = {name: provenance[name] for name in Config.names("sampling", "picture")}

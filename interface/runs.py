@@ -85,8 +85,9 @@ def fraction_done(cfg: Config, progress: Progress, images_per_epoch: float) -> f
 def describe(plan: Plan) -> str:
     """Where the plan's checkpoint stands, and how to go on from it."""
     cfg, progress = plan.cfg, plan.progress
-    length = f"a budget of {cfg.budget}" if cfg.budget else f"{cfg.epochs} epochs planned"
-    stands = f"{plan.start} is at {progress}, {length}, after {progress.seconds / 60:.1f} min."
+    length = f"of a budget of {cfg.budget}" if cfg.budget else f"of {cfg.epochs} epochs"
+    minutes = progress.seconds / 60
+    stands = f"{plan.start}: {progress} {length} planned, {minutes:.1f} min trained."
     if not plan.trainable:
         return f"{stands}\nIt was reduced to what drawing needs and cannot be trained further."
     command = f"python train.py --load_checkpoint_path {shlex.quote(str(plan.start))}"
@@ -96,8 +97,8 @@ def describe(plan: Plan) -> str:
 
 def machine_flags(cfg: Config) -> str:
     """The flags for this computer that differ from config.py: a checkpoint does not carry them."""
-    here = Config().select("machine")
-    changed = {n: v for n, v in cfg.select("machine").items() if v != here[n]}
+    usual = Config().select("machine")
+    changed = {n: v for n, v in cfg.select("machine").items() if v != usual[n]}
     return "".join(f" --{name} {shlex.quote(value)}" for name, value in changed.items())
 
 
@@ -151,8 +152,8 @@ class Run:
         path = checkpoint_path(cfg, progress)
         saves_plan = start is not None and (self.plan.changed or start.resolve() != path.resolve())
         prepare_folders(self.plan, path if saves_plan else None)
-        until = f"for {cfg.budget}" if cfg.budget else f"to epoch {cfg.epochs}"
-        print(f"training {until} from {progress}; results in {cfg.output_dir}", flush=True)
+        until = f"until {cfg.budget} are spent" if cfg.budget else f"to epoch {cfg.epochs}"
+        print(f"training from {progress} {until}; results in {cfg.output_dir}", flush=True)
         if saves_plan:
             self.save()
 
@@ -161,10 +162,10 @@ class Run:
         if the loss is no longer finite."""
         cfg, progress = self.cfg, self.state.progress
         if self.bar is None:
-            done = progress.images - cfg.batch_size  # before this run, where it resumes mid-epoch
+            before = progress.images - cfg.batch_size  # not 0 if the run resumes inside an epoch
             title = f"epoch {progress.epoch + 1}" + ("" if cfg.budget else f"/{cfg.epochs}")
             look = {"unit": " images", "leave": False, "disable": None, "dynamic_ncols": True}
-            self.bar = tqdm(desc=title, total=self.images_per_epoch, initial=done, **look)
+            self.bar = tqdm(desc=title, total=self.images_per_epoch, initial=before, **look)
         if progress.step % self.log_every and not self.epoch_done:
             return
         self.check_finite()

@@ -86,7 +86,7 @@ def test_cas_trains_on_the_samples_of_a_file_if_it_has_labels(
     flags = {"data_dir": MNIST, "output_dir": tmp_path, "cas": True}
     result = run("evaluate.py", images=save(tmp_path / "with.npz", images, labels), **flags)
     assert result.code == 0, result
-    assert "classifier trained on them" in result.out
+    assert "CAS: accuracy on real tests" in result.out
     (written,) = tmp_path.glob("metrics/with-*.json")
     assert len(json.loads(written.read_text())["cas"]["synthetic"]) == 3
     without = save(tmp_path / "without.npz", images)
@@ -97,10 +97,10 @@ def test_cas_trains_on_the_samples_of_a_file_if_it_has_labels(
     ("fault", "words"),
     [
         ("missing", ("no such file",)),
-        ("empty", ("not a whole .npz",)),
-        ("cut", ("not a whole .npz",)),
-        ("flipped", ("not a whole .npz",)),
-        ("npy", ("not a whole .npz", "single array")),
+        ("empty", ("not a valid .npz",)),
+        ("cut", ("not a valid .npz",)),
+        ("flipped", ("not a valid .npz",)),
+        ("npy", ("not a valid .npz", "single array")),
         ("no images", ("no arr_0",)),
         ("float", ("float64", "uint8")),
         ("shape", ("(200, 32, 32)", "(N, 28, 28)")),

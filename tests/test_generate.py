@@ -458,7 +458,7 @@ def test_a_reproduction_that_differs_says_so(draw):
     made.write_bytes(made.read_bytes() + b"more")
     result = draw(reproduce=made)
     assert result.code == 2
-    words = rf"not the same bytes as {re.escape(str(made))}.*torch .*Pillow"
+    words = rf"bytes differ from those of {re.escape(str(made))}.*torch .*Pillow"
     assert re.search(words, result.err.splitlines()[-1])
 
 

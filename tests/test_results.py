@@ -70,7 +70,7 @@ def test_the_table_leaves_out_what_was_not_measured():
     assert "classifier" not in shown
     score = {"cas": {"synthetic": [0.9, 0.92], "real": [0.97, 0.99]}}
     shown = results.table(result() | score)
-    assert row(shown, "classifier trained on them") == "91.00% 98.00%"
+    assert row(shown, "CAS: accuracy on real tests") == "91.00% 98.00%"
     of_a_file = result()
     del of_a_file["sampling"], of_a_file["settings"]
     for name in ("agreement", "by_digit", "confusions"):

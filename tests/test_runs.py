@@ -231,12 +231,12 @@ def test_a_checkpoint_that_cannot_be_loaded_is_named(tmp_path, name):
 def test_a_description_says_where_a_checkpoint_stands(tmp_path):
     saved = save(tmp_path, progress=IN_AN_EPOCH)
     words = describe(plan_of(tmp_path, load=saved))
-    assert f"{saved} is at epoch 2 and 64 images (step 22), 4 epochs planned" in words
+    assert f"{saved}: epoch 2 and 64 images (step 22) of 4 epochs planned" in words
     assert f"--load_checkpoint_path {saved} --continue_training_epochs K" in words
     assert words.endswith("--output_dir 'of another computer'")  # a run does not bring it along
     saved = save(tmp_path, replace(CFG, budget="2m"))
     words = describe(plan_of(tmp_path, load=saved))
-    assert "epoch 2 (step 20), a budget of 2m, after 1.0 min" in words
+    assert "epoch 2 (step 20) of a budget of 2m planned, 1.0 min trained" in words
     checkpoint.slim(saved, tmp_path / "slim.pth")
     plan = plan_of(tmp_path, load=tmp_path / "slim.pth")
     assert not plan.trainable

@@ -128,7 +128,7 @@ def stop_when(pattern: str, out: Path, signum: int, delay: float = 0.25) -> tupl
     ("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["ctrl-c", "term"]
 )
 def test_an_interrupted_epoch_resumes_to_the_same_bits(long_run, tmp_path, run, signum, code):
-    returned, output = stop_when("^training to", tmp_path, signum)
+    returned, output = stop_when("^training from", tmp_path, signum)
     assert returned == code, output
     stopped = newest_of_run(tmp_path / "models")
     assert 0 < checkpoint.load(stopped)["progress"]["images"] < 1600
@@ -199,9 +199,9 @@ def test_a_checkpoint_alone_is_described_and_not_trained(whole, run):
     result = run("train.py", load_checkpoint_path=path)
     assert result.code == 0
     going_on = ("--continue_training_epochs K", f"--output_dir {whole}", "--device cpu")
-    for words in ("epoch 2", "step 20", "4 epochs planned", *going_on):
+    for words in ("epoch 2", "step 20", "of 4 epochs planned", *going_on):
         assert words in result.out
-    assert "training to" not in result.out
+    assert "training from" not in result.out
 
 
 def test_what_to_type_next_bears_a_folder_with_a_space(run, tmp_path):
