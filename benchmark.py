@@ -1,5 +1,8 @@
 """Measure this machine's speed: python benchmark.py --json speed.json. Takes about a minute."""
 
+import interface  # noqa: F401  (first, so that errors are one line while importing, too)
+
+# isort: split
 import copy
 import itertools
 import json
@@ -10,18 +13,18 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import fields, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 import train
-from checkpoint import TrainState, atomic_write
+from checkpoint import TrainState
 from config import Config
 from data import load_split
 from diffusion import Diffusion
-from interface.cli import Parser, add_settings, given_settings, run_script
+from files import atomic_write, check_writable
+from interface.cli import Parser, add_settings, given_settings, path, run_script
 from model import UNet, pick_device, pick_precision
 
 SECONDS = 25.0  # for training; each of the other measurements takes a fraction of it
@@ -183,13 +186,13 @@ one image        {sampling["one_image_seconds"]:.3f} s at the default settings""
 def main() -> int:
     parser = Parser(prog="benchmark.py", description="Measure training and sampling speed.")
     parser.add_argument(
-        "--json", type=Path, metavar="FILE", help="also write the figures to this file"
+        "--json", type=path, metavar="FILE", help="also write the figures to this file"
     )
     add_settings(parser, [f.name for f in fields(Config)])
     args = parser.parse_args()
     cfg = replace(Config(), **given_settings(args))
-    if args.json and not args.json.parent.is_dir():
-        raise ValueError(f"json = '{args.json}': no folder {args.json.parent}; make it first")
+    if args.json:
+        check_writable(args.json)
     device = pick_device(cfg.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     result = {

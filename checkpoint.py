@@ -1,31 +1,27 @@
-"""The state of a training run, and the only module that reads or writes checkpoint files.
+"""The state of a training run, and the only module that knows what a checkpoint holds.
 
 A file holds tensors and plain values only, so that reading one never runs code. It needs no random
 state, because every random number of training is a function of the seed and the progress.
 """
 
 import copy
-import hashlib
-import io
-import os
-import pickle
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+import math
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from config import Config
-from model import UNet
+from files import first_line, read_tensors, sha256, write_tensors
+from model import UNet, check_size
 from optimizer import make_optimizers
 
 FORMAT = 4  # format 3 is still read: config.ALIASES fills in the settings that it lacks
 PRETRAINED = "pretrained.pth"  # the model in git
-DAMAGED = (pickle.UnpicklingError, RuntimeError, EOFError, OSError)  # what torch.load raises
 
 
 @dataclass
@@ -37,6 +33,12 @@ class Progress:
     step: int = 0
     seconds: float = 0.0
     budget_from: float = 0.0  # `seconds` when the current time budget began
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if type(value) not in (int, f.type) or not 0 <= value < 2**53:  # so that none is NaN
+                raise ValueError(f"{f.name} = {value!r}: not a progress")
 
     @property
     def name(self) -> str:
@@ -59,10 +61,13 @@ class TrainState:
     progress: Progress
     totals: Tensor  # (2,) sums over the current epoch's steps: loss, gradient norm
     epoch_seconds: float = 0.0  # training time of the current epoch
+    data: dict[str, Any] | None = None  # what is trained on, as data.describe says
 
     @classmethod
     def initial(cls, cfg: Config, device: torch.device) -> "TrainState":
-        """The state before the first step; the random weights depend on cfg.seed alone."""
+        """The state before the first step; the random weights depend on cfg.seed alone. Raises
+        ValueError for a network that is too large."""
+        check_size(cfg)
         torch.manual_seed(cfg.seed)
         model = UNet(cfg).to(device)
         ema, totals = copy.deepcopy(model).requires_grad_(False), torch.zeros(2, device=device)
@@ -88,7 +93,8 @@ class LoadedModel:
 
 
 def save(path: Path, cfg: Config, state: TrainState) -> None:
-    """Write a checkpoint, whole or not at all. Raises ValueError if it cannot be written."""
+    """Write a checkpoint, whole or not at all. Raises ValueError if it cannot be written, and
+    FloatingPointError if a weight is not finite: such a state must not pass for a good one."""
     contents = {
         "format": FORMAT,
         "config": cfg.to_dict(),
@@ -98,7 +104,12 @@ def save(path: Path, cfg: Config, state: TrainState) -> None:
         "guide": state.guide.state_dict() if state.guide else None,
         "optimizers": [each.state_dict() for each in state.optimizers],
         "metrics": {"totals": state.totals.tolist(), "seconds": state.epoch_seconds},
+        "data": state.data,
     }
+    try:
+        _check_tensors(contents, state.model, cfg)
+    except ValueError as error:
+        raise FloatingPointError(str(error)) from None
     write_tensors(path, contents)
 
 
@@ -113,77 +124,88 @@ def slim(source: str | Path, target: str | Path) -> None:
     write_tensors(Path(target), kept)
 
 
-def write_tensors(path: Path, contents: dict[str, Any]) -> None:
-    """Write tensors and plain values, whole or not at all. Raises what atomic_write raises."""
-    buffer = io.BytesIO()  # torch.save itself would hide that a disk is full
-    torch.save(contents, buffer)
-    with atomic_write(path) as file:
-        file.write(buffer.getbuffer())
-
-
-@contextmanager
-def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """Open a file that becomes `path`: a temporary one beside it, flushed and renamed once it is
-    complete, so that `path` is whole or unchanged. Raises ValueError with the path on failure."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with open(partial, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be written ({error.strerror or error})") from None
-    finally:
-        with suppress(OSError):
-            partial.unlink()
-
-
-def load(path: str | Path, *, mmap: bool = False) -> dict[str, Any]:
+def load(
+    path: str | Path, *, only_look: bool = False, network: UNet | None = None
+) -> dict[str, Any]:
     """Read a checkpoint: {format, config, progress, ema, guide} and, unless it is slim, {model,
-    optimizers, metrics}. Raises ValueError with the path and the reason if it is not one.
+    optimizers, metrics, data}. Raises ValueError with the path and the reason if it is not one, if
+    it is damaged, or if a tensor is not finite or does not fit `network`, by default the one that
+    its settings describe.
 
-    With `mmap`, tensors are read from disk only when they are used: quick for looking at the rest.
+    With `only_look`, tensors are neither read nor checked: quick for looking at the rest.
     """
-    if not Path(path).is_file():
+    path = Path(path)
+    if not path.is_file():
         raise ValueError(f"{path}: no such checkpoint; python generate.py lists the models")
+    contents = read_tensors(path, "a checkpoint", only_look=only_look)
     try:
-        with warnings.catch_warnings(action="ignore"):  # torch's remarks on foreign files
-            contents = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
         if not isinstance(contents, dict):
             raise TypeError
         if contents["format"] not in (3, FORMAT):
             raise ValueError(f"format {contents['format']}, but this program reads 3 and {FORMAT}")
         Progress(**contents["progress"])
-        Config.from_dict(contents["config"])
-        for weights in (contents["ema"], contents["guide"] or {}):
-            weights.items()  # raises AttributeError if these are no weights
-    except PermissionError:
-        raise ValueError(f"{path}: cannot be read; change its permissions") from None
+        cfg = Config.from_dict(contents["config"])
+        if not only_look:
+            check_size(cfg)
+            _check_tensors(contents, network or UNet(cfg), cfg)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}; train a new model") from None
-    except (*DAMAGED, LookupError, TypeError, AttributeError):
-        raise ValueError(f"{path}: damaged, or not a checkpoint; choose another model") from None
+        reason = first_line(error)
+        raise ValueError(f"{path}: {reason}; choose another checkpoint, or train one") from None
+    except Exception:  # contents of another program or of a stranger can be anything
+        raise ValueError(f"{path}: not a checkpoint of this program; choose another") from None
     return contents
+
+
+def _check_tensors(contents: dict[str, Any], network: UNet, cfg: Config) -> None:
+    """Raise ValueError unless all tensors of a checkpoint have the shapes that `network` and its
+    optimizers need, and are finite."""
+    expected = {name: tensor.shape for name, tensor in network.state_dict().items()}
+    for name in ("model", "ema", "guide"):
+        weights = contents.get(name)
+        if weights is None and (name == "guide" or (name == "model" and name not in contents)):
+            continue
+        if {key: tensor.shape for key, tensor in weights.items()} != expected:
+            raise ValueError(f"its {name} does not fit this U-Net")
+        _check_finite(weights.values(), f"its {name}")
+    if "model" in contents:
+        for optimizer, saved in zip(
+            make_optimizers(cfg, network), contents["optimizers"], strict=True
+        ):
+            shapes = [parameter.shape for parameter in optimizer.param_groups[0]["params"]]
+            for index, state in saved["state"].items():
+                for tensor in state.values():
+                    if tensor.numel() > 1 and tensor.shape != shapes[index]:
+                        raise ValueError("its optimizers do not fit this U-Net")
+                _check_finite(state.values(), "its optimizer state")
+        totals, seconds = contents["metrics"]["totals"], contents["metrics"]["seconds"]
+        if len(totals) != 2 or not all(map(math.isfinite, (*totals, seconds))):
+            raise ValueError("its totals are not finite")
+
+
+def _check_finite(tensors: Iterable[Tensor], what: str) -> None:
+    for tensor in tensors:
+        if tensor.dtype not in (torch.float32, torch.float16) or not tensor.isfinite().all():
+            raise ValueError(f"{what} has values that are not finite numbers")
 
 
 def restore(path: Path, state: TrainState) -> None:
     """Fill `state` from a checkpoint. The optimizers keep their current settings, such as weight
-    decay. Raises ValueError if it does not fit, or was reduced to what drawing needs."""
-    contents = load(path)
+    decay. Raises ValueError as load does, or if the file was reduced to what drawing needs."""
+    contents = load(path, network=state.model)
     if "model" not in contents:
         raise ValueError(f"{path}: reduced to what drawing needs; train another checkpoint")
-    _fill(state.model, contents["model"], path)
-    _fill(state.ema, contents["ema"], path)
+    state.model.load_state_dict(contents["model"])
+    state.ema.load_state_dict(contents["ema"])
     if contents["guide"] is not None:
         state.guide = copy.deepcopy(state.ema)
-        _fill(state.guide, contents["guide"], path)
+        state.guide.load_state_dict(contents["guide"])
     for optimizer, saved in zip(state.optimizers, contents["optimizers"], strict=True):
         settings = optimizer.state_dict()["param_groups"]
-        _fill(optimizer, {"state": saved["state"], "param_groups": settings}, path)
+        optimizer.load_state_dict({"state": saved["state"], "param_groups": settings})
     state.progress = Progress(**contents["progress"])
     state.totals = torch.tensor(contents["metrics"]["totals"], device=state.totals.device)
     state.epoch_seconds = contents["metrics"]["seconds"]
+    state.data = contents.get("data")  # missing in files of older versions
 
 
 def load_model(path: str | Path, device: torch.device) -> LoadedModel:
@@ -197,21 +219,9 @@ def load_model(path: str | Path, device: torch.device) -> LoadedModel:
     networks = {name: UNet(cfg) for name in ("ema", "guide") if contents[name]}
     for name, network in networks.items():  # without gradients, channels_last is faster on a CPU
         network.to(device, memory_format=torch.channels_last).requires_grad_(False).eval()
-        _fill(network, contents[name], path)
+        network.load_state_dict(contents[name])
     ema, guide = networks["ema"], networks.get("guide")
-    return LoadedModel(Path(path), cfg, ema, guide, progress, device, sha256(path))
-
-
-def _fill(target: UNet | torch.optim.Optimizer, state: dict[str, Any], path: str | Path) -> None:
-    try:
-        target.load_state_dict(state)
-    except (RuntimeError, ValueError):
-        raise ValueError(f"{path}: its contents do not fit this U-Net; train a new model") from None
-
-
-def sha256(path: str | Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    return LoadedModel(Path(path), cfg, ema, guide, progress, device, sha256(Path(path)))
 
 
 def list_checkpoints(folder: str | Path, pattern: str = "*.pth") -> list[tuple[Path, Progress]]:
@@ -219,8 +229,8 @@ def list_checkpoints(folder: str | Path, pattern: str = "*.pth") -> list[tuple[P
     The pretrained model comes first, so that any other counts as newer."""
     found = []
     for path in sorted(Path(folder).glob(pattern)):
-        with suppress(ValueError):  # some other file, or a damaged one
-            found.append((path, Progress(**load(path, mmap=True)["progress"])))
-    return sorted(
-        found, key=lambda item: (item[0].name != PRETRAINED, item[1].step, item[0].stat().st_mtime)
-    )
+        with suppress(ValueError, OSError):  # some other file, or a damaged one, or just deleted
+            progress = Progress(**load(path, only_look=True)["progress"])
+            age = (path.name != PRETRAINED, progress.step, path.stat().st_mtime)
+            found.append((age, path, progress))
+    return [(path, progress) for _, path, progress in sorted(found, key=lambda item: item[0])]

@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from typing import Any
 
+LARGEST = 1_000_000_000  # of a number that has no limit of its own
+
 
 def setting(default: Any, help: str, **metadata: Any) -> Any:
     """A field of Config. `metadata`: `group`; the limits `ge`, `gt`, `le`, `multiple_of` (numbers)
@@ -37,21 +39,21 @@ class Config:
     device: str = machine("auto", "auto (CUDA if available, else CPU) or any torch device")
 
     # Images
-    img_size: int = model(28, "image side in pixels", ge=4)
-    img_channels: int = model(1, "colour channels of an image (MNIST: 1)", ge=1)
+    img_size: int = model(28, "image side in pixels", ge=4, le=256)
+    img_channels: int = model(1, "colour channels of an image (MNIST: 1)", ge=1, le=4)
     num_classes: int = model(10, "number of labels (MNIST: 10)", ge=1, le=10)
     max_images: int = training(0, "train on the first N images (0: all)", ge=0, fixed_in_epoch=True)
 
     # U-Net
-    patch_size: int = model(2, "fold patches of this side into channels (1: full resolution)", ge=1)
-    widths: tuple = model((32, 64), "channels of each level, fine to coarse", ge=8, multiple_of=8)
-    blocks: int = model(1, "residual blocks per level, both down and up", ge=1)
-    dense_size: int = model(128, "hidden units of a whole-image layer (0: no such layer)", ge=0)
+    patch_size: int = model(2, "fold patches of this side into channels (1: none)", ge=1, le=32)
+    widths: tuple = model((32, 64), "channels, fine to coarse", ge=8, le=1024, multiple_of=8)
+    blocks: int = model(1, "residual blocks per level, both down and up", ge=1, le=16)
+    dense_size: int = model(128, "hidden units of a whole-image layer (0: none)", ge=0, le=8192)
     attention: bool = model(False, "self-attention at the coarsest level")
-    embedding_size: int = model(128, "size of the time and label embedding", ge=2, multiple_of=2)
+    embedding_size: int = model(128, "time and label embedding", ge=2, le=4096, multiple_of=2)
 
     # Diffusion
-    timesteps: int = model(1000, "number of timesteps T", ge=2)
+    timesteps: int = model(1000, "number of timesteps T", ge=2, le=10_000)
     schedule: str = model("cosine", "noise schedule", choices=("linear", "cosine", "sigmoid"))
     prediction: str = model("x_0", "what the network predicts", choices=("eps", "v", "x_0"))
     loss_weighting: str = training(
@@ -66,7 +68,7 @@ class Config:
     # Training
     epochs: int = length(30, "epochs of the whole run", ge=1)
     budget: str = length("", "train for this long instead of --epochs: 90s, 10m, 1.5h")
-    batch_size: int = training(128, "images per training step", ge=1, fixed_in_epoch=True)
+    batch_size: int = training(128, "images per step", ge=1, le=65_536, fixed_in_epoch=True)
     learning_rate: float = training(4e-3, "peak learning rate", gt=0, flag="lr")
     warmup_steps: int = training(100, "steps in which the learning rate rises from zero", ge=0)
     adam_beta1: float = training(0.9, "AdamW: decay of the mean gradient", ge=0, le=0.9999)
@@ -86,28 +88,30 @@ class Config:
     precision: str = training("auto", "auto: bf16 if native", choices=("auto", "float32", "bf16"))
     save_every: int = training(5, "epochs between checkpoints", ge=1)
     preview_digits: str = training("0123456789", "digits in each checkpoint's sample grid")
-    preview_columns: int = training(10, "samples of each digit in that grid", ge=1)
+    preview_columns: int = training(10, "samples of each digit in that grid", ge=1, le=100)
 
     # Sampling, in the order in which pictures carry these settings
     sampler: str = sampling("dpmpp", "sampling method", choices=("ddpm", "ddim", "dpmpp"))
     steps: int = sampling(13, "sampling steps, at most timesteps", ge=1)
-    guidance: float = sampling(2.8, "guidance w (1: none; larger: clearer but more alike)")
+    guidance: float = sampling(2.8, "guidance w (1: none; larger: clearer, more alike)", ge=-1000)
     guidance_low: float = sampling(0.4, "guide only where t / timesteps > this", ge=0, le=1)
     guidance_high: float = sampling(0.9, "guide only where t / timesteps <= this", ge=0, le=1)
     eta: float = sampling(0.3, "noise added by ddim and dpmpp (0: none, 1: as ddpm)", ge=0, le=1)
     seed: int = picture(0, "seed of all random numbers", ge=0, le=2**32 - 1, fixed_in_epoch=True)
     clip_x_0: bool = sampling(True, "clamp each estimate of x_0 to [-1, 1]")
-    sample_batch_size: int = picture(128, "images sampled at a time", ge=1)
+    sample_batch_size: int = picture(128, "images sampled at a time", ge=1, le=8192)
 
     def __post_init__(self) -> None:
         for f in fields(self):
             value = getattr(self, f.name)
             if f.type is tuple and (not isinstance(value, tuple) or not value):
                 raise ValueError(f"{f.name} = {value!r}: write at least one number, as in (32, 64)")
+            if f.type is tuple and len(value) > 6:
+                raise ValueError(f"{f.name} = {value!r}: at most 6 numbers")
             for each in value if f.type is tuple else (value,):
                 problem = _problem(each, f)
                 if problem:
-                    raise ValueError(f"{f.name} = {each!r}: {problem}")
+                    raise ValueError(f"{f.name} = {shortened(each)}: {problem}")
         coarsest = self.patch_size * 2 ** (len(self.widths) - 1)
         if self.img_size % coarsest:
             raise ValueError(f"img_size = {self.img_size}: must be a multiple of {coarsest}")
@@ -115,6 +119,10 @@ class Config:
             raise ValueError(f"steps = {self.steps}: must be at most timesteps = {self.timesteps}")
         if self.budget:
             parse_duration(self.budget)
+        if len(self.preview_digits) > 100:
+            raise ValueError(
+                f"preview_digits = {shortened(self.preview_digits)}: at most 100 digits"
+            )
         parse_digits(self.preview_digits, self.num_classes, "preview_digits")
 
     @property
@@ -158,30 +166,41 @@ def _problem(value: Any, f: Any) -> str:
         return f"must be of type {kind.__name__}"
     if "choices" in limits and value not in limits["choices"]:
         return f"choose one of {', '.join(limits['choices'])}"
-    if kind is float and not math.isfinite(value):
-        return "must be a finite number"
     if "ge" in limits and value < limits["ge"]:
         return f"must be at least {limits['ge']}"
     if "gt" in limits and value <= limits["gt"]:
         return f"must be greater than {limits['gt']}"
-    if "le" in limits and value > limits["le"]:
-        return f"must be at most {limits['le']}"
+    if kind in (int, float) and value > limits.get("le", LARGEST):
+        return f"must be at most {limits.get('le', LARGEST)}"
+    if kind is float and not math.isfinite(value):  # after the limits, which no huge int passes
+        return "must be a finite number"
+    if kind is str and not (value.isprintable() and len(value) < 1000):
+        return "must be printable text of less than 1,000 characters"
     if "multiple_of" in limits and value % limits["multiple_of"]:
         return f"must be a multiple of {limits['multiple_of']}"
     return ""
 
 
+def shortened(value: Any) -> str:
+    """A value as it is shown in a message, however long it is."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python does not print integers of more than 4,300 digits
+        text = "a number of thousands of digits"
+    return text if len(text) <= 80 else f"{text[:40]}…{text[-10:]}"
+
+
 def parse_duration(text: str) -> float:
     """Seconds in "90s", "10m" or "1.5h". Raises ValueError for anything else, or for zero."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", text.strip())
+    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)([smh])", text.strip(), re.ASCII)
     seconds = float(match[1]) * {"s": 1, "m": 60, "h": 3600}[match[2]] if match else 0.0
     if seconds <= 0:
-        raise ValueError(f"budget = {text!r}: write a time such as 90s, 10m or 1.5h")
+        raise ValueError(f"budget = {shortened(text)}: write a time such as 90s, 10m or 1.5h")
     return seconds
 
 
 def parse_digits(text: str, num_classes: int = 10, name: str = "digits") -> list[int]:
     """The labels in a string of digits ("707": [7, 0, 7]). Raises ValueError for other text."""
     if not text or not all(c in "0123456789" and int(c) < num_classes for c in text):
-        raise ValueError(f"{name} = {text!r}: use digits 0 to {num_classes - 1}")
+        raise ValueError(f"{name} = {shortened(text)}: use digits 0 to {num_classes - 1}")
     return [int(c) for c in text]

@@ -1,12 +1,15 @@
 """MNIST as tensors, and the one way from pixels to the model's range and back."""
 
+import hashlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from config import Config
+from files import MAX_BYTES, from_torchvision, read_idx
 
 # How often each digit occurs in MNIST's training split
 LABEL_COUNTS = (5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949)
@@ -15,47 +18,40 @@ LABEL_COUNTS = (5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949)
 def load_split(cfg: Config, train: bool, device: torch.device) -> tuple[Tensor, Tensor]:
     """A whole split: uint8 images (N, 1, img_size, img_size) and int64 labels (N,) on `device`.
 
-    torchvision verifies the .gz files in `data_dir`, unpacks them on first use and downloads
-    missing ones. Raises ValueError with the folder and the remedy where it cannot.
+    Files that are missing in `data_dir` are downloaded. Raises ValueError with the folder and the
+    remedy where that fails, or where the files do not hold what the settings say.
     """
     if cfg.img_channels != 1:
         raise ValueError(f"img_channels = {cfg.img_channels}: MNIST has 1; use --img_channels 1")
     if cfg.num_classes != 10:
         raise ValueError(f"num_classes = {cfg.num_classes}: MNIST has 10; use --num_classes 10")
-    try:
-        from torchvision.datasets import MNIST
-        from torchvision.transforms.v2.functional import resize
-    except (ImportError, RuntimeError) as error:
-        raise ValueError(
-            f"torchvision does not fit torch {torch.__version__} ({first_line(error)}); "
-            "install both from one source: pip install --force-reinstall torch torchvision"
-        ) from None
-    raw = Path(cfg.data_dir, "MNIST", "raw")
-    try:
-        dataset = MNIST(cfg.data_dir, train=train, download=True)
-    except (PermissionError, FileExistsError, NotADirectoryError) as error:
-        remedy = "make it a folder that can be read and written, or choose another --data_dir"
-        raise ValueError(f"data_dir = {cfg.data_dir!r}: {first_line(error)}; {remedy}") from None
-    # What torchvision raises for damaged files and failed downloads
-    except (OSError, RuntimeError, ValueError, AssertionError, EOFError, IndexError) as error:
-        raise ValueError(
-            f"data_dir = {cfg.data_dir!r}: cannot read MNIST from {raw} ({first_line(error)}); "
-            "delete that folder and run again online, or: git checkout mnist_data"
-        ) from None
-    images, labels = dataset.data[:, None], dataset.targets  # (N, 1, 28, 28), (N,)
-    if len(images) != len(labels) or len(images) == 0:
-        raise ValueError(f"{raw}: {len(images)} images but {len(labels)} labels; delete the folder")
+    folder, name = Path(cfg.data_dir, "MNIST", "raw"), "train" if train else "t10k"
+    images = read_idx(folder, f"{name}-images-idx3-ubyte", dimensions=3)[:, None]  # (N, 1, H, W)
+    labels = read_idx(folder, f"{name}-labels-idx1-ubyte", dimensions=1).long()  # (N,)
+    if len(images) != len(labels):
+        raise ValueError(f"{folder}: {len(images)} {name} images but {len(labels)} labels")
+    if labels.max() >= cfg.num_classes:
+        digits = f"digits 0 to {cfg.num_classes - 1}"
+        raise ValueError(f"{folder}: {name} labels up to {labels.max()}, but {digits} are known")
     if train and cfg.max_images:
         images, labels = images[: cfg.max_images], labels[: cfg.max_images]
-    if cfg.img_size != images.shape[-1]:
-        size = [cfg.img_size, cfg.img_size]
+    size = [cfg.img_size, cfg.img_size]
+    if list(images.shape[2:]) != size:
+        if len(images) * cfg.img_size**2 > MAX_BYTES:
+            few = MAX_BYTES // cfg.img_size**2
+            raise ValueError(f"img_size = {cfg.img_size}: too large; or use --max_images {few}")
+        print(f"resizing images of {images.shape[3]} x {images.shape[2]} pixels to {cfg.img_size}")
+        resize = from_torchvision("transforms.v2.functional").resize
         images = torch.cat([resize(part, size) for part in images.split(4096)])
     return images.to(device), labels.to(device)
 
 
-def first_line(error: Exception) -> str:
-    """An error's message, shortened to one line."""
-    return (str(error) or type(error).__name__).splitlines()[0]
+def describe(images: Tensor, labels: Tensor) -> dict[str, Any]:
+    """What a checkpoint remembers of its training data: number, shape and a hash."""
+    content = hashlib.sha256(images.cpu().numpy())
+    content.update(labels.cpu().numpy())
+    shape = list(images.shape[1:])
+    return {"images": len(images), "shape": shape, "sha256": content.hexdigest()}
 
 
 def to_model_range(images: Tensor) -> Tensor:
@@ -64,7 +60,10 @@ def to_model_range(images: Tensor) -> Tensor:
 
 
 def to_uint8(x: Tensor) -> Tensor:
-    """Float in [-1, 1] to uint8 0…255, rounded; values outside are clamped."""
+    """Float in [-1, 1] to uint8 0…255, rounded; values outside are clamped. Raises ValueError for
+    NaN, which would pass for black."""
+    if x.isnan().any():
+        raise ValueError("the network's output is not a number; draw with another checkpoint")
     return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 

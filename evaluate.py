@@ -1,6 +1,10 @@
 """Measure samples against MNIST: python evaluate.py measures the newest model."""
 
+import interface  # noqa: F401  (first, so that errors are one line while importing, too)
+
+# isort: split
 import itertools
+import sys
 import time
 from argparse import Namespace
 from dataclasses import fields, replace
@@ -10,14 +14,22 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoint import LoadedModel, load_model, sha256
+from checkpoint import LoadedModel, load_model
 from config import Config
 from data import draw_labels, to_uint8
 from diffusion import Diffusion
 from evaluation import classifier, plots, results
 from evaluation.evaluator import MAX_MEASURED, Evaluator, shuffled
 from evaluation.results import Result
-from interface.cli import Parser, add_settings, given_settings, run_script, settings_for_drawing
+from files import first_line, make_folder, sha256
+from interface.cli import (
+    Parser,
+    add_settings,
+    given_settings,
+    path,
+    run_script,
+    settings_for_drawing,
+)
 from interface.picture import image_grid, read_npz, save_png
 from interface.requests import find_model
 from interface.terminal import sampling_bar
@@ -50,10 +62,13 @@ def evaluate_model(
     known = results.read_result(file, identity)
     if known and ("cas" in known or not args.cas):
         tqdm.write(f"read {file}, measured before; images/nearest.png is left as it is")
+        if not args.sweep:
+            print(results.table(known))
         return known
+    make_folders(cfg.output_dir)
     images, labels, cost = sample(loaded, cfg, args.samples)
     result = {"source": str(loaded.path), **identity, **cost}
-    return measure_and_write(evaluator, result, images, labels, file, args.cas)
+    return measure(evaluator, result, images, labels, file, args)
 
 
 def evaluate_file(evaluator: Evaluator, args: Namespace, output_dir: str) -> Result:
@@ -65,33 +80,44 @@ def evaluate_file(evaluator: Evaluator, args: Namespace, output_dir: str) -> Res
         print(f"{args.images}: measuring a random {MAX_MEASURED:,} of its {len(images):,} images")
         index = shuffled(len(images), seed=2)[:MAX_MEASURED]
         images, labels = images[index], None if labels is None else labels[index]
+    make_folders(output_dir)
     images = images.to(evaluator.device)
     labels = None if labels is None else labels.to(evaluator.device)
     result = {"source": str(args.images), "images_sha256": sha256(args.images)}
     result["evaluator"] = evaluator.sha256
     name = f"{args.images.stem}-{result['images_sha256'][:8]}.json"
     file = Path(output_dir, "metrics", name)
-    return measure_and_write(evaluator, result, images, labels, file, args.cas)
+    return measure(evaluator, result, images, labels, file, args)
 
 
-def measure_and_write(
+def make_folders(output_dir: str) -> None:
+    """Make the folders of the results before the work for them is done."""
+    for folder in ("metrics", "images"):
+        make_folder(Path(output_dir, folder))
+
+
+def measure(
     evaluator: Evaluator,
     result: Result,
     images: Tensor,
     labels: Tensor | None,
     file: Path,
-    cas: bool,
+    args: Namespace,
 ) -> Result:
-    """Add all metrics of the images to a result, and write it and the nearest pairs."""
+    """Add all metrics of the images to a result, show it, and write it and the nearest pairs."""
     measured, pairs = evaluator.measure(images, labels)
     result |= measured
-    if cas:
+    if args.cas:
         result["cas"] = evaluator.accuracy_score(images, labels)
-    results.write_result(file, result)
-    picture = file.parent.parent / "images" / "nearest.png"
-    picture.parent.mkdir(parents=True, exist_ok=True)
-    save_png(image_grid(pairs, columns=4), picture)
-    tqdm.write(f"wrote {file}\nwrote {picture}")
+    if not args.sweep:
+        print(results.table(result))
+    try:
+        results.write_result(file, result)
+        picture = file.parent.parent / "images" / "nearest.png"
+        save_png(image_grid(pairs, columns=4), picture)
+        tqdm.write(f"wrote {file}\nwrote {picture}")
+    except (OSError, ValueError) as error:  # the figures have been shown, or will be
+        tqdm.write(f"not written: {first_line(error)}", file=sys.stderr)
     return result
 
 
@@ -128,7 +154,7 @@ def sweep(
 def parse_flags() -> Namespace:
     parser = Parser(prog="evaluate.py", description="Measure samples against MNIST.")
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--images", type=Path, metavar="NPZ", help="measure arr_0, with labels arr_1")
+    what.add_argument("--images", type=path, metavar="NPZ", help="measure arr_0, with labels arr_1")
     what.add_argument("--sweep", nargs="+", metavar="NAME=A,B", help="evaluate all combinations")
     what.add_argument("--train_evaluator", action="store_true", help="train the classifier anew")
     parser.add_argument("--model", metavar="TEXT", help="path, name, number or newest (default)")
@@ -155,19 +181,19 @@ def main() -> int:
         print(f"wrote {classifier.PATH}: {accuracy:.2%} of the test split read correctly")
     elif args.images:
         evaluator = Evaluator(cfg, pick_device(cfg.device))
-        print(results.table(evaluate_file(evaluator, args, cfg.output_dir)))
+        evaluate_file(evaluator, args, cfg.output_dir)
     else:
-        path = find_model(args.model or "newest", Path(cfg.output_dir, "models"))
-        loaded = load_model(path, pick_device(cfg.device))
+        file = find_model(args.model or "newest", Path(cfg.output_dir, "models"))
+        loaded = load_model(file, pick_device(cfg.device))
         if (loaded.cfg.img_size, loaded.cfg.img_channels, loaded.cfg.num_classes) != (28, 1, 10):
-            raise ValueError(f"{path}: does not draw MNIST's ten digits at 28 x 28; choose another")
+            raise ValueError(f"{file}: does not draw MNIST's ten digits at 28 x 28; choose another")
         cfg = settings_for_drawing(loaded.cfg, given)
         configs = [replace(cfg, **each) for each in parse_sweep(args.sweep or [])]
         evaluator = Evaluator(cfg, loaded.device)
         if args.sweep:
             sweep(evaluator, loaded, configs, args)
         else:
-            print(results.table(evaluate_model(evaluator, loaded, cfg, args)))
+            evaluate_model(evaluator, loaded, cfg, args)
     return 0
 
 

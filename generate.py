@@ -1,5 +1,9 @@
 """Draw digits with a trained model: python generate.py asks; with --digits it asks nothing."""
 
+import interface  # noqa: F401  (first, so that errors are one line while importing, too)
+
+# isort: split
+import itertools
 import sys
 import time
 from argparse import BooleanOptionalAction, Namespace
@@ -11,11 +15,18 @@ from torch import Tensor
 
 import checkpoint
 from checkpoint import LoadedModel
-from config import FAST, Config
+from config import FAST, Config, shortened
 from data import to_uint8
 from diffusion import Diffusion
 from interface import picture, requests
-from interface.cli import Parser, add_settings, given_settings, run_script, settings_for_drawing
+from interface.cli import (
+    Parser,
+    add_settings,
+    given_settings,
+    path,
+    run_script,
+    settings_for_drawing,
+)
 from interface.requests import Request
 from interface.terminal import log, sampling_bar, show
 from model import pick_device
@@ -45,20 +56,22 @@ def draw_all(loaded: LoadedModel, wanted: list[Request], show_digits: bool) -> N
 def draw(loaded: LoadedModel, request: Request) -> list[Tensor]:
     """The images of a request, uint8 (N, C, H, W) on the CPU: for an animation one such tensor for
     each state, from noise to the images, otherwise a single one."""
-    cfg, y, states = request.cfg, request.labels.to(loaded.device), []
-    diffusion = Diffusion(cfg)
+    cfg, y = request.cfg, request.labels.to(loaded.device)
+    diffusion, count = Diffusion(cfg), itertools.count()
+    frames = min(cfg.steps + 1, picture.MAX_FRAMES if request.animated else 1)
+    # which of the states to keep: evenly spaced, and the last one always
+    kept = [cfg.steps - round(i * cfg.steps / max(1, frames - 1)) for i in reversed(range(frames))]
+    states: dict[int, list[Tensor]] = {number: [] for number in kept}
     with sampling_bar(cfg, len(y)) as advance:
 
         def on_state(x: Tensor) -> None:
             advance(x)
-            if request.animated:
-                states.append(to_uint8(x).cpu())
+            number = next(count) % (cfg.steps + 1)
+            if number in states:
+                states[number].append(to_uint8(x).cpu())
 
-        x_0 = diffusion.draw(diffusion.guided(loaded.model, loaded.guide), y, on_state)
-    if not request.animated:
-        return [to_uint8(x_0).cpu()]
-    per_batch = cfg.steps + 1
-    return [torch.cat(states[i::per_batch]) for i in range(per_batch)]
+        diffusion.draw(diffusion.guided(loaded.model, loaded.guide), y, on_state)
+    return [torch.cat(batches) for batches in states.values()]
 
 
 def write(loaded: LoadedModel, request: Request, states: list[Tensor]) -> None:
@@ -72,8 +85,14 @@ def write(loaded: LoadedModel, request: Request, states: list[Tensor]) -> None:
     ]
     if request.animated:
         picture.save_animation(grids, request.output)
-    else:
-        picture.save_png(grids[-1], request.output, provenance(loaded, request))
+        return
+    record, replace = provenance(loaded, request), request.if_taken == "replace"
+    while True:
+        try:
+            picture.save_png(grids[-1], request.output, record, replace=replace)
+            return
+        except FileExistsError:  # another process was faster
+            request.rename()
 
 
 def provenance(loaded: LoadedModel, request: Request) -> dict[str, Any]:
@@ -83,38 +102,41 @@ def provenance(loaded: LoadedModel, request: Request) -> dict[str, Any]:
     return what | how | {"made with": picture.made_with(loaded.device)}
 
 
-def reproduce(path: Path, output: Path | None, given: dict[str, Any], show_digits: bool) -> None:
+def reproduce(
+    original: Path, output: Path | None, given: dict[str, Any], show_digits: bool
+) -> None:
     """Draw a picture again from its text chunks, on the CPU unless a device is `given`. Raises
     ValueError if it has none, if its model is neither among the models nor among those of earlier
     runs, or if the bytes come out differently."""
     if output and output.suffix != ".png":
         raise ValueError(f"output = '{output}': --reproduce writes a .png")
-    recorded, original = picture.read_provenance(path), path.read_bytes()
+    recorded, expected = picture.read_provenance(original), original.read_bytes()
     here = {"output_dir": Config().output_dir, "device": "cpu"} | given  # a GPU rounds differently
     device = pick_device(here["device"])
-    folder, sha256 = Path(here["output_dir"]), recorded["model"]
-    candidates = [*folder.glob("models/*.pth"), *folder.glob("earlier/*/*.pth")]
-    found = [each for each in candidates if checkpoint.sha256(each) == sha256]
-    if not found:
-        missing = f"its model, SHA-256 {sha256}, is not in {folder}; try --output_dir"
-        raise ValueError(f"{path}: {missing}")
-    loaded = checkpoint.load_model(found[0], device)
-    request = requests.request_from_picture(recorded, path, loaded.cfg, here)
-    request.output = output or requests.free_name(request.cfg, f"{request.digits}_again")
-    if request.output.exists() and request.output.samefile(path):
+    file = requests.model_of_picture(recorded, original, Path(here["output_dir"]))
+    loaded = checkpoint.load_model(file, device)
+    request = requests.request_from_picture(recorded, original, loaded.cfg, here)
+    if output:
+        request.output = output
+    else:
+        request.output = requests.free_name(request.cfg, f"{request.digits}_again")
+        request.if_taken = "renumber"
+    if request.output.exists() and request.output.samefile(original):
         raise ValueError(f"output = '{output}': this is the picture itself; choose another name")
     draw_all(loaded, [request], show_digits)
-    if request.output.read_bytes() != original:
-        made = f"made with {recorded.get('made with')}; here: {picture.made_with(device)}"
-        raise ValueError(f"{request.output}: its bytes differ from those of {path}, {made}")
-    log(f"the same bytes as {path}")
+    if request.output.read_bytes() != expected:
+        made = (
+            f"made with {shortened(recorded.get('made with'))}; here: {picture.made_with(device)}"
+        )
+        raise ValueError(f"{request.output}: its bytes differ from those of {original}, {made}")
+    log(f"the same bytes as {original}")
 
 
 def parse_flags() -> Namespace:
     parser = Parser(prog="generate.py", description="Draw digits with a trained model.")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--digits", metavar="TEXT", help="draw 7, 2026, all or mnist without asking")
-    what.add_argument("--reproduce", type=Path, metavar="PNG", help="draw this PNG again")
+    what.add_argument("--reproduce", type=path, metavar="PNG", help="draw this PNG again")
     number = {"type": int, "metavar": "INT"}
     parser.add_argument(
         "--count", **number, help="variants (default: 16 images; with all, 16 each)"
@@ -145,18 +167,18 @@ def main() -> int:
     try:
         asks = args.digits is None and not args.model
         name = args.model or "newest"
-        path = requests.choose_model(folder) if asks else requests.find_model(name, folder)
-        loaded = checkpoint.load_model(path, pick_device(here["device"]))
+        file = requests.choose_model(folder) if asks else requests.find_model(name, folder)
+        loaded = checkpoint.load_model(file, pick_device(here["device"]))
         cfg = settings_for_drawing(loaded.cfg, (FAST if args.fast else {}) | given)
         if args.digits is not None:
             show_digits = args.show and not requests.is_folder(args.output)
             draw_all(loaded, requests.requests_from_flags(args, cfg), show_digits)
             return 0
-        log(f"{path}: {loaded.progress}")
+        log(f"{file}: {loaded.progress}")
         for request in requests.requests_from_answers(cfg, given.get("seed")):
             draw_all(loaded, [request], args.show)
-    except EOFError:  # q or Ctrl-D at a question
-        log("")
+    except EOFError as end:  # q or Ctrl-D at a question, or no answer on stdin
+        log(str(end))
     return 0
 
 

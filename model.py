@@ -1,5 +1,6 @@
 """The conditional U-Net, and the device and precision it runs in."""
 
+import itertools
 import math
 
 import torch
@@ -7,6 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import Config
+from files import first_line
+
+MAX_PARAMETERS = 40_000_000  # twice what a large network for MNIST has
+MAX_STEP_BYTES = 64_000_000_000
 
 
 class UNet(nn.Module):
@@ -153,15 +158,38 @@ def zero(layer: nn.Module) -> nn.Module:
     return layer
 
 
+def check_size(cfg: Config) -> None:
+    """Raise ValueError, before anything is built, if the network would have more than
+    MAX_PARAMETERS or a training step need more than MAX_STEP_BYTES. Counts the matrices and the
+    activations, which are almost all of it."""
+    e, last, labels = cfg.embedding_size, cfg.widths[-1], cfg.num_classes + 1
+    sides = [cfg.img_size // (cfg.patch_size * 2**level) for level in range(len(cfg.widths))]
+    size = 2 * e**2 + labels * e + 18 * cfg.img_channels * cfg.patch_size**2 * cfg.widths[0]
+    size += sum(8 * a * b for a, b in itertools.pairwise(cfg.widths))
+    size += sum(18 * w**2 + 2 * w * e for w in (*cfg.widths * 2 * cfg.blocks, last))
+    size += last * sides[-1] ** 2 * (labels + 2 * cfg.dense_size) + 2 * cfg.dense_size * e
+    if size > MAX_PARAMETERS:
+        limit = f"at most {MAX_PARAMETERS:,}; choose smaller widths, fewer blocks or a smaller"
+        raise ValueError(f"widths = {cfg.widths}: {size:,} parameters; {limit} dense_size")
+    an_image = sum(w * side**2 for w, side in zip(cfg.widths, sides, strict=True))
+    step = 4 * cfg.batch_size * 8 * (2 * cfg.blocks + 1) * an_image  # 8 tensors a block, in bytes
+    if step > MAX_STEP_BYTES:
+        limit = f"a step needs {step / 1e9:.0f} GB; at most {MAX_STEP_BYTES / 1e9:.0f}"
+        raise ValueError(f"batch_size = {cfg.batch_size}: {limit}; choose a smaller one")
+
+
 def pick_device(name: str) -> torch.device:
     """The torch device for Config.device. Raises ValueError if it cannot be used here."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        reason = (str(error) or "no reason given").splitlines()[0]
-        raise ValueError(f"device = {name!r}: not usable here ({reason}); try auto") from None
+        one = torch.ones(1, device=name)
+        if one.item() == 1:  # raises on "meta"
+            return one.device
+        reason = "it computes wrongly"
+    except Exception as error:  # a device whose package is missing can raise anything
+        reason = first_line(error)
+    raise ValueError(f"device = {name!r}: not usable here ({reason}); try auto")
 
 
 def pick_precision(name: str, device: torch.device) -> torch.dtype:

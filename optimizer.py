@@ -53,8 +53,8 @@ class Muon(torch.optim.Optimizer):
                     if not state:
                         state["average"] = torch.zeros_like(p)
                     state["average"].lerp_(p.grad, 1 - momentum)
-                    updates.append(p.grad.lerp(state["average"], momentum))
-                orthogonal = orthogonalize(torch.stack(updates).reshape(-1, *shape))
+                    updates.append(p.grad.lerp(state["average"], momentum).reshape(shape))
+                orthogonal = orthogonalize(torch.stack(updates))
                 scale = 0.2 * max(shape) ** 0.5
                 for p, update in zip(parameters, orthogonal, strict=True):
                     p.mul_(1 - lr * group["weight_decay"])

@@ -1,9 +1,12 @@
 """Train the conditional U-Net: python train.py --epochs 30, or --budget 10m."""
 
+import interface  # noqa: F401  (first, so that errors are one line while importing, too)
+
+# isort: split
 import copy
 import functools
 import time
-from pathlib import Path
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -13,11 +16,12 @@ from tqdm import tqdm
 import checkpoint
 from checkpoint import Progress, TrainState
 from config import Config, parse_digits
-from data import load_split, to_model_range, to_uint8
+from data import describe, load_split, to_model_range, to_uint8
 from diffusion import Diffusion, seeded_generator
-from interface.cli import Parser, add_settings, given_settings, run_script
+from interface import runs
+from interface.cli import Parser, add_settings, given_settings, path, run_script
 from interface.picture import image_grid, save_png
-from interface.runs import Plan, Run, describe, machine_flags, make_plan, note_stop_signals
+from interface.runs import Plan, Run, make_plan
 from interface.terminal import sampling_bar
 from model import pick_device, pick_precision
 
@@ -36,6 +40,7 @@ def train(plan: Plan, began: float) -> int:
     if plan.start:
         checkpoint.restore(plan.start, state)
         state.progress = plan.progress
+    runs.check_data(plan, state, describe(images, labels))
     run = Run(plan, state, len(images), began)
     if run.done:
         print("nothing left to do: starting up took the rest of the budget")
@@ -44,7 +49,9 @@ def train(plan: Plan, began: float) -> int:
     dtype = str(pick_precision(cfg.precision, device)).removeprefix("torch.")
     print(f"U-Net of {size:,} parameters on {device}, {dtype}; {len(images):,} images")
     run.open()
-    stopped_by = note_stop_signals()
+    stopped_by = runs.note_stop_signals()
+    if run.grid_missing:  # as the checkpoint's run was killed before it was drawn
+        draw_preview(run, diffusion, state, stopped_by)
 
     while not run.done and not stopped_by:
         step_began = time.perf_counter()
@@ -60,13 +67,13 @@ def train(plan: Plan, began: float) -> int:
             state.start_next_epoch()
         if run.save_due and (run.done or not stopped_by):
             run.save()
-            draw_preview(cfg, diffusion, state)
+            draw_preview(run, diffusion, state, stopped_by)
             run.draw_curves()
 
     if stopped_by and not run.done:
         run.save()
         run.draw_curves()
-        command = f"python train.py --resume{machine_flags(cfg)}"
+        command = runs.train_command(cfg, "--resume")
         print(f"stopped at {state.progress}; to continue: {command}")
         return 128 + stopped_by[0]
     if state.guide is None:
@@ -149,15 +156,24 @@ def ema_gamma(sigma_rel: float) -> float:
     return float(np.roots([1, 7, 16 - sigma_rel**-2, 12 - sigma_rel**-2]).real.max())
 
 
-def draw_preview(cfg: Config, diffusion: Diffusion, state: TrainState) -> None:
-    """Write a grid with a row for each digit, always from the same noise, to compare epochs."""
-    path = Path(cfg.output_dir, "images", f"samples_{state.progress.name}.png")
+def draw_preview(
+    run: Run, diffusion: Diffusion, state: TrainState, stopped_by: Sequence[int]
+) -> None:
+    """Write a grid with a row for each digit, always from the same noise, to compare epochs. A stop
+    signal ends it."""
+    cfg = run.cfg
     digits = torch.tensor(parse_digits(cfg.preview_digits, cfg.num_classes))
     y = digits.repeat_interleave(cfg.preview_columns).to(state.totals.device)
-    with sampling_bar(cfg, len(y)) as on_state:
+    with run.side_output(run.grid_path), sampling_bar(cfg, len(y)) as advance:
+
+        def on_state(x: Tensor) -> None:
+            advance(x)
+            if stopped_by:
+                raise InterruptedError("stopped by a signal")
+
         x_0 = diffusion.draw(diffusion.guided(state.ema, state.guide), y, on_state)
-    save_png(image_grid(to_uint8(x_0), cfg.preview_columns), path)
-    tqdm.write(f"wrote {path}")
+        save_png(image_grid(to_uint8(x_0), cfg.preview_columns), run.grid_path)
+        tqdm.write(f"wrote {run.grid_path}")
 
 
 def main() -> int:
@@ -166,7 +182,7 @@ def main() -> int:
     start, length = (parser.add_mutually_exclusive_group() for _ in range(2))
     start.add_argument("--resume", action="store_true", help="continue the newest checkpoint")
     load_help = "train it for --budget or K more epochs; with neither, describe it"
-    start.add_argument("--load_checkpoint_path", type=Path, metavar="PATH", help=load_help)
+    start.add_argument("--load_checkpoint_path", type=path, metavar="PATH", help=load_help)
     more = {"type": int, "metavar": "K", "default": 0, "help": "train it for K more epochs"}
     length.add_argument("--continue_training_epochs", **more)
     add_settings(length, Config.names("length"))
@@ -179,15 +195,19 @@ def main() -> int:
     if more < 0:
         raise ValueError(f"continue_training_epochs = {more}: must be at least 0")
 
-    plan = make_plan(given_settings(args), args.resume, args.load_checkpoint_path, more)
-    if args.resume and not plan.start:
-        print(f"nothing to resume in {plan.cfg.output_dir}: starting from scratch")
-    for note in plan.notes:
-        print(note)
-    if plan.action == "train":
+    what = given_settings(args), args.resume, args.load_checkpoint_path, more
+    plan = make_plan(*what)
+    if plan.action != "train":
+        nothing = "nothing left to do. " if plan.action == "finished" else ""
+        print(nothing + runs.describe(plan))
+        return 0
+    with runs.own_folder(plan.cfg.output_dir):
+        plan = make_plan(*what)  # again, because another run may have been at work until now
+        if args.resume and not plan.start:
+            print(f"nothing to resume in {plan.cfg.output_dir}: starting from scratch")
+        for note in plan.notes:
+            print(note)
         return train(plan, began)
-    print(("nothing left to do. " if plan.action == "finished" else "") + describe(plan))
-    return 0
 
 
 if __name__ == "__main__":

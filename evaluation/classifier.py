@@ -12,13 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from checkpoint import sha256, write_tensors
 from config import Config
-from data import first_line, load_split
+from data import load_split
 from diffusion import seeded_generator
 from evaluation.metrics import moments
+from files import read_tensors, sha256, write_tensors
 
 PATH = Path(__file__).parent.parent / "results" / "evaluator.pth"
+REMAKE = "python evaluate.py --train_evaluator"
 FEATURES = 128  # size of the penultimate layer
 
 # The recipe of the committed file: a change makes another classifier
@@ -127,12 +128,12 @@ def load(device: torch.device, path: Path = PATH) -> tuple[Classifier, dict[str,
     """The frozen classifier, the mean and covariance of its features over the training split, and
     the file's SHA-256. Raises ValueError if it cannot be read."""
     if not path.is_file():
-        raise ValueError(f"{path}: no evaluator; make it: python evaluate.py --train_evaluator")
+        raise ValueError(f"{path}: no evaluator; make it: {REMAKE}")
     net = Classifier()
+    contents = read_tensors(path, "an evaluator")
     try:
-        contents = torch.load(path, map_location="cpu", weights_only=True)
         net.load_state_dict(contents["net"])
         reference = {k: v.numpy() for k, v in contents["train_moments"].items()}
-    except Exception as error:  # torch raises many kinds
-        raise ValueError(f"{path}: not an evaluator ({first_line(error)})") from None
+    except Exception:  # contents of another kind can be anything
+        raise ValueError(f"{path}: not an evaluator; make it: {REMAKE}") from None
     return net.to(device).eval().requires_grad_(False), reference, sha256(path)

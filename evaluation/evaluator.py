@@ -32,8 +32,10 @@ class Evaluator:
         N = len(images)
         if N < classifier.FEATURES:
             raise ValueError(f"{N} images: FD-MNIST needs at least {classifier.FEATURES}")
+        if len(self.test_images) < N:
+            raise ValueError(f"{N} images, but only {len(self.test_images)} test images to compare")
         if N not in self._real:
-            some = shuffled(MAX_MEASURED, seed=1)[:N].to(self.device)
+            some = shuffled(len(self.test_images), seed=1)[:N].to(self.device)
             real, distances, _ = self._metrics(self.test_images[some], self.test_labels[some])
             self._real[N] = real | {"nearest_least": distances.min().item()}
         real = self._real[N]

@@ -44,7 +44,7 @@ def feature_metrics(features: Tensor, real: Tensor) -> dict[str, float]:
     from torch_fidelity.metric_prc import prc_features_to_metric
 
     features, real = features.cpu(), real.cpu()
-    subset = min(1000, len(features))
+    subset = min(1000, len(features), len(real))
     kid = kid_features_to_metric(features, real, kid_subset_size=subset, verbose=False)
     prc = prc_features_to_metric(
         features, real, prc_neighborhood=3, prc_batch_size=1000, save_cpu_ram=True, verbose=False
@@ -84,12 +84,14 @@ def nearest(images: Tensor, others: Tensor, batch_size: int = 200) -> tuple[Tens
 
 
 def agreement_metrics(answers: Tensor, labels: Tensor) -> dict[str, Any]:
-    """Fraction of images read as their label, overall and by digit, and the worst confusions."""
+    """Fraction of images read as their label, overall and by digit (None for a digit that was not
+    drawn), and the worst confusions."""
     table = torch.bincount(labels * 10 + answers, minlength=100).view(10, 10)
+    drawn = zip(table.diagonal().tolist(), table.sum(dim=1).tolist(), strict=True)
     wrong = table.clone().fill_diagonal_(0).flatten()
     worst = [divmod(int(i), 10) for i in wrong.argsort(descending=True, stable=True)[:3]]
     return {
         "agreement": (answers == labels).float().mean().item(),
-        "by_digit": (table.diagonal() / table.sum(dim=1).clamp(min=1)).tolist(),
+        "by_digit": [right / count if count else None for right, count in drawn],
         "confusions": [[a, b, int(table[a, b])] for a, b in worst if table[a, b] > 0],
     }

@@ -1,25 +1,26 @@
 """The plots: training curves, and quality against network calls."""
 
 import itertools
+import os
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")  # writes files only, so no display is needed
+os.environ["MPLBACKEND"] = "Agg"  # a notebook's does not work here; files need no display
 import matplotlib.pyplot as plt
 from matplotlib.ticker import LogLocator
 
-from checkpoint import atomic_write
 from evaluation.results import settings_used
+from files import atomic_write
 
 
 def save(figure: plt.Figure, path: Path) -> None:
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as file:
-        figure.savefig(file, format="png", dpi=110)
-    plt.close(figure)
+    try:
+        figure.tight_layout()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path) as file:
+            figure.savefig(file, format="png", dpi=110)
+    finally:
+        plt.close(figure)
 
 
 def plot_training(rows: list[dict[str, Any]], path: Path) -> None:

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from checkpoint import LoadedModel, atomic_write
+from checkpoint import LoadedModel
 from config import Config
 from evaluation.metrics import GREY_EDGES
+from files import atomic_write
 
 Result = dict[str, Any]
 
@@ -35,15 +36,19 @@ ROWS = (
 )
 LABEL_ROWS = (
     ("label agreement", lambda m: f"{m['agreement']:.2%}"),
-    *((f"  digit {d}", lambda m, d=d: f"{m['by_digit'][d]:.2%}") for d in range(10)),
+    *((f"  digit {d}", lambda m, d=d: percent(m["by_digit"][d])) for d in range(10)),
     ("  confusions", lambda m: ", ".join(f"{a} as {b}: {n}" for a, b, n in m["confusions"])),
 )
-
 
 SWEEP_ROW = (
     "{sampler} {steps} {guidance:g} {guidance_low:g} {guidance_high:g} {eta:g} {calls} {fd:.4f} "
     "{fd_over_floor:.2f} {agreement:.2%} {precision:.3f} {recall:.3f} {images_per_second:.0f}"
 )
+
+
+def percent(share: float | None) -> str:
+    """A share as text; that of nothing is blank."""
+    return "" if share is None else f"{share:.2%}"
 
 
 def table(result: Result) -> str:
@@ -113,12 +118,12 @@ def read_result(file: Path, identity: Result) -> Result | None:
     if not file.exists():
         return None
     try:
-        known = dict(json.loads(file.read_text()))
-    except (ValueError, TypeError):
+        known = dict(json.loads(file.read_text("utf-8")))
+    except Exception:  # it may have been edited, or nest deeper than Python can follow
         raise ValueError(f"{file}: damaged; delete it") from None
     try:
         table(known)
-    except (LookupError, TypeError, ValueError):
+    except Exception:  # figures of an older version, or edited ones
         return None
     return known if all(known.get(k) == v for k, v in identity.items()) else None
 

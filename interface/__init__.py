@@ -1,1 +1,26 @@
-"""What stands between the core and its users: command lines, run folders, files, terminals."""
+"""What stands between the core and its users: command lines, run folders, files, terminals.
+
+The scripts import this before anything else, so that from their first moment on an error or Ctrl-C
+ends them with one line. TRACEBACK=1 in the environment shows where it arose.
+"""
+
+import os
+import sys
+from types import TracebackType
+
+
+def _say(kind: type[BaseException], error: BaseException, where: TracebackType | None) -> None:
+    if os.environ.get("TRACEBACK"):
+        sys.__excepthook__(kind, error, where)
+        return
+    reason = " ".join((str(error) or kind.__name__).split())[:300]
+    if issubclass(kind, KeyboardInterrupt):
+        reason = "stopped"
+    elif issubclass(kind, ImportError):
+        reason += "; pip install -r requirement.txt"
+    else:
+        reason = f"{kind.__name__}: {reason}; a bug, please report it with TRACEBACK=1's output"
+    print(f"{os.path.basename(sys.argv[0])}: {reason}", file=sys.stderr)
+
+
+sys.excepthook = _say

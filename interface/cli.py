@@ -3,14 +3,19 @@
 import argparse
 import os
 import re
+import shlex
+import subprocess
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from config import Config
+from files import first_line
 
 
 class Parser(argparse.ArgumentParser):
@@ -18,6 +23,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(allow_abbrev=False, **options)
+        self._negative_number_matcher = re.compile(r"-\.?\d")  # argparse's own misses -1e-1
         self.rules: list[tuple[str, Callable[[set[str]], object], str]] = []
 
     def needs(self, flag: str, *others: str) -> None:
@@ -37,6 +43,9 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self) -> argparse.Namespace:
         """The parsed command line; exits with code 2 and one line if it breaks a rule."""
         args = super().parse_args()
+        for name, value in vars(args).items():
+            if value == []:  # argparse makes this of --count=--
+                self.error(f"argument --{name}: expected one argument")
         flags = {word.partition("=")[0] for word in sys.argv[1:] if word.startswith("--")}
         for flag, is_broken, message in self.rules:
             if flag in flags and is_broken(flags):
@@ -61,6 +70,8 @@ def add_settings(parser: Any, names: Collection[str]) -> None:
             options["action"] = argparse.BooleanOptionalAction
         else:
             options["type"] = comma_numbers if kind is tuple else kind
+            if f.metadata["group"] == "machine":
+                options["type"] = os.path.expanduser  # the shell leaves --data_dir=~/x alone
             name = {int: "INT", float: "FLOAT", tuple: "INT,INT"}.get(kind, "TEXT")
             choices = f.metadata.get("choices")
             options["metavar"] = "{" + ",".join(choices) + "}" if choices else name
@@ -68,9 +79,19 @@ def add_settings(parser: Any, names: Collection[str]) -> None:
 
 
 def comma_numbers(text: str) -> tuple[int, ...]:
-    if not re.fullmatch(r"\d+(,\d+)*", text):
+    if not re.fullmatch(r"\d{1,9}(,\d{1,9})*", text, re.ASCII):
         raise argparse.ArgumentTypeError(f"{text!r}: write whole numbers such as 32,64")
     return tuple(int(number) for number in text.split(","))
+
+
+def path(text: str) -> Path:
+    """A flag's type: a path, with ~ for the home folder."""
+    return Path(text).expanduser()
+
+
+def quote(words: Iterable[object]) -> str:
+    """A command to paste into the shell."""
+    return (subprocess.list2cmdline if os.name == "nt" else shlex.join)([str(w) for w in words])
 
 
 def given_settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -112,24 +133,59 @@ def settings_for_drawing(trained: Config, given: dict[str, Any]) -> Config:
     return replace(trained, **{**Config().select("machine", "picture"), **given})
 
 
+class Output:
+    """A text stream that never ends a run: what cannot be shown, or has no reader left, is dropped.
+    Characters that its encoding lacks are shown as escapes."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+        with suppress(AttributeError, ValueError):  # not a file
+            stream.reconfigure(errors="backslashreplace")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        with suppress(OSError, ValueError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError, ValueError):
+            self.stream.flush()
+
+
 def run_script(name: str, main: Callable[[], int]) -> None:
     """Run a script's main() and exit. A user's mistake becomes one line and exit code 2, training
-    that diverged one line and 1, Ctrl-C 130. TRACEBACK=1 in the environment shows the traceback."""
+    that diverged or a bug one line and 1, Ctrl-C 130. TRACEBACK=1 shows where an error arose."""
     torch.set_flush_denormal(True)  # denormals are slow; to be set before any thread starts
+    nothing = open(os.devnull, "r+")  # noqa: SIM115 (stands in for streams that the shell closed)
+    sys.stdin = sys.stdin or nothing
+    out, err = Output(sys.stdout or nothing), Output(sys.stderr or nothing)
+    with redirect_stdout(out), redirect_stderr(err):
+        code = exit_code(name, main)
+        out.flush()
+    sys.exit(code)
+
+
+def exit_code(name: str, main: Callable[[], int]) -> int:
+    """The exit code of main(), after one line on stderr if it raised an error."""
     try:
-        sys.exit(main())
-    except (ValueError, OSError, FloatingPointError) as error:
+        return main()
+    except SystemExit as stop:  # argparse has said why
+        return int(stop.code or 0)
+    except KeyboardInterrupt:
+        line, code = "stopped", 130
+    except Exception as error:
         if os.environ.get("TRACEBACK"):
             raise
-        print(f"{name}: {error}", file=sys.stderr)
-        sys.exit(1 if isinstance(error, FloatingPointError) else 2)
-    except (RuntimeError, MemoryError) as error:
-        reason = (str(error) or "out of memory").splitlines()[0]
-        kind = type(error).__name__  # torch has an OutOfMemoryError of its own
-        if "MemoryError" not in kind and "allocate memory" not in reason:
-            raise
-        print(f"{name}: {reason}; use smaller batches, or draw fewer images", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print(f"\n{name}: stopped", file=sys.stderr)
-        sys.exit(130)
+        kind, line, code = type(error).__name__, first_line(error), 2
+        if "MemoryError" in kind or "allocate memory" in line:  # torch has kinds of its own
+            reason = line if str(error) else "out of memory"
+            line = f"{reason}; use smaller batches, or draw fewer images"
+        elif isinstance(error, FloatingPointError):
+            code = 1
+        elif not isinstance(error, (ValueError, OSError)):
+            line, code = f"{kind}: {line}; a bug, please report it with TRACEBACK=1's output", 1
+    print(f"{name}: {line}", file=sys.stderr)
+    return code

@@ -1,8 +1,8 @@
 """Picture files: grids, PNGs that can be reproduced, animations, and .npz sets of images."""
 
 import json
+import warnings
 import zipfile
-import zlib
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -15,13 +15,12 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from checkpoint import atomic_write
-from data import first_line
+from files import atomic_write, check_sizes, first_line
 
 ANIMATIONS = (".gif", ".webp")
 ENDINGS = (".png", ".npz", *ANIMATIONS)
+MAX_FRAMES = 76  # of an animation: 1.5 s at 20 ms each
 MAX_ANIMATED = 500  # images: a larger WebP would exceed the format's 16,383 pixels
-NOT_A_PNG = (OSError, EOFError, SyntaxError)  # what Pillow raises for one that is damaged
 
 
 def image_grid(images: Tensor, columns: int, gap: int = 2) -> Image.Image:
@@ -50,32 +49,35 @@ def arrange(images: Tensor, digits: str, count: int) -> tuple[Tensor, int]:
     return torch.cat(list(variants.unbind(1)), dim=-1), max(1, round((count / len(digits)) ** 0.5))
 
 
-def save_png(grid: Image.Image, path: Path, provenance: Mapping[str, Any] = {}) -> None:
-    """Write a PNG with a text chunk, in JSON, for each entry of `provenance`."""
+def save_png(
+    grid: Image.Image, path: Path, provenance: Mapping[str, Any] = {}, *, replace: bool = True
+) -> None:
+    """Write a PNG with a text chunk, in JSON, for each entry of `provenance`. Raises what
+    atomic_write raises."""
     info = PngInfo()
     for name, value in provenance.items():
         info.add_text(name, json.dumps(value))
-    with atomic_write(path) as file:
+    with atomic_write(path, replace=replace) as file:
         grid.save(file, "PNG", pnginfo=info)
 
 
 def read_provenance(path: Path) -> dict[str, Any]:
     """The text chunks of a PNG that hold JSON. Raises ValueError if none names a model."""
-    provenance = {}
     if not path.exists():
         raise ValueError(f"{path}: no such picture")
+    provenance = {}
     try:
-        with Image.open(path) as image:
+        # PNG alone: for other formats, Pillow may start programs such as Ghostscript
+        with warnings.catch_warnings(action="error"), Image.open(path, formats=["PNG"]) as image:
             image.load()  # chunks may also follow the pixels
-            chunks = image.text
-    except (*NOT_A_PNG, AttributeError, ValueError, Image.DecompressionBombError):
-        raise ValueError(f"{path}: not a PNG that generate.py wrote") from None
-    for name, text in chunks.items():
-        with suppress(ValueError):  # a chunk of another program
-            provenance[name] = json.loads(text)
-    if "model" not in provenance:
-        raise ValueError(f"{path}: not a PNG that generate.py wrote")
-    return provenance
+            for name, text in image.text.items():
+                with suppress(ValueError):  # a chunk of another program
+                    provenance[name] = json.loads(text)
+        if "model" in provenance:
+            return provenance
+    except Exception:  # a damaged or hostile file can make Pillow and json raise almost anything
+        pass
+    raise ValueError(f"{path}: not a PNG that generate.py wrote")
 
 
 def made_with(device: torch.device) -> str:
@@ -105,15 +107,15 @@ def write_npz(path: Path, images: Tensor, labels: Tensor) -> None:
 def read_npz(path: Path) -> tuple[Tensor, Tensor | None]:
     """uint8 images (N, 1, 28, 28) and int64 labels (N,), None if there are none, of a file in
     write_npz's format. Raises ValueError naming the file and what is wrong with it."""
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
     try:
-        file = np.load(path, allow_pickle=False)
-        if not isinstance(file, np.lib.npyio.NpzFile):
-            raise ValueError("it holds a single array")
-        with file:
+        with zipfile.ZipFile(path) as archive:
+            check_sizes(archive.infolist())
+        with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in ("arr_0", "arr_1") if name in file.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        reason = "no such file" if not path.exists() else f"not a valid .npz: {first_line(error)}"
-        raise ValueError(f"{path}: {reason}") from None
+    except Exception as error:  # a damaged or hostile file can make numpy raise almost anything
+        raise ValueError(f"{path}: not a valid .npz: {first_line(error)}") from None
     images, labels = arrays.get("arr_0"), arrays.get("arr_1")
     if images is None:
         raise ValueError(f"{path}: no arr_0; save with numpy.savez(file, images, labels)")

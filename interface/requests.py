@@ -5,6 +5,7 @@ import secrets
 import time
 from argparse import ArgumentTypeError, Namespace
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,15 @@ import torch
 from torch import Tensor
 
 from checkpoint import Progress, list_checkpoints
-from config import Config, parse_digits
+from config import Config, parse_digits, shortened
 from data import draw_labels
+from files import check_writable, make_folder, printable, sha256
 from interface.cli import settings_for_drawing
 from interface.picture import ANIMATIONS, ENDINGS, MAX_ANIMATED
 from interface.terminal import ask, log, whole_number
 
 MAX_IMAGES = 100_000
+TAKEN = "exists already; choose another folder or --seed"
 
 
 def list_models(folder: Path) -> list[tuple[Path, Progress]]:
@@ -50,7 +53,7 @@ def choose_model(folder: Path) -> Path:
     log(f"Models in {folder}:")
     for number, (path, progress) in enumerate(found, 1):
         date = time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime))
-        log(f"  {number}  {path.name}  {progress}  {date}")
+        log(f"  {number}  {printable(path.name)}  {progress}  {date}")
     return found[ask("Which model", len(found), whole_number(len(found))) - 1][0]
 
 
@@ -66,6 +69,7 @@ class Request:
     count: int
     cfg: Config
     output: Path
+    if_taken: str = "replace"  # what to do if `output` exists by then; or "renumber", "refuse"
 
     def __post_init__(self) -> None:
         classes = self.cfg.num_classes
@@ -74,12 +78,19 @@ class Request:
         if self.digits not in ("all", "mnist"):
             parse_digits(self.digits, classes)
         if type(self.count) is not int or self.count < 1:
-            raise ValueError(f"count = {self.count}: must be a whole number, at least 1")
+            raise ValueError(f"count = {shortened(self.count)}: must be a whole number, at least 1")
         images = self.count * {"all": classes, "mnist": 1}.get(self.digits, len(self.digits))
         largest = MAX_ANIMATED if self.animated else MAX_IMAGES
         if images > largest:
             most = f"{largest:,}{f' in {self.output.suffix}' if self.animated else ''}"
-            raise ValueError(f"count = {self.count}: {images:,} images; at most {most}")
+            asked = f"{images:,}" if images < 10**15 else "too many"
+            raise ValueError(f"count = {shortened(self.count)}: {asked} images; at most {most}")
+
+    def rename(self) -> None:
+        """Take another name, as the output exists. Raises ValueError if the user chose it."""
+        if self.if_taken != "renumber":
+            raise ValueError(f"{self.output}: {TAKEN}")
+        self.output = free_name(self.cfg, self.digits)
 
     @property
     def animated(self) -> bool:
@@ -101,9 +112,10 @@ def usual_count(digits: str) -> int:
 
 
 def free_name(cfg: Config, digits: str) -> Path:
-    """A file name in output_dir/images that is not taken."""
+    """A file name in output_dir/images that is not taken. Raises ValueError if that folder cannot
+    be written."""
     folder = Path(cfg.output_dir, "images")
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     number = 1
     while (path := folder / f"generated_{digits[:20]}_{number:03d}.png").exists():
         number += 1
@@ -116,6 +128,7 @@ def is_folder(output: str | None) -> bool:
 
 def output_name(text: str) -> str:
     """A name that --output accepts. Raises ArgumentTypeError for another."""
+    text = os.path.expanduser(text)
     if not is_folder(text) and Path(text).suffix not in ENDINGS:
         raise ArgumentTypeError(f"{text!r} must end in {', '.join(ENDINGS)}, or / (a folder)")
     if not Path(text).parent.is_dir():
@@ -128,19 +141,17 @@ def requests_from_flags(args: Namespace, cfg: Config) -> list[Request]:
     Image i of a folder has seed `seed + i`. Raises ValueError if one of its files exists."""
     count = usual_count(args.digits) if args.count is None else args.count
     output = Path(args.output) if args.output else free_name(cfg, args.digits)
-    whole = Request(args.digits, count, cfg, output)
+    whole = Request(args.digits, count, cfg, output, "replace" if args.output else "renumber")
     if not is_folder(args.output):
+        check_writable(output)
         return [whole]
     requests = []
     for seed, digit in enumerate(whole.labels.tolist(), cfg.seed):
         path = output / f"{digit}_seed{seed}.png"
-        requests.append(Request(str(digit), 1, replace(cfg, seed=seed), path))
+        requests.append(Request(str(digit), 1, replace(cfg, seed=seed), path, "refuse"))
         if path.exists():
-            raise ValueError(f"{path}: exists already; choose another folder or --seed")
-    try:
-        output.mkdir(exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"{output}: cannot be made ({error.strerror}); choose another") from None
+            raise ValueError(f"{path}: {TAKEN}")
+    make_folder(output)
     return requests
 
 
@@ -168,7 +179,18 @@ def requests_from_answers(cfg: Config, seed: int | None) -> Iterator[Request]:
         guidance = ask("Guidance", cfg.guidance, guidance_value)
         picture_seed = secrets.randbelow(2**31) if seed is None else seed
         cfg = replace(cfg, guidance=guidance, seed=picture_seed)
-        yield Request(digits, count, cfg, free_name(cfg, digits))
+        yield Request(digits, count, cfg, free_name(cfg, digits), "renumber")
+
+
+def model_of_picture(recorded: dict[str, Any], picture: Path, output_dir: Path) -> Path:
+    """The model that drew a picture, among the models and those of earlier runs. Raises ValueError
+    if it is not there."""
+    for path in (*output_dir.glob("models/*.pth"), *output_dir.glob("earlier/*/*.pth")):
+        with suppress(OSError):  # one that cannot be read
+            if sha256(path) == recorded["model"]:
+                return path
+    missing = f"its model, SHA-256 {shortened(recorded['model'])}, is not in {output_dir}"
+    raise ValueError(f"{picture}: {missing}; try --output_dir")
 
 
 def request_from_picture(

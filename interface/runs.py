@@ -3,21 +3,27 @@
 import csv
 import io
 import math
-import shlex
+import os
 import shutil
 import signal
+import socket
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 import checkpoint
-from checkpoint import Progress, TrainState, atomic_write
+from checkpoint import Progress, TrainState
 from config import Config, parse_duration
-from interface.cli import settings_for_training
+from files import atomic_write, cannot_write, first_line, printable
+from interface.cli import quote, settings_for_training
 
+CHECKPOINTS = "model_epoch_*.pth"
 METRICS = ("epoch", "step", "loss", "learning_rate", "grad_norm", "images_per_second", "seconds")
 
 
@@ -66,13 +72,52 @@ def make_plan(
     return plan
 
 
+@contextmanager
+def own_folder(output_dir: str) -> Iterator[None]:
+    """Keep other runs out of a folder for as long as this process lives. Raises ValueError if
+    another run is there, or if the folder cannot be made."""
+    out = Path(output_dir)
+    lock, owner = FileLock(out / ".lock", timeout=0), out / ".owner"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+        owner.write_text(f"process {os.getpid()} on {socket.gethostname()}", "utf-8")
+    except Timeout:
+        who = "a process"
+        with suppress(OSError):  # it has not said yet who it is
+            who = printable(owner.read_text("utf-8", "replace")[:100])
+        fault = f"{who} is training there; wait for it, or choose another --output_dir"
+        raise ValueError(f"output_dir = {output_dir!r}: {fault}") from None
+    except OSError as error:
+        raise ValueError(f"output_dir = {output_dir!r}: {cannot_write(error)}") from None
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            owner.unlink()
+            if os.listdir(out) == [".lock"]:  # a start that failed leaves nothing behind
+                Path(out, ".lock").unlink()
+                out.rmdir()
+        lock.release()
+
+
 def newest_of_run(models: Path) -> Path | None:
-    """The newest checkpoint of the run in a folder; None if it has none. Raises ValueError if it
-    has some but none can be read."""
-    found = checkpoint.list_checkpoints(models, "model_epoch_*.pth")
-    if not found and list(models.glob("model_epoch_*.pth")):
+    """The newest whole checkpoint of the run in a folder; None if it has none. Says so if damaged
+    ones are passed over. Raises ValueError if there are no others."""
+    listed = [path for path, _ in checkpoint.list_checkpoints(models, CHECKPOINTS)]
+    unreadable = [path for path in models.glob(CHECKPOINTS) if path not in listed]
+    damaged = [f"{path}: damaged, and passed over" for path in unreadable]
+    for path in reversed(listed):
+        try:
+            checkpoint.load(path)
+        except ValueError as error:
+            damaged.append(f"{error}; it is passed over")
+        else:
+            print(*damaged, sep="\n", end="\n" if damaged else "")
+            return path
+    if damaged:
         raise ValueError(f"{models}: none of its checkpoints can be read; repair or move them")
-    return found[-1][0] if found else None
+    return None
 
 
 def fraction_done(cfg: Config, progress: Progress, images_per_epoch: float) -> float:
@@ -90,16 +135,28 @@ def describe(plan: Plan) -> str:
     stands = f"{plan.start}: {progress} {length} planned, {minutes:.1f} min trained."
     if not plan.trainable:
         return f"{stands}\nIt was reduced to what drawing needs and cannot be trained further."
-    command = f"python train.py --load_checkpoint_path {shlex.quote(str(plan.start))}"
-    more = f"--continue_training_epochs K{machine_flags(cfg)}"
-    return f"{stands}\nTo train it for K more epochs: {command} {more}"
+    flags = ("--load_checkpoint_path", plan.start, "--continue_training_epochs", "K")
+    return f"{stands}\nTo train it for K more epochs: {train_command(cfg, *flags)}"
 
 
-def machine_flags(cfg: Config) -> str:
-    """The flags for this computer that differ from config.py: a checkpoint does not carry them."""
+def check_data(plan: Plan, state: TrainState, data: dict[str, Any]) -> None:
+    """Let the state remember what it is trained on, and say so if that is not what it was. Raises
+    ValueError if it changed inside an epoch, whose images are those of an order of the old data."""
+    if state.data is not None and state.data != data:
+        what = f"{plan.start} was trained on other data than these {data['images']:,} images"
+        if plan.progress.images:
+            remedy = "give it the same --data_dir and --max_images, or resume from an epoch's end"
+            raise ValueError(f"{what} and is inside an epoch; {remedy}")
+        print(f"{what}; it goes on with these")
+    state.data = data
+
+
+def train_command(cfg: Config, *flags: object) -> str:
+    """The command that trains with `flags`, and with the settings of this computer that differ from
+    config.py, because a checkpoint does not carry them."""
     usual = Config().select("machine")
-    changed = {n: v for n, v in cfg.select("machine").items() if v != usual[n]}
-    return "".join(f" --{name} {shlex.quote(value)}" for name, value in changed.items())
+    changed = [(f"--{n}", v) for n, v in cfg.select("machine").items() if v != usual[n]]
+    return quote(["python", "train.py", *flags, *sum(changed, ())])
 
 
 class Run:
@@ -114,7 +171,12 @@ class Run:
                 f"batch_size = {self.cfg.batch_size}: choose at most {images} (images)"
             )
         self.images_per_epoch = images - images % self.cfg.batch_size
+        if state.progress.images >= self.images_per_epoch:
+            inside = f"is inside an epoch of more than {images:,} images"
+            raise ValueError(f"{plan.start}: {inside}; give it the data that it was trained on")
         self.bar: tqdm | None = None
+        self.rows: list[dict[str, Any]] = []  # of metrics.csv
+        self.warned: set[str] = set()  # kinds of files that could not be written
         # Reading the loss makes the CPU wait for a GPU, so that is done seldom
         self.log_every = 1 if state.totals.device.type == "cpu" else 50
         spent = state.progress.seconds - state.progress.budget_from
@@ -138,7 +200,18 @@ class Run:
 
     @property
     def epoch_done(self) -> bool:
-        return self.state.progress.images == self.images_per_epoch
+        return self.state.progress.images >= self.images_per_epoch
+
+    @property
+    def grid_path(self) -> Path:
+        """Where the samples of the present state belong."""
+        return Path(self.cfg.output_dir, "images", f"samples_{self.state.progress.name}.png")
+
+    @property
+    def grid_missing(self) -> bool:
+        """Whether a checkpoint of the run stands at an epoch's end and has no grid."""
+        inside = self.state.progress.images > 0
+        return self.last_saved is not None and not inside and not self.grid_path.exists()
 
     @property
     def save_due(self) -> bool:
@@ -151,7 +224,8 @@ class Run:
         cfg, start, progress = self.cfg, self.plan.start, self.state.progress
         path = checkpoint_path(cfg, progress)
         saves_plan = start is not None and (self.plan.changed or start.resolve() != path.resolve())
-        prepare_folders(self.plan, path if saves_plan else None)
+        self.rows = prepare_folders(self.plan, path if saves_plan else None)
+        self.write_rows()
         until = f"until {cfg.budget} are spent" if cfg.budget else f"to epoch {cfg.epochs}"
         print(f"training from {progress} {until}; results in {cfg.output_dir}", flush=True)
         if saves_plan:
@@ -181,9 +255,15 @@ class Run:
         epoch = f"{round(progress.epoch + progress.images / self.images_per_epoch, 2):g}"
         rate, lr = progress.images / state.epoch_seconds, state.optimizers[0].param_groups[0]["lr"]
         row = (epoch, progress.step, loss, lr, grad_norm, rate, progress.seconds)
-        path = Path(self.cfg.output_dir, "metrics.csv")
-        write_metrics(path, [*read_metrics(path), dict(zip(METRICS, row, strict=True))])
+        self.rows.append(dict(zip(METRICS, row, strict=True)))
+        self.write_rows()
         tqdm.write(f"epoch {epoch}: loss {loss:.4f}, {rate:.0f} images/s, {self.time_left()}")
+
+    def write_rows(self) -> None:
+        path = Path(self.cfg.output_dir, "metrics.csv")
+        if self.rows:
+            with self.side_output(path):
+                write_metrics(path, self.rows)
 
     def close_bar(self) -> None:
         if self.bar is not None:
@@ -191,33 +271,52 @@ class Run:
             self.bar = None
 
     def save(self) -> None:
+        """Write a checkpoint. Raises ValueError if it cannot be written, FloatingPointError if the
+        weights are not finite."""
         self.check_finite()
         self.close_bar()  # still open where a signal stops the run inside an epoch
-        self.last_saved = checkpoint_path(self.cfg, self.state.progress)
-        checkpoint.save(self.last_saved, self.cfg, self.state)
-        tqdm.write(f"wrote {self.last_saved}")
+        path = checkpoint_path(self.cfg, self.state.progress)
+        try:
+            checkpoint.save(path, self.cfg, self.state)
+        except ValueError as error:
+            raise ValueError(f"{error}; last good checkpoint: {self.last_saved}") from None
+        except FloatingPointError as error:
+            raise self.diverged(str(error)) from None
+        self.last_saved = path
+        tqdm.write(f"wrote {path}")
+
+    @contextmanager
+    def side_output(self, path: Path) -> Iterator[None]:
+        """Write a file that training can do without: if that fails, whatever the reason, say so
+        once for its kind, and go on."""
+        try:
+            yield
+        except Exception as error:
+            kind = path.stem.partition("_")[0]
+            if kind not in self.warned:
+                tqdm.write(f"{path} not written, training goes on: {first_line(error)}")
+            self.warned.add(kind)
 
     def draw_curves(self) -> None:
-        """Plot metrics.csv, once it has a row, as images/training.png."""
+        """Plot the rows of metrics.csv, if there is one, as images/training.png."""
         path = Path(self.cfg.output_dir, "images", "training.png")
-        rows = read_metrics(Path(self.cfg.output_dir, "metrics.csv"))
-        try:
+        if not self.rows:
+            return
+        with self.side_output(path):
             from evaluation.plots import plot_training  # here, because matplotlib is slow to import
-        except ImportError as error:  # no reason to lose a run
-            tqdm.write(f"{path} not written: {error}; pip install -r requirement.txt")
-            rows = []
-        if rows:
-            plot_training(rows, path)
+
+            plot_training(self.rows, path)
             tqdm.write(f"wrote {path}")
 
     def check_finite(self) -> None:
         if not math.isfinite(float(self.state.totals.sum())):
-            self.close_bar()
-            step = self.state.progress.step
-            fault = f"the loss or its gradient is no longer finite at step {step}"
-            good = f"last good checkpoint: {self.last_saved or 'none yet'}"
-            remedy = f"try a lower --lr than {self.cfg.learning_rate}"
-            raise FloatingPointError(f"{fault}; {good}; {remedy}")
+            raise self.diverged("the loss or its gradient is no longer finite")
+
+    def diverged(self, fault: str) -> FloatingPointError:
+        self.close_bar()
+        good = f"last good checkpoint: {self.last_saved or 'none yet'}"
+        remedy = f"try a lower --lr than {self.cfg.learning_rate}"
+        return FloatingPointError(f"{fault} at step {self.state.progress.step}; {good}; {remedy}")
 
     def time_left(self) -> str:
         """What is left of the whole run; without a budget, from its average speed so far."""
@@ -229,17 +328,21 @@ class Run:
 
 
 def note_stop_signals() -> list[int]:
-    """From now on the first Ctrl-C or SIGTERM is only appended to the returned list, so that the
-    current step can finish; a second one has its usual effect."""
+    """From now on the first Ctrl-C, SIGTERM or SIGHUP is only appended to the returned list, so
+    that the current step can finish; a second one ends the process at once."""
     noted: list[int] = []
     usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    if hasattr(signal, "SIGHUP"):  # not on Windows
+        usual[signal.SIGHUP] = signal.SIG_DFL
 
     def note(signum: int, frame: object) -> None:
         noted.append(signum)
-        signal.signal(signum, usual[signum])
+        for each, handler in usual.items():
+            signal.signal(each, handler)
 
     for signum in usual:
-        signal.signal(signum, note)
+        if signal.getsignal(signum) != signal.SIG_IGN:  # as nohup sets SIGHUP
+            signal.signal(signum, note)
     return noted
 
 
@@ -247,37 +350,54 @@ def checkpoint_path(cfg: Config, progress: Progress) -> Path:
     return Path(cfg.output_dir, "models", f"model_{progress.name}.pth")
 
 
-def prepare_folders(plan: Plan, rewritten: Path | None) -> None:
-    """Make the output folders, and see that this run overwrites nothing.
+def prepare_folders(plan: Plan, rewritten: Path | None) -> list[dict[str, Any]]:
+    """Make the output folders, and see that this run overwrites nothing. Returns the rows of
+    metrics.csv that still hold. Raises ValueError if a folder cannot be written.
 
     A run that continues a checkpoint of this folder keeps what led up to it. Whatever comes after
     that point, or all files of an unrelated earlier run, moves to output_dir/earlier. A checkpoint
     that will be `rewritten` with a new plan is copied there, as pictures name a model by its hash.
     """
     out = Path(plan.cfg.output_dir)
+    try:
+        for folder in ("models", "images"):
+            Path(out, folder).mkdir(parents=True, exist_ok=True)
+        for kind in ("models/.*", ".metrics*", "images/.samples*", "images/.training*"):
+            for partial in out.glob(f"{kind}.partial"):  # of a run that was killed
+                partial.unlink()
+        moved, copied, rows = what_to_set_aside(plan, rewritten)
+        set_aside(out / "earlier", moved, copied)
+    except OSError as error:
+        raise ValueError(f"{error.filename or out}: {cannot_write(error)}") from None
+    return rows
+
+
+def what_to_set_aside(
+    plan: Plan, rewritten: Path | None
+) -> tuple[list[Path], list[Path], list[dict[str, Any]]]:
+    """The files to move and those to copy to output_dir/earlier, and the rows that still hold."""
+    out = Path(plan.cfg.output_dir)
     models, images, metrics = out / "models", out / "images", out / "metrics.csv"
-    models.mkdir(parents=True, exist_ok=True)
-    images.mkdir(exist_ok=True)
-    for partial in models.glob(".*.partial"):  # of a save that was killed
-        partial.unlink()
-    files = [*models.glob("model_epoch_*.pth"), *images.glob("samples_epoch_*.png")]
+    files = [*models.glob(CHECKPOINTS), *images.glob("samples_epoch_*.png")]
     curves = images / "training.png"
     if plan.start is None or plan.start.resolve().parent != models.resolve():
-        set_aside(out / "earlier", [*files, metrics, curves], copied=[])
-        return
+        return [*files, metrics, curves], [], []
     names = {  # of the checkpoints that are kept: model_<name>.pth, with samples_<name>.png
         path.stem.removeprefix("model_")
-        for path, progress in checkpoint.list_checkpoints(models, "model_epoch_*.pth")
+        for path, progress in checkpoint.list_checkpoints(models, CHECKPOINTS)
         if progress.step <= plan.progress.step
     }
     moved = [path for path in files if path.stem.partition("_")[2] not in names]
     copied = [rewritten] if rewritten and rewritten not in moved else []
-    rows = read_metrics(metrics)
+    try:
+        rows = read_metrics(metrics)
+    except (OSError, ValueError) as error:
+        print(f"{metrics}: {first_line(error)}; it is set aside, and a new one begun")
+        return [*moved, metrics, curves], copied, []
     kept_rows = [row for row in rows if int(row["step"]) <= plan.progress.step]
     if moved or copied or kept_rows != rows:
-        set_aside(out / "earlier", [*moved, curves], [*copied, metrics])
-    if rows:
-        write_metrics(metrics, kept_rows)
+        moved, copied = [*moved, curves], [*copied, metrics]
+    return moved, copied, kept_rows
 
 
 def set_aside(earlier: Path, moved: list[Path], copied: list[Path]) -> None:
@@ -296,13 +416,20 @@ def set_aside(earlier: Path, moved: list[Path], copied: list[Path]) -> None:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The complete rows of metrics.csv, leaving out a torn one; none if the file is missing."""
+    """The rows of metrics.csv, without a last one that was torn; none if the file is missing.
+    Raises ValueError if it is not what write_metrics writes."""
     if not path.exists():
         return []
-    with open(path, newline="") as file:
-        rows = list(csv.DictReader(file))
-    whole = [row for row in rows if all(row.get(name) for name in METRICS)]
-    return [row for row in whole if row["step"].isdecimal()]
+    rows = list(csv.DictReader(io.StringIO(path.read_text("utf-8"))))
+    for number, row in enumerate(rows, 1):
+        try:
+            if all(math.isfinite(float(row[name])) for name in METRICS) and int(row["step"]) >= 0:
+                continue
+        except (KeyError, TypeError, ValueError):
+            if number == len(rows):
+                return rows[:-1]
+        raise ValueError(f"row {number} is not a row of figures")
+    return rows
 
 
 def write_metrics(path: Path, rows: list[dict[str, Any]]) -> None:

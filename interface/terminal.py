@@ -48,7 +48,10 @@ def ask(question: str, default: Any, parse: Callable[[str], Any]) -> Any:
             answer = input(prompt).strip()
         else:
             print(prompt, end="", file=sys.stderr, flush=True)
-            answer = input().strip()
+            try:
+                answer = input().strip()
+            except EOFError:
+                raise EOFError("no answer on stdin; --digits draws without asking") from None
         if answer.lower() == "q":
             raise EOFError
         if answer == "?":
@@ -81,9 +84,11 @@ def has_colour(stream: TextIO) -> bool:
     return stream.isatty() and utf8 and term != "dumb" and not os.environ.get("NO_COLOR")
 
 
-def show(tiles: Tensor, stream: TextIO = sys.stderr) -> None:
-    """Print uint8 pictures (N, C, H, W), as many side by side as fit: at full size if all of them
-    fit on the screen, otherwise smaller, and at most two screens of them."""
+def show(tiles: Tensor, stream: TextIO | None = None) -> None:
+    """Print uint8 pictures (N, C, H, W), on stderr if no stream is given, as many side by side as
+    fit: at full size if all of them fit on the screen, otherwise smaller, and at most two screens
+    of them."""
+    stream = stream or sys.stderr
     colour = has_colour(stream)
     wide, high = 0, 0
     with suppress(OSError, ValueError):  # not a terminal

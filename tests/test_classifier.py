@@ -84,7 +84,7 @@ def test_a_classifier_is_trained_on_the_complete_split_written_and_read_again(
     ("damage", "words"),
     [
         ("missing", "no evaluator; make it: python evaluate.py --train_evaluator"),
-        ("text", "not an evaluator"),
+        ("text", "damaged, or not an evaluator"),
         ("other weights", "not an evaluator"),
     ],
 )
@@ -94,6 +94,6 @@ def test_a_file_that_is_no_classifier_is_named(tmp_path, damage, words):
         path.write_text("hello")
     elif damage == "other weights":
         torch.save({"net": {"head.weight": torch.zeros(3)}, "train_moments": {}}, path)
-    with pytest.raises(ValueError, match=rf"evaluator\.pth: {words}") as error:
+    with pytest.raises(ValueError, match=rf"evaluator\.pth: .*{words}") as error:
         classifier.load(CPU, path)
     assert len(str(error.value).splitlines()) == 1

@@ -21,7 +21,7 @@ SOURCE = (REPO / "config.py").read_text(encoding="utf-8")
         ("attention", 1, "type bool"),
         ("learning_rate", 0.0, "greater than 0"),
         ("learning_rate", float("nan"), "finite"),
-        ("guidance", float("inf"), "finite"),
+        ("guidance", float("inf"), "at most"),
         ("label_dropout", 1.5, "at most 1"),
         ("schedule", "quadratic", "linear, cosine, sigmoid"),
         ("prediction", "noise", "eps, v, x_0"),

@@ -15,6 +15,7 @@ from conftest import REPO, TINY, Result, assert_one_line, start_script, unix
 from PIL import Image
 
 import checkpoint
+import files
 from config import FAST, Config
 from data import LABEL_COUNTS
 from diffusion import Diffusion
@@ -384,7 +385,7 @@ def test_a_picture_carries_what_it_was_drawn_with_in_a_fixed_order(results, draw
     start = ("model", "digits", "count", "version")
     assert list(provenance) == [*start, *settings, *rest, "made with"]
     model = results / "models" / "model_epoch_2.pth"
-    assert provenance["model"] == checkpoint.sha256(model)
+    assert provenance["model"] == files.sha256(model)
     assert [provenance[name] for name in start[1:]] == ["026", 2, "1.0"]
     assert [provenance[name] for name in settings] == ["dpmpp", 3, 1.5, 0.4, 0.9, 0.6]
     assert [provenance[name] for name in rest] == [9, True, 128]

@@ -183,6 +183,6 @@ def test_what_is_not_a_set_of_images_is_named(tmp_path, kind):
     else:
         with open(path, "wb") as file:
             np.save(file, noise)
-    reason = "no such file" if kind == "missing" else "not a whole"
+    reason = "no such file" if kind == "missing" else "not a valid"
     with pytest.raises(ValueError, match=rf"bad\.npz: {reason}"):
         read_npz(path)

@@ -203,7 +203,9 @@ def by_flags(cfg: Config, digits: str, count: int | None, output: object = None)
 def test_flags_ask_for_one_file(tmp_path):
     cfg = replace(CFG, output_dir=str(tmp_path))
     (request,) = by_flags(cfg, "26", None)
-    assert request == Request("26", 8, cfg, tmp_path / "images" / "generated_26_001.png")
+    assert request == Request(
+        "26", 8, cfg, tmp_path / "images" / "generated_26_001.png", "renumber"
+    )
     (request,) = by_flags(cfg, "mnist", 50, tmp_path / "a.npz")
     assert request == Request("mnist", 50, cfg, tmp_path / "a.npz")
     assert len(request.labels) == 50

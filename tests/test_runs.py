@@ -264,18 +264,32 @@ def test_the_fraction_that_is_done_counts_epochs_or_seconds(budget, progress, fr
 
 
 @unix
-def test_the_first_signal_is_noted_and_the_second_has_its_usual_effect():
-    before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+@pytest.mark.parametrize("first", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_the_first_signal_is_noted_and_a_second_of_any_kind_has_its_usual_effect(first):
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {signum: signal.getsignal(signum) for signum in signals}
     try:
         noted = note_stop_signals()
         assert noted == []
-        os.kill(os.getpid(), signal.SIGINT)
-        assert noted == [signal.SIGINT]
+        os.kill(os.getpid(), getattr(signal, first))
+        assert noted == [getattr(signal, first)]
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert noted == [signal.SIGINT, signal.SIGTERM]
-        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+        for signum in (signal.SIGTERM, signal.SIGHUP):
+            assert signal.getsignal(signum) == signal.SIG_DFL
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+@unix
+def test_a_signal_that_nohup_ignores_stays_ignored():
+    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        noted = note_stop_signals()
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert noted == []
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
@@ -369,10 +383,10 @@ def test_going_on_keeps_what_led_up_to_the_checkpoint(finished):
     before = start.read_bytes()
     with open(finished / "metrics.csv", "a") as file:
         file.write("5.0,")  # a power cut
-    runs.prepare_folders(plan, start)
+    rows = runs.prepare_folders(plan, start)
     kept = {"model_epoch_2.pth", "model_epoch_4.pth", "samples_epoch_4.png"}
     assert aside(finished) == kept | {"metrics.csv", "training.png"}
-    assert read_metrics(finished / "metrics.csv") == as_text([row(10), row(20)])
+    assert rows == as_text([row(10), row(20)])
     (folder,) = (finished / "earlier").iterdir()
     assert len(read_metrics(folder / "metrics.csv")) == 4
     assert (folder / "model_epoch_2.pth").read_bytes() == before
@@ -387,6 +401,28 @@ def test_going_on_as_planned_from_the_newest_checkpoint_keeps_nothing_aside(fini
     runs.prepare_folders(plan, None)
     assert files(finished) == before
     assert len(read_metrics(finished / "metrics.csv")) == 4
+
+
+@pytest.mark.parametrize("kind", ["text", "hand-edited", "not UTF-8", "not finite", "folder"])
+def test_figures_that_cannot_be_read_are_set_aside_and_begun_anew(finished, kind, capsys):
+    path = finished / "metrics.csv"
+    lines = path.read_text().splitlines()
+    if kind == "folder":
+        path.unlink()
+        path.mkdir()
+    elif kind == "not UTF-8":
+        path.write_bytes(b"\xff" + path.read_bytes())
+    elif kind == "text":
+        path.write_text("notes\nof mine\nthree lines\n")
+    else:
+        number = "five" if kind == "hand-edited" else "nan"
+        lines[2] = ",".join([number, *lines[2].split(",")[1:]])
+        path.write_text("\n".join(lines) + "\n")
+    assert runs.prepare_folders(plan_of(finished, resume=True, epochs=4), None) == []
+    assert f"{path}: " in capsys.readouterr().out
+    assert "metrics.csv" in {each.name for each in (finished / "earlier").glob("*/*")}
+    assert not path.exists()
+    assert (finished / "models" / "model_epoch_4.pth").exists()
 
 
 def test_a_renamed_checkpoint_does_not_replace_another_of_its_epoch(finished):

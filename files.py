@@ -1,0 +1,227 @@
+"""Files, written whole or not at all, and read only after they have been checked.
+
+Whatever is wrong with a file becomes a ValueError that names it. Reading one never runs code.
+"""
+
+import errno
+import gzip
+import hashlib
+import importlib
+import io
+import math
+import os
+import secrets
+import struct
+import tempfile
+import warnings
+import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import ModuleType
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# What the largest checkpoint takes (model.MAX_PARAMETERS, five numbers each), and what a file from
+# a stranger may take in memory: nothing larger is read or unpacked
+MAX_BYTES = 800_000_000
+
+
+@contextmanager
+def atomic_write(path: Path, *, replace: bool = True) -> Iterator[BinaryIO]:
+    """Open a file that becomes `path`: a temporary one beside it, flushed and renamed once it is
+    complete, so that `path` is whole or unchanged. Raises ValueError with the path on failure, and
+    FileExistsError if `path` exists already and must not be replaced."""
+    partial = _partial(path)
+    try:
+        with open(partial, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        if replace:
+            os.replace(partial, path)
+        else:
+            _rename_if_free(partial, path)
+    except FileExistsError:
+        raise
+    except OSError as error:
+        raise ValueError(f"{path}: {cannot_write(error)}") from None
+    finally:
+        with suppress(OSError):
+            partial.unlink()
+
+
+def check_writable(path: Path) -> None:
+    """Raise ValueError if no file can be made at `path`: to be asked before the work whose result
+    it will hold."""
+    partial = _partial(path)
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        with open(partial, "xb"):
+            pass
+        partial.unlink()
+    except OSError as error:
+        raise ValueError(f"{path}: {cannot_write(error)}") from None
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder, and those above it, where missing. Raises ValueError unless files can be
+    written in it."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{path}: {cannot_write(error)}") from None
+    check_writable(path / "file")
+
+
+def cannot_write(error: OSError) -> str:
+    """Why a file cannot be written, and what to do about it."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "cannot be written (the disk is full); free some space"
+    if error.errno == errno.ENOENT:
+        return "cannot be written (no such folder); make it first"
+    return f"cannot be written ({error.strerror or first_line(error)}); choose another place"
+
+
+def _partial(path: Path) -> Path:
+    """A name beside `path` that no other process or machine uses; `.*.partial` finds them all."""
+    name = path.name.encode()[:200].decode(errors="ignore")  # file systems allow 255 bytes
+    return path.with_name(f".{name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
+
+
+def _rename_if_free(partial: Path, path: Path) -> None:
+    """Rename a file, or raise FileExistsError. A hard link is the one way that is both atomic and
+    exclusive on every system; a file system without them gets the next best."""
+    try:
+        os.link(partial, path)
+    except FileExistsError:
+        raise
+    except OSError:
+        open(path, "xb").close()
+        os.replace(partial, path)
+
+
+def write_tensors(path: Path, contents: dict[str, Any]) -> None:
+    """Write tensors and plain values. Raises what atomic_write raises."""
+    buffer = io.BytesIO()  # torch.save itself would hide that a disk is full
+    torch.save(contents, buffer)
+    with atomic_write(path) as file:
+        file.write(buffer.getbuffer())
+
+
+def read_tensors(path: Path, kind: str, *, only_look: bool = False) -> Any:
+    """Read what write_tensors wrote, "a checkpoint" or another `kind` of file. Raises ValueError if
+    it is missing, damaged or too large.
+
+    torch.save writes a checksum for each of the file's members that torch.load does not look at,
+    so they are verified here first. With `only_look`, tensors are read from the disk only when they
+    are used and are not verified: quick where only the plain values matter.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+            check_sizes(members)
+            if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+                raise ValueError("its members are compressed")
+            for member in members:
+                if not (only_look and "/data/" in member.filename):
+                    with archive.open(member) as file:
+                        while file.read(1 << 20):  # raises BadZipFile if the checksum is wrong
+                            pass
+        with warnings.catch_warnings(action="ignore"):  # torch's remarks on foreign files
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=only_look)
+    except PermissionError:
+        raise ValueError(f"{path}: cannot be read; change its permissions") from None
+    except Exception as error:  # a damaged file can make zipfile and torch raise almost anything
+        raise ValueError(f"{path}: damaged, or not {kind} ({first_line(error)})") from None
+
+
+def check_sizes(members: list[zipfile.ZipInfo]) -> None:
+    """Raise ValueError if an archive's members unpack to more than MAX_BYTES."""
+    if sum(member.file_size for member in members) > MAX_BYTES:
+        raise ValueError(f"it holds more than {MAX_BYTES / 1e6:.0f} MB")
+
+
+def read_idx(folder: Path, name: str, dimensions: int) -> Tensor:
+    """A uint8 array in MNIST's idx format, from `name` or `name`.gz in a folder; downloaded if
+    neither is there. Raises ValueError naming the file if it does not hold such an array."""
+    path = folder / name
+    if not path.exists():
+        path = folder / f"{name}.gz"
+        if not path.exists():
+            download(path)
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+            magic, *shape = struct.unpack(f">{dimensions + 1}I", file.read(4 * dimensions + 4))
+            size = math.prod(shape)
+            if magic != 0x0800 + dimensions:  # 08 means uint8
+                raise ValueError(f"no array of {dimensions} dimensions of bytes")
+            if not 0 < size <= MAX_BYTES:
+                raise ValueError(f"its shape is {shape}")
+            array = np.frombuffer(file.read(size + 1), np.uint8)
+        if len(array) != size:
+            raise ValueError(f"it should hold {size} bytes, not {len(array)}")
+    except (OSError, EOFError, ValueError, struct.error, zlib.error) as error:
+        remedy = "delete it, and it is read from its .gz or downloaded again"
+        raise ValueError(f"{path}: cannot be read ({first_line(error)}); {remedy}") from None
+    return torch.from_numpy(array.reshape(shape).copy())
+
+
+def download(path: Path) -> None:
+    """Download one of MNIST's .gz files. Raises ValueError with the folder and the remedy."""
+    datasets = from_torchvision("datasets")
+    checksums, reason = dict(datasets.MNIST.resources), "no such file of MNIST"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".download-", dir=path.parent) as partial:
+            for mirror in datasets.MNIST.mirrors:
+                try:
+                    datasets.utils.download_url(
+                        mirror + path.name, partial, md5=checksums[path.name]
+                    )
+                    os.replace(Path(partial, path.name), path)
+                    return
+                except (OSError, RuntimeError) as error:  # offline, or not the right file
+                    reason = first_line(error)
+    except OSError as error:
+        remedy = "make it a folder that can be written, or choose another --data_dir"
+        raise ValueError(f"{path.parent}: {first_line(error)}; {remedy}") from None
+    with suppress(OSError):  # leave no empty folders behind
+        path.parent.rmdir()
+        path.parent.parent.rmdir()
+    remedy = "go online, or choose a --data_dir that has MNIST/raw (git checkout mnist_data)"
+    raise ValueError(f"{path}: missing, and cannot be downloaded ({reason}); {remedy}")
+
+
+def from_torchvision(name: str) -> ModuleType:
+    """A module of torchvision, which takes a second to import. Raises ValueError if it was built
+    for another torch."""
+    try:
+        return importlib.import_module(f"torchvision.{name}")
+    except (ImportError, RuntimeError) as error:
+        reason = f"torchvision does not fit torch {torch.__version__} ({first_line(error)})"
+        remedy = "install both from one source: pip install --force-reinstall torch torchvision"
+        raise ValueError(f"{reason}; {remedy}") from None
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def first_line(error: BaseException) -> str:
+    """An error's message, shortened to one printable line."""
+    return printable((str(error).strip() or type(error).__name__).splitlines()[0][:2000])
+
+
+def printable(text: str) -> str:
+    """Text from elsewhere without the control characters that could take over a terminal."""
+    return "".join(c if c.isprintable() else "?" for c in text)
