@@ -24,7 +24,7 @@ from config import Config
 from data import load_split
 from diffusion import Diffusion
 from files import atomic_write, check_writable
-from interface.cli import Parser, add_settings, given_settings, path, run_script
+from interface.cli import Parser, add_settings, expanded_path, given_settings, run_script
 from model import UNet, pick_device, pick_precision
 
 SECONDS = 25.0  # for training; each of the other measurements takes a fraction of it
@@ -186,7 +186,7 @@ one image        {sampling["one_image_seconds"]:.3f} s at the default settings""
 def main() -> int:
     parser = Parser(prog="benchmark.py", description="Measure training and sampling speed.")
     parser.add_argument(
-        "--json", type=path, metavar="FILE", help="also write the figures to this file"
+        "--json", type=expanded_path, metavar="FILE", help="also write the figures to this file"
     )
     add_settings(parser, [f.name for f in fields(Config)])
     args = parser.parse_args()

@@ -25,8 +25,8 @@ from files import first_line, make_folder, sha256
 from interface.cli import (
     Parser,
     add_settings,
+    expanded_path,
     given_settings,
-    path,
     run_script,
     settings_for_drawing,
 )
@@ -154,7 +154,7 @@ def sweep(
 def parse_flags() -> Namespace:
     parser = Parser(prog="evaluate.py", description="Measure samples against MNIST.")
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--images", type=path, metavar="NPZ", help="measure arr_0, with labels arr_1")
+    what.add_argument("--images", type=expanded_path, metavar="NPZ", help="measure its images")
     what.add_argument("--sweep", nargs="+", metavar="NAME=A,B", help="evaluate all combinations")
     what.add_argument("--train_evaluator", action="store_true", help="train the classifier anew")
     parser.add_argument("--model", metavar="TEXT", help="path, name, number or newest (default)")

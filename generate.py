@@ -22,8 +22,8 @@ from interface import picture, requests
 from interface.cli import (
     Parser,
     add_settings,
+    expanded_path,
     given_settings,
-    path,
     run_script,
     settings_for_drawing,
 )
@@ -136,7 +136,7 @@ def parse_flags() -> Namespace:
     parser = Parser(prog="generate.py", description="Draw digits with a trained model.")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--digits", metavar="TEXT", help="draw 7, 2026, all or mnist without asking")
-    what.add_argument("--reproduce", type=path, metavar="PNG", help="draw this PNG again")
+    what.add_argument("--reproduce", type=expanded_path, metavar="PNG", help="draw this PNG again")
     number = {"type": int, "metavar": "INT"}
     parser.add_argument(
         "--count", **number, help="variants (default: 16 images; with all, 16 each)"

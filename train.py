@@ -19,7 +19,8 @@ from config import Config, parse_digits
 from data import describe, load_split, to_model_range, to_uint8
 from diffusion import Diffusion, seeded_generator
 from interface import runs
-from interface.cli import Parser, add_settings, given_settings, path, run_script
+from interface.cli import Parser, add_settings, expanded_path, given_settings, run_script
+from interface.folder import grid_path, own_folder, without_grid
 from interface.picture import image_grid, save_png
 from interface.runs import Plan, Run, make_plan
 from interface.terminal import sampling_bar
@@ -42,7 +43,7 @@ def train(plan: Plan, began: float) -> int:
         state.progress = plan.progress
     runs.check_data(plan, state, describe(images, labels))
     run = Run(plan, state, len(images), began)
-    if run.done:
+    if run.done and not without_grid(cfg.output_dir):
         print("nothing left to do: starting up took the rest of the budget")
         return 0
     size = sum(parameter.numel() for parameter in state.model.parameters())
@@ -50,8 +51,7 @@ def train(plan: Plan, began: float) -> int:
     print(f"U-Net of {size:,} parameters on {device}, {dtype}; {len(images):,} images")
     run.open()
     stopped_by = runs.note_stop_signals()
-    if run.grid_missing:  # as the checkpoint's run was killed before it was drawn
-        draw_preview(run, diffusion, state, stopped_by)
+    draw_missing_previews(run, diffusion, stopped_by)
 
     while not run.done and not stopped_by:
         step_began = time.perf_counter()
@@ -76,6 +76,7 @@ def train(plan: Plan, began: float) -> int:
         command = runs.train_command(cfg, "--resume")
         print(f"stopped at {state.progress}; to continue: {command}")
         return 128 + stopped_by[0]
+    draw_missing_previews(run, diffusion, stopped_by)
     if state.guide is None:
         how = "1.5 (classifier-free guidance)" if cfg.label_dropout > 0 else "1 (no guidance)"
         print(f"this model has no guide: draw with --guidance {how}")
@@ -161,10 +162,10 @@ def draw_preview(
 ) -> None:
     """Write a grid with a row for each digit, always from the same noise, to compare epochs. A stop
     signal ends it."""
-    cfg = run.cfg
+    cfg, path = run.cfg, grid_path(run.cfg.output_dir, state.progress)
     digits = torch.tensor(parse_digits(cfg.preview_digits, cfg.num_classes))
     y = digits.repeat_interleave(cfg.preview_columns).to(state.totals.device)
-    with run.side_output(run.grid_path), sampling_bar(cfg, len(y)) as advance:
+    with run.side_output(path), sampling_bar(cfg, len(y)) as advance:
 
         def on_state(x: Tensor) -> None:
             advance(x)
@@ -172,8 +173,19 @@ def draw_preview(
                 raise InterruptedError("stopped by a signal")
 
         x_0 = diffusion.draw(diffusion.guided(state.ema, state.guide), y, on_state)
-        save_png(image_grid(to_uint8(x_0), cfg.preview_columns), run.grid_path)
-        tqdm.write(f"wrote {run.grid_path}")
+        path.parent.mkdir(exist_ok=True)
+        save_png(image_grid(to_uint8(x_0), cfg.preview_columns), path)
+        tqdm.write(f"wrote {path}")
+
+
+def draw_missing_previews(run: Run, diffusion: Diffusion, stopped_by: Sequence[int]) -> None:
+    """Make up for previews that a kill or a full disk prevented, from their checkpoints."""
+    for path in without_grid(run.cfg.output_dir):
+        if not stopped_by:
+            state = TrainState.initial(run.cfg, run.state.totals.device)
+            with run.side_output(path):
+                checkpoint.restore(path, state)
+                draw_preview(run, diffusion, state, stopped_by)
 
 
 def main() -> int:
@@ -182,7 +194,7 @@ def main() -> int:
     start, length = (parser.add_mutually_exclusive_group() for _ in range(2))
     start.add_argument("--resume", action="store_true", help="continue the newest checkpoint")
     load_help = "train it for --budget or K more epochs; with neither, describe it"
-    start.add_argument("--load_checkpoint_path", type=path, metavar="PATH", help=load_help)
+    start.add_argument("--load_checkpoint_path", type=expanded_path, metavar="PATH", help=load_help)
     more = {"type": int, "metavar": "K", "default": 0, "help": "train it for K more epochs"}
     length.add_argument("--continue_training_epochs", **more)
     add_settings(length, Config.names("length"))
@@ -201,7 +213,7 @@ def main() -> int:
         nothing = "nothing left to do. " if plan.action == "finished" else ""
         print(nothing + runs.describe(plan))
         return 0
-    with runs.own_folder(plan.cfg.output_dir):
+    with own_folder(plan.cfg.output_dir):
         plan = make_plan(*what)  # again, because another run may have been at work until now
         if args.resume and not plan.start:
             print(f"nothing to resume in {plan.cfg.output_dir}: starting from scratch")

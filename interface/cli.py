@@ -84,7 +84,7 @@ def comma_numbers(text: str) -> tuple[int, ...]:
     return tuple(int(number) for number in text.split(","))
 
 
-def path(text: str) -> Path:
+def expanded_path(text: str) -> Path:
     """A flag's type: a path, with ~ for the home folder."""
     return Path(text).expanduser()
 

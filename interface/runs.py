@@ -1,30 +1,22 @@
-"""The run folder of train.py: what a run will do, what it keeps, and what it logs."""
+"""A run of train.py: what it will do, and when it saves and logs."""
 
-import csv
-import io
 import math
-import os
-import shutil
 import signal
-import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 import checkpoint
 from checkpoint import Progress, TrainState
 from config import Config, parse_duration
-from files import atomic_write, cannot_write, first_line, printable
+from files import first_line
+from interface import folder
 from interface.cli import quote, settings_for_training
-
-CHECKPOINTS = "model_epoch_*.pth"
-METRICS = ("epoch", "step", "loss", "learning_rate", "grad_norm", "images_per_second", "seconds")
 
 
 @dataclass
@@ -46,7 +38,7 @@ def make_plan(
     """Decide what to do from the flags (`given`: settings) and from what the run folder holds.
     Raises ValueError if a checkpoint cannot be read, or for flags that do not fit it."""
     if resume:
-        load = newest_of_run(Path(given.get("output_dir", Config().output_dir), "models"))
+        load = folder.newest_of_run(Path(given.get("output_dir", Config().output_dir), "models"))
     saved = checkpoint.load(load) if load else {"config": {}, "progress": {}}
     trained = cfg = Config.from_dict(saved["config"])
     progress = Progress(**saved["progress"])
@@ -67,57 +59,10 @@ def make_plan(
     elif plan.action == "train":
         plan.cfg, plan.notes = settings_for_training(cfg, given, progress.images > 0)
         plan.changed |= replace(trained, **plan.cfg.select("machine")) != plan.cfg
-        if fraction_done(plan.cfg, progress, images_per_epoch=math.inf) >= 1:
+        done = fraction_done(plan.cfg, progress, images_per_epoch=math.inf) >= 1
+        if done and not folder.without_grid(plan.cfg.output_dir):
             plan.action = "finished"
     return plan
-
-
-@contextmanager
-def own_folder(output_dir: str) -> Iterator[None]:
-    """Keep other runs out of a folder for as long as this process lives. Raises ValueError if
-    another run is there, or if the folder cannot be made."""
-    out = Path(output_dir)
-    lock, owner = FileLock(out / ".lock", timeout=0), out / ".owner"
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-        owner.write_text(f"process {os.getpid()} on {socket.gethostname()}", "utf-8")
-    except Timeout:
-        who = "a process"
-        with suppress(OSError):  # it has not said yet who it is
-            who = printable(owner.read_text("utf-8", "replace")[:100])
-        fault = f"{who} is training there; wait for it, or choose another --output_dir"
-        raise ValueError(f"output_dir = {output_dir!r}: {fault}") from None
-    except OSError as error:
-        raise ValueError(f"output_dir = {output_dir!r}: {cannot_write(error)}") from None
-    try:
-        yield
-    finally:
-        with suppress(OSError):
-            owner.unlink()
-            if os.listdir(out) == [".lock"]:  # a start that failed leaves nothing behind
-                Path(out, ".lock").unlink()
-                out.rmdir()
-        lock.release()
-
-
-def newest_of_run(models: Path) -> Path | None:
-    """The newest whole checkpoint of the run in a folder; None if it has none. Says so if damaged
-    ones are passed over. Raises ValueError if there are no others."""
-    listed = [path for path, _ in checkpoint.list_checkpoints(models, CHECKPOINTS)]
-    unreadable = [path for path in models.glob(CHECKPOINTS) if path not in listed]
-    damaged = [f"{path}: damaged, and passed over" for path in unreadable]
-    for path in reversed(listed):
-        try:
-            checkpoint.load(path)
-        except ValueError as error:
-            damaged.append(f"{error}; it is passed over")
-        else:
-            print(*damaged, sep="\n", end="\n" if damaged else "")
-            return path
-    if damaged:
-        raise ValueError(f"{models}: none of its checkpoints can be read; repair or move them")
-    return None
 
 
 def fraction_done(cfg: Config, progress: Progress, images_per_epoch: float) -> float:
@@ -203,17 +148,6 @@ class Run:
         return self.state.progress.images >= self.images_per_epoch
 
     @property
-    def grid_path(self) -> Path:
-        """Where the samples of the present state belong."""
-        return Path(self.cfg.output_dir, "images", f"samples_{self.state.progress.name}.png")
-
-    @property
-    def grid_missing(self) -> bool:
-        """Whether a checkpoint of the run stands at an epoch's end and has no grid."""
-        inside = self.state.progress.images > 0
-        return self.last_saved is not None and not inside and not self.grid_path.exists()
-
-    @property
     def save_due(self) -> bool:
         progress = self.state.progress
         return self.done or (progress.images == 0 and progress.epoch % self.cfg.save_every == 0)
@@ -222,9 +156,10 @@ class Run:
         """Make the folders, keep earlier results aside, and say what will be done. A new plan is
         saved at once, so that --resume knows it even if the run is killed before its next save."""
         cfg, start, progress = self.cfg, self.plan.start, self.state.progress
-        path = checkpoint_path(cfg, progress)
+        path = folder.checkpoint_path(cfg.output_dir, progress)
         saves_plan = start is not None and (self.plan.changed or start.resolve() != path.resolve())
-        self.rows = prepare_folders(self.plan, path if saves_plan else None)
+        rewritten = path if saves_plan else None
+        self.rows = folder.prepare_folders(cfg.output_dir, start, progress.step, rewritten)
         self.write_rows()
         until = f"until {cfg.budget} are spent" if cfg.budget else f"to epoch {cfg.epochs}"
         print(f"training from {progress} {until}; results in {cfg.output_dir}", flush=True)
@@ -255,7 +190,7 @@ class Run:
         epoch = f"{round(progress.epoch + progress.images / self.images_per_epoch, 2):g}"
         rate, lr = progress.images / state.epoch_seconds, state.optimizers[0].param_groups[0]["lr"]
         row = (epoch, progress.step, loss, lr, grad_norm, rate, progress.seconds)
-        self.rows.append(dict(zip(METRICS, row, strict=True)))
+        self.rows.append(dict(zip(folder.METRICS, row, strict=True)))
         self.write_rows()
         tqdm.write(f"epoch {epoch}: loss {loss:.4f}, {rate:.0f} images/s, {self.time_left()}")
 
@@ -263,7 +198,7 @@ class Run:
         path = Path(self.cfg.output_dir, "metrics.csv")
         if self.rows:
             with self.side_output(path):
-                write_metrics(path, self.rows)
+                folder.write_metrics(path, self.rows)
 
     def close_bar(self) -> None:
         if self.bar is not None:
@@ -275,7 +210,7 @@ class Run:
         weights are not finite."""
         self.check_finite()
         self.close_bar()  # still open where a signal stops the run inside an epoch
-        path = checkpoint_path(self.cfg, self.state.progress)
+        path = folder.checkpoint_path(self.cfg.output_dir, self.state.progress)
         try:
             checkpoint.save(path, self.cfg, self.state)
         except ValueError as error:
@@ -344,98 +279,3 @@ def note_stop_signals() -> list[int]:
         if signal.getsignal(signum) != signal.SIG_IGN:  # as nohup sets SIGHUP
             signal.signal(signum, note)
     return noted
-
-
-def checkpoint_path(cfg: Config, progress: Progress) -> Path:
-    return Path(cfg.output_dir, "models", f"model_{progress.name}.pth")
-
-
-def prepare_folders(plan: Plan, rewritten: Path | None) -> list[dict[str, Any]]:
-    """Make the output folders, and see that this run overwrites nothing. Returns the rows of
-    metrics.csv that still hold. Raises ValueError if a folder cannot be written.
-
-    A run that continues a checkpoint of this folder keeps what led up to it. Whatever comes after
-    that point, or all files of an unrelated earlier run, moves to output_dir/earlier. A checkpoint
-    that will be `rewritten` with a new plan is copied there, as pictures name a model by its hash.
-    """
-    out = Path(plan.cfg.output_dir)
-    try:
-        for folder in ("models", "images"):
-            Path(out, folder).mkdir(parents=True, exist_ok=True)
-        for kind in ("models/.*", ".metrics*", "images/.samples*", "images/.training*"):
-            for partial in out.glob(f"{kind}.partial"):  # of a run that was killed
-                partial.unlink()
-        moved, copied, rows = what_to_set_aside(plan, rewritten)
-        set_aside(out / "earlier", moved, copied)
-    except OSError as error:
-        raise ValueError(f"{error.filename or out}: {cannot_write(error)}") from None
-    return rows
-
-
-def what_to_set_aside(
-    plan: Plan, rewritten: Path | None
-) -> tuple[list[Path], list[Path], list[dict[str, Any]]]:
-    """The files to move and those to copy to output_dir/earlier, and the rows that still hold."""
-    out = Path(plan.cfg.output_dir)
-    models, images, metrics = out / "models", out / "images", out / "metrics.csv"
-    files = [*models.glob(CHECKPOINTS), *images.glob("samples_epoch_*.png")]
-    curves = images / "training.png"
-    if plan.start is None or plan.start.resolve().parent != models.resolve():
-        return [*files, metrics, curves], [], []
-    names = {  # of the checkpoints that are kept: model_<name>.pth, with samples_<name>.png
-        path.stem.removeprefix("model_")
-        for path, progress in checkpoint.list_checkpoints(models, CHECKPOINTS)
-        if progress.step <= plan.progress.step
-    }
-    moved = [path for path in files if path.stem.partition("_")[2] not in names]
-    copied = [rewritten] if rewritten and rewritten not in moved else []
-    try:
-        rows = read_metrics(metrics)
-    except (OSError, ValueError) as error:
-        print(f"{metrics}: {first_line(error)}; it is set aside, and a new one begun")
-        return [*moved, metrics, curves], copied, []
-    kept_rows = [row for row in rows if int(row["step"]) <= plan.progress.step]
-    if moved or copied or kept_rows != rows:
-        moved, copied = [*moved, curves], [*copied, metrics]
-    return moved, copied, kept_rows
-
-
-def set_aside(earlier: Path, moved: list[Path], copied: list[Path]) -> None:
-    """Move and copy those files that exist into a new folder of `earlier`, named after the time."""
-    transfers = [(shutil.move, path) for path in moved if path.exists()]
-    transfers += [(shutil.copy2, path) for path in copied if path.exists()]
-    if not transfers:
-        return
-    folder = earlier / time.strftime("%Y-%m-%d_%H%M%S")
-    while folder.exists():
-        folder = folder.with_name(folder.name + "_")
-    folder.mkdir(parents=True)
-    for transfer, path in transfers:
-        transfer(path, folder / path.name)
-    print(f"what this run would overwrite is kept in {folder}")
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.csv, without a last one that was torn; none if the file is missing.
-    Raises ValueError if it is not what write_metrics writes."""
-    if not path.exists():
-        return []
-    rows = list(csv.DictReader(io.StringIO(path.read_text("utf-8"))))
-    for number, row in enumerate(rows, 1):
-        try:
-            if all(math.isfinite(float(row[name])) for name in METRICS) and int(row["step"]) >= 0:
-                continue
-        except (KeyError, TypeError, ValueError):
-            if number == len(rows):
-                return rows[:-1]
-        raise ValueError(f"row {number} is not a row of figures")
-    return rows
-
-
-def write_metrics(path: Path, rows: list[dict[str, Any]]) -> None:
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, METRICS, extrasaction="ignore")
-    writer.writeheader()
-    writer.writerows(rows)
-    with atomic_write(path) as file:
-        file.write(text.getvalue().encode())

@@ -13,19 +13,7 @@ from conftest import assert_one_line, unix
 import checkpoint
 from checkpoint import Progress, TrainState
 from config import Config
-from interface import runs
-from interface.runs import (
-    METRICS,
-    Plan,
-    describe,
-    fraction_done,
-    make_plan,
-    newest_of_run,
-    note_stop_signals,
-    read_metrics,
-    set_aside,
-    write_metrics,
-)
+from interface.runs import Plan, describe, fraction_done, make_plan, note_stop_signals
 
 CPU = torch.device("cpu")
 CFG = Config(widths=(8, 8), embedding_size=8, epochs=4, output_dir="of another computer")
@@ -33,13 +21,16 @@ HALFWAY = Progress(epoch=2, step=20, seconds=60.0)
 IN_AN_EPOCH = Progress(epoch=2, images=64, step=22, seconds=66.0)
 
 
-def save(folder: Path, cfg: Config = CFG, progress: Progress = HALFWAY) -> Path:
-    """Write a checkpoint of a run where that run would."""
+def save(folder: Path, cfg: Config = CFG, progress: Progress = HALFWAY, grid: bool = True) -> Path:
+    """Write a checkpoint of a run, and its grid, where that run would."""
     state = TrainState.initial(cfg, CPU)
     state.progress = progress
     path = folder / "models" / f"model_{progress.name}.pth"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    for each in ("models", "images"):
+        (folder / each).mkdir(parents=True, exist_ok=True)
     checkpoint.save(path, cfg, state)
+    if grid and not progress.images:
+        (folder / "images" / f"samples_{progress.name}.png").write_bytes(b"a grid")
     return path
 
 
@@ -198,27 +189,7 @@ def test_flags_that_a_trained_model_cannot_take_are_named(tmp_path):
         plan_of(tmp_path, load=saved, more_epochs=1, widths=(16, 16))
 
 
-# ---- which checkpoint
-
-
-def test_the_newest_checkpoint_of_a_run_is_the_one_with_the_most_steps(tmp_path):
-    assert newest_of_run(tmp_path / "models") is None
-    save(tmp_path, progress=Progress(epoch=30, step=300))
-    save(tmp_path, progress=Progress(epoch=5, step=50))  # later in time and in text
-    models = tmp_path / "models"
-    (models / "model_epoch_30.pth").rename(models / "pretrained.pth")
-    assert newest_of_run(models) == models / "model_epoch_5.pth"  # the other is no run's
-    last = save(tmp_path, progress=Progress(epoch=5, images=64, step=52))
-    (models / "model_epoch_7.pth").write_text("damaged")
-    assert newest_of_run(models) == last
-    assert plan_of(tmp_path, resume=True).start == last
-
-
-def test_checkpoints_that_cannot_be_read_are_never_overwritten(tmp_path):
-    (tmp_path / "models").mkdir()
-    (tmp_path / "models" / "model_epoch_3.pth").write_text("damaged")
-    with pytest.raises(ValueError, match=f"^{tmp_path}/models: none of .* can be read"):
-        plan_of(tmp_path, resume=True)
+# ---- where a checkpoint stands
 
 
 @pytest.mark.parametrize("name", ["missing.pth", "damaged.pth"])
@@ -293,154 +264,3 @@ def test_a_signal_that_nohup_ignores_stays_ignored():
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
-
-
-# ---- metrics.csv
-
-
-def row(step: int) -> dict[str, Any]:
-    """A row of metrics.csv in which every number has several digits."""
-    numbers = (step / 10, step, 0.5 / step, 0.001, 1.25, 1234.5, step + 0.25)
-    return dict(zip(METRICS, numbers, strict=True))
-
-
-def as_text(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
-    return [{name: str(value) for name, value in each.items()} for each in rows]
-
-
-def test_metrics_come_back_as_they_were_written(tmp_path):
-    path = tmp_path / "metrics.csv"
-    assert read_metrics(path) == []
-    for rows in ([], [row(10)], [row(10), row(20)]):
-        write_metrics(path, rows)
-        assert read_metrics(path) == as_text(rows)
-        write_metrics(path, read_metrics(path))
-        assert read_metrics(path) == as_text(rows)
-    assert path.read_text().splitlines()[0] == ",".join(METRICS)
-    assert os.listdir(tmp_path) == ["metrics.csv"]
-
-
-def test_columns_of_another_version_are_dropped(tmp_path):
-    write_metrics(tmp_path / "metrics.csv", [row(10) | {"mood": "good"}])
-    assert read_metrics(tmp_path / "metrics.csv") == as_text([row(10)])
-
-
-@pytest.mark.parametrize("kept", ["", "2", "2.0,", "2.0,2", "2.0,20", "2.0,20,0.02,0.001,"])
-def test_a_row_that_a_power_cut_left_incomplete_is_dropped(tmp_path, kept):
-    path = tmp_path / "metrics.csv"
-    write_metrics(path, [row(10)])
-    with open(path, "a") as file:
-        file.write(kept)
-    assert read_metrics(path) == as_text([row(10)])
-
-
-def test_an_empty_file_has_no_rows(tmp_path):
-    (tmp_path / "metrics.csv").write_text("")
-    assert read_metrics(tmp_path / "metrics.csv") == []
-
-
-# ---- what a run keeps aside
-
-
-@pytest.fixture
-def finished(tmp_path) -> Path:
-    """The folder of a run of four epochs that saved every second one."""
-    for epoch in (2, 4):
-        save(tmp_path, progress=Progress(epoch=epoch, step=10 * epoch))
-        (tmp_path / "images").mkdir(exist_ok=True)
-        (tmp_path / "images" / f"samples_epoch_{epoch}.png").write_bytes(b"grid")
-    (tmp_path / "images" / "training.png").write_bytes(b"curves")
-    (tmp_path / "images" / "generated_7_001.png").write_bytes(b"mine")
-    write_metrics(tmp_path / "metrics.csv", [row(step) for step in (10, 20, 30, 40)])
-    return tmp_path
-
-
-def files(folder: Path) -> set[str]:
-    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
-
-
-def aside(folder: Path) -> set[str]:
-    (kept,) = (folder / "earlier").iterdir()
-    return files(kept)
-
-
-def test_a_new_run_moves_an_unrelated_one_aside(finished):
-    before = files(finished)
-    runs.prepare_folders(plan_of(finished), None)
-    assert aside(finished) == {
-        *(f"model_epoch_{epoch}.pth" for epoch in (2, 4)),
-        *(f"samples_epoch_{epoch}.png" for epoch in (2, 4)),
-        "metrics.csv",
-        "training.png",
-    }
-    stayed = {name for name in files(finished) if not name.startswith("earlier")}
-    assert stayed == {"images/generated_7_001.png"} < before
-
-
-def test_going_on_keeps_what_led_up_to_the_checkpoint(finished):
-    start = finished / "models" / "model_epoch_2.pth"
-    plan = plan_of(finished, load=start, more_epochs=1)
-    before = start.read_bytes()
-    with open(finished / "metrics.csv", "a") as file:
-        file.write("5.0,")  # a power cut
-    rows = runs.prepare_folders(plan, start)
-    kept = {"model_epoch_2.pth", "model_epoch_4.pth", "samples_epoch_4.png"}
-    assert aside(finished) == kept | {"metrics.csv", "training.png"}
-    assert rows == as_text([row(10), row(20)])
-    (folder,) = (finished / "earlier").iterdir()
-    assert len(read_metrics(folder / "metrics.csv")) == 4
-    assert (folder / "model_epoch_2.pth").read_bytes() == before
-    assert start.read_bytes() == before
-    assert (finished / "images" / "samples_epoch_2.png").exists()
-
-
-def test_going_on_as_planned_from_the_newest_checkpoint_keeps_nothing_aside(finished):
-    plan = plan_of(finished, resume=True, epochs=4)
-    before = files(finished)
-    (finished / "models" / ".model_epoch_6.pth.123.partial").write_text("of a save that was killed")
-    runs.prepare_folders(plan, None)
-    assert files(finished) == before
-    assert len(read_metrics(finished / "metrics.csv")) == 4
-
-
-@pytest.mark.parametrize("kind", ["text", "hand-edited", "not UTF-8", "not finite", "folder"])
-def test_figures_that_cannot_be_read_are_set_aside_and_begun_anew(finished, kind, capsys):
-    path = finished / "metrics.csv"
-    lines = path.read_text().splitlines()
-    if kind == "folder":
-        path.unlink()
-        path.mkdir()
-    elif kind == "not UTF-8":
-        path.write_bytes(b"\xff" + path.read_bytes())
-    elif kind == "text":
-        path.write_text("notes\nof mine\nthree lines\n")
-    else:
-        number = "five" if kind == "hand-edited" else "nan"
-        lines[2] = ",".join([number, *lines[2].split(",")[1:]])
-        path.write_text("\n".join(lines) + "\n")
-    assert runs.prepare_folders(plan_of(finished, resume=True, epochs=4), None) == []
-    assert f"{path}: " in capsys.readouterr().out
-    assert "metrics.csv" in {each.name for each in (finished / "earlier").glob("*/*")}
-    assert not path.exists()
-    assert (finished / "models" / "model_epoch_4.pth").exists()
-
-
-def test_a_renamed_checkpoint_does_not_replace_another_of_its_epoch(finished):
-    other = save(finished / "other", progress=Progress(epoch=4, step=15))  # larger batches
-    start = other.rename(finished / "models" / "renamed.pth")
-    rewritten = finished / "models" / "model_epoch_4.pth"
-    before = rewritten.read_bytes()
-    runs.prepare_folders(plan_of(finished, load=start, more_epochs=1), rewritten)
-    (folder,) = (finished / "earlier").iterdir()
-    assert (folder / "model_epoch_4.pth").read_bytes() == before
-
-
-def test_files_kept_aside_in_the_same_second_get_folders_of_their_own(tmp_path, monkeypatch):
-    monkeypatch.setattr(runs.time, "strftime", lambda form: "2026-01-01_000000")
-    for text in ("first", "second"):
-        (tmp_path / "metrics.csv").write_text(text)
-        set_aside(tmp_path / "earlier", [tmp_path / "metrics.csv"], [])
-    kept = {path.read_text() for path in (tmp_path / "earlier").rglob("metrics.csv")}
-    assert kept == {"first", "second"}
-    set_aside(tmp_path / "earlier", [tmp_path / "missing.png"], [])
-    assert len(list((tmp_path / "earlier").iterdir())) == 2

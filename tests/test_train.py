@@ -24,7 +24,7 @@ from checkpoint import TrainState
 from config import Config
 from data import load_split, to_model_range
 from diffusion import Diffusion, seeded_generator
-from interface.runs import newest_of_run
+from interface.folder import newest_of_run
 
 if os.name != "nt":
     import pty

@@ -1,0 +1,179 @@
+"""The run folder of train.py: who owns it, where its files are, what a new run keeps of it."""
+
+import csv
+import io
+import math
+import os
+import shutil
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+import checkpoint
+from checkpoint import Progress
+from files import atomic_write, cannot_write, first_line, printable
+
+CHECKPOINTS = "model_epoch_*.pth"
+METRICS = ("epoch", "step", "loss", "learning_rate", "grad_norm", "images_per_second", "seconds")
+
+
+@contextmanager
+def own_folder(output_dir: str) -> Iterator[None]:
+    """Keep other runs out of a folder for as long as this process lives. Raises ValueError if
+    another run is there, or if the folder cannot be made."""
+    out = Path(output_dir)
+    lock, owner = FileLock(out / ".lock", timeout=0), out / ".owner"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+        owner.write_text(f"process {os.getpid()} on {socket.gethostname()}", "utf-8")
+    except Timeout:
+        who = "a process"
+        with suppress(OSError):  # it has not said yet who it is
+            who = printable(owner.read_text("utf-8", "replace")[:100])
+        fault = f"{who} is training there; wait for it, or choose another --output_dir"
+        raise ValueError(f"output_dir = {output_dir!r}: {fault}") from None
+    except OSError as error:
+        raise ValueError(f"output_dir = {output_dir!r}: {cannot_write(error)}") from None
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            owner.unlink()
+            if os.listdir(out) == [".lock"]:  # a start that failed leaves nothing behind
+                Path(out, ".lock").unlink()
+                out.rmdir()
+        lock.release()
+
+
+def checkpoint_path(output_dir: str, progress: Progress) -> Path:
+    return Path(output_dir, "models", f"model_{progress.name}.pth")
+
+
+def grid_path(output_dir: str, progress: Progress) -> Path:
+    """Where the samples of a checkpoint belong."""
+    return Path(output_dir, "images", f"samples_{progress.name}.png")
+
+
+def without_grid(output_dir: str) -> list[Path]:
+    """The checkpoints of whole epochs whose grid of samples a kill or a full disk prevented."""
+    found = checkpoint.list_checkpoints(Path(output_dir, "models"), CHECKPOINTS)
+    whole = [(path, progress) for path, progress in found if progress.images == 0]
+    return [path for path, progress in whole if not grid_path(output_dir, progress).exists()]
+
+
+def newest_of_run(models: Path) -> Path | None:
+    """The newest whole checkpoint of the run in a folder; None if it has none. Says so if damaged
+    ones are passed over. Raises ValueError if there are no others."""
+    listed = [path for path, _ in checkpoint.list_checkpoints(models, CHECKPOINTS)]
+    unreadable = [path for path in models.glob(CHECKPOINTS) if path not in listed]
+    damaged = [f"{path}: damaged, and passed over" for path in unreadable]
+    for path in reversed(listed):
+        try:
+            checkpoint.load(path)
+        except ValueError as error:
+            damaged.append(f"{error}; it is passed over")
+        else:
+            print(*damaged, sep="\n", end="\n" if damaged else "")
+            return path
+    if damaged:
+        raise ValueError(f"{models}: none of its checkpoints can be read; repair or move them")
+    return None
+
+
+def prepare_folders(
+    output_dir: str, start: Path | None, step: int, rewritten: Path | None
+) -> list[dict[str, Any]]:
+    """Make the output folders, and see that a run from the checkpoint `start` at `step` overwrites
+    nothing. Returns the rows of metrics.csv that still hold. Raises ValueError if a folder cannot
+    be written.
+
+    A run that continues a checkpoint of this folder keeps what led up to it. Whatever comes after
+    that point, or all files of an unrelated earlier run, moves to output_dir/earlier. A checkpoint
+    that will be `rewritten` with a new plan is copied there, as pictures name a model by its hash.
+    """
+    out = Path(output_dir)
+    try:
+        for folder in ("models", "images"):
+            Path(out, folder).mkdir(parents=True, exist_ok=True)
+        for kind in ("models/.*", ".metrics*", "images/.samples*", "images/.training*"):
+            for partial in out.glob(f"{kind}.partial"):  # of a run that was killed
+                partial.unlink()
+        moved, copied, rows = what_to_set_aside(out, start, step, rewritten)
+        set_aside(out / "earlier", moved, copied)
+    except OSError as error:
+        raise ValueError(f"{error.filename or out}: {cannot_write(error)}") from None
+    return rows
+
+
+def what_to_set_aside(
+    out: Path, start: Path | None, step: int, rewritten: Path | None
+) -> tuple[list[Path], list[Path], list[dict[str, Any]]]:
+    """The files to move and those to copy to output_dir/earlier, and the rows that still hold."""
+    models, images, metrics = out / "models", out / "images", out / "metrics.csv"
+    files = [*models.glob(CHECKPOINTS), *images.glob("samples_epoch_*.png")]
+    curves = images / "training.png"
+    if start is None or start.resolve().parent != models.resolve():
+        return [*files, metrics, curves], [], []
+    names = {  # of the checkpoints that are kept: model_<name>.pth, with samples_<name>.png
+        path.stem.removeprefix("model_")
+        for path, progress in checkpoint.list_checkpoints(models, CHECKPOINTS)
+        if progress.step <= step
+    }
+    moved = [path for path in files if path.stem.partition("_")[2] not in names]
+    copied = [rewritten] if rewritten and rewritten not in moved else []
+    try:
+        rows = read_metrics(metrics)
+    except (OSError, ValueError) as error:
+        print(f"{metrics}: {first_line(error)}; it is set aside, and a new one begun")
+        return [*moved, metrics, curves], copied, []
+    kept_rows = [row for row in rows if int(row["step"]) <= step]
+    if moved or copied or kept_rows != rows:
+        moved, copied = [*moved, curves], [*copied, metrics]
+    return moved, copied, kept_rows
+
+
+def set_aside(earlier: Path, moved: list[Path], copied: list[Path]) -> None:
+    """Move and copy those files that exist into a new folder of `earlier`, named after the time."""
+    transfers = [(shutil.move, path) for path in moved if path.exists()]
+    transfers += [(shutil.copy2, path) for path in copied if path.exists()]
+    if not transfers:
+        return
+    folder = earlier / time.strftime("%Y-%m-%d_%H%M%S")
+    while folder.exists():
+        folder = folder.with_name(folder.name + "_")
+    folder.mkdir(parents=True)
+    for transfer, path in transfers:
+        transfer(path, folder / path.name)
+    print(f"what this run would overwrite is kept in {folder}")
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.csv, without a last one that was torn; none if the file is missing.
+    Raises ValueError if it is not what write_metrics writes."""
+    if not path.exists():
+        return []
+    rows = list(csv.DictReader(io.StringIO(path.read_text("utf-8"))))
+    for number, row in enumerate(rows, 1):
+        try:
+            if all(math.isfinite(float(row[name])) for name in METRICS) and int(row["step"]) >= 0:
+                continue
+        except (KeyError, TypeError, ValueError):
+            if number == len(rows):
+                return rows[:-1]
+        raise ValueError(f"row {number} is not a row of figures")
+    return rows
+
+
+def write_metrics(path: Path, rows: list[dict[str, Any]]) -> None:
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, METRICS, extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows(rows)
+    with atomic_write(path) as file:
+        file.write(text.getvalue().encode())
