@@ -18,7 +18,7 @@ from torch import Tensor
 from config import Config
 from files import first_line, read_tensors, sha256, write_tensors
 from model import UNet, check_size
-from optimizer import make_optimizers
+from optimizer import make_optimizers, split_parameters
 
 FORMAT = 4  # format 3 is still read: config.ALIASES fills in the settings that it lacks
 PRETRAINED = "pretrained.pth"  # the model in git
@@ -107,7 +107,7 @@ def save(path: Path, cfg: Config, state: TrainState) -> None:
         "data": state.data,
     }
     try:
-        _check_tensors(contents, state.model, cfg)
+        _check_tensors(contents, state.model)
     except ValueError as error:
         raise FloatingPointError(str(error)) from None
     write_tensors(path, contents)
@@ -147,7 +147,7 @@ def load(
         cfg = Config.from_dict(contents["config"])
         if not only_look:
             check_size(cfg)
-            _check_tensors(contents, network or UNet(cfg), cfg)
+            _check_tensors(contents, network or UNet(cfg))
     except ValueError as error:
         reason = first_line(error)
         raise ValueError(f"{path}: {reason}; choose another checkpoint, or train one") from None
@@ -156,7 +156,7 @@ def load(
     return contents
 
 
-def _check_tensors(contents: dict[str, Any], network: UNet, cfg: Config) -> None:
+def _check_tensors(contents: dict[str, Any], network: UNet) -> None:
     """Raise ValueError unless all tensors of a checkpoint have the shapes that `network` and its
     optimizers need, and are finite."""
     expected = {name: tensor.shape for name, tensor in network.state_dict().items()}
@@ -168,13 +168,11 @@ def _check_tensors(contents: dict[str, Any], network: UNet, cfg: Config) -> None
             raise ValueError(f"its {name} does not fit this U-Net")
         _check_finite(weights.values(), f"its {name}")
     if "model" in contents:
-        for optimizer, saved in zip(
-            make_optimizers(cfg, network), contents["optimizers"], strict=True
-        ):
-            shapes = [parameter.shape for parameter in optimizer.param_groups[0]["params"]]
+        parts = zip(split_parameters(network), contents["optimizers"], strict=True)
+        for parameters, saved in parts:
             for index, state in saved["state"].items():
                 for tensor in state.values():
-                    if tensor.numel() > 1 and tensor.shape != shapes[index]:
+                    if tensor.numel() > 1 and tensor.shape != parameters[index].shape:
                         raise ValueError("its optimizers do not fit this U-Net")
                 _check_finite(state.values(), "its optimizer state")
         totals, seconds = contents["metrics"]["totals"], contents["metrics"]["seconds"]

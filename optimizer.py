@@ -6,15 +6,21 @@ from torch import Tensor, nn
 from config import Config
 
 
-def make_optimizers(cfg: Config, model: nn.Module) -> list[torch.optim.Optimizer]:
-    """Muon for the dense layer and the convolution kernels, except those of the first and the last
-    layer, some of whose channels are pixels. AdamW for everything else: biases, norms, embeddings,
-    and the small linear layers that the embedding passes through."""
+def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """The parameters for Muon: the dense layer and the convolution kernels, except those of the
+    first and the last layer, some of whose channels are pixels. And those for AdamW: biases, norms,
+    embeddings, and the small linear layers that the embedding passes through."""
     matrices, others = [], []
     for name, parameter in model.named_parameters():
         inner_kernel = parameter.ndim == 4 and not name.startswith(("stem", "head"))
         dense = name in ("dense.read.weight", "dense.write.weight")
         (matrices if inner_kernel or dense else others).append(parameter)
+    return matrices, others
+
+
+def make_optimizers(cfg: Config, model: nn.Module) -> list[torch.optim.Optimizer]:
+    """Muon and AdamW, each for its part of the parameters."""
+    matrices, others = split_parameters(model)
     lr, betas, decay = cfg.learning_rate, (cfg.adam_beta1, cfg.adam_beta2), cfg.weight_decay
     fused = others[0].device.type in ("cpu", "cuda")
     return [
