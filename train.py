@@ -18,9 +18,8 @@ from checkpoint import Progress, TrainState
 from config import Config, parse_digits
 from data import describe, load_split, to_model_range, to_uint8
 from diffusion import Diffusion, seeded_generator
-from interface import runs
+from interface import folder, runs
 from interface.cli import Parser, add_settings, expanded_path, given_settings, run_script
-from interface.folder import grid_path, own_folder, without_grid
 from interface.picture import image_grid, save_png
 from interface.runs import Plan, Run, make_plan
 from interface.terminal import sampling_bar
@@ -43,7 +42,7 @@ def train(plan: Plan, began: float) -> int:
         state.progress = plan.progress
     runs.check_data(plan, state, describe(images, labels))
     run = Run(plan, state, len(images), began)
-    if run.done and not without_grid(cfg.output_dir):
+    if run.done and folder.is_complete(cfg.output_dir):
         print("nothing left to do: starting up took the rest of the budget")
         return 0
     size = sum(parameter.numel() for parameter in state.model.parameters())
@@ -51,7 +50,6 @@ def train(plan: Plan, began: float) -> int:
     print(f"U-Net of {size:,} parameters on {device}, {dtype}; {len(images):,} images")
     run.open()
     stopped_by = runs.note_stop_signals()
-    draw_missing_previews(run, diffusion, stopped_by)
 
     while not run.done and not stopped_by:
         step_began = time.perf_counter()
@@ -77,6 +75,7 @@ def train(plan: Plan, began: float) -> int:
         print(f"stopped at {state.progress}; to continue: {command}")
         return 128 + stopped_by[0]
     draw_missing_previews(run, diffusion, stopped_by)
+    run.make_up_for_figures()
     if state.guide is None:
         how = "1.5 (classifier-free guidance)" if cfg.label_dropout > 0 else "1 (no guidance)"
         print(f"this model has no guide: draw with --guidance {how}")
@@ -162,7 +161,7 @@ def draw_preview(
 ) -> None:
     """Write a grid with a row for each digit, always from the same noise, to compare epochs. A stop
     signal ends it."""
-    cfg, path = run.cfg, grid_path(run.cfg.output_dir, state.progress)
+    cfg, path = run.cfg, folder.grid_path(run.cfg.output_dir, state.progress)
     digits = torch.tensor(parse_digits(cfg.preview_digits, cfg.num_classes))
     y = digits.repeat_interleave(cfg.preview_columns).to(state.totals.device)
     with run.side_output(path), sampling_bar(cfg, len(y)) as advance:
@@ -180,7 +179,7 @@ def draw_preview(
 
 def draw_missing_previews(run: Run, diffusion: Diffusion, stopped_by: Sequence[int]) -> None:
     """Make up for previews that a kill or a full disk prevented, from their checkpoints."""
-    for path in without_grid(run.cfg.output_dir):
+    for path in folder.without_grid(run.cfg.output_dir):
         if not stopped_by:
             state = TrainState.initial(run.cfg, run.state.totals.device)
             with run.side_output(path):
@@ -213,7 +212,7 @@ def main() -> int:
         nothing = "nothing left to do. " if plan.action == "finished" else ""
         print(nothing + runs.describe(plan))
         return 0
-    with own_folder(plan.cfg.output_dir):
+    with folder.own_folder(plan.cfg.output_dir):
         plan = make_plan(*what)  # again, because another run may have been at work until now
         if args.resume and not plan.start:
             print(f"nothing to resume in {plan.cfg.output_dir}: starting from scratch")

@@ -67,6 +67,25 @@ def without_grid(output_dir: str) -> list[Path]:
     return [path for path, progress in whole if not grid_path(output_dir, progress).exists()]
 
 
+def curves_are_old(output_dir: str) -> bool:
+    """Whether training.png does not show all of metrics.csv."""
+    curves, metrics = Path(output_dir, "images", "training.png"), Path(output_dir, "metrics.csv")
+    if not metrics.exists():
+        return False
+    return not curves.exists() or curves.stat().st_mtime_ns < metrics.stat().st_mtime_ns
+
+
+def leftovers(output_dir: str) -> list[Path]:
+    """Temporary files of a run that was killed."""
+    kinds = ("models/.*", ".metrics*", "images/.samples*", "images/.training*")
+    return [path for kind in kinds for path in Path(output_dir).glob(f"{kind}.partial")]
+
+
+def is_complete(output_dir: str) -> bool:
+    """Whether nothing is missing or left over that a kill or a full disk may have caused."""
+    return not (without_grid(output_dir) or curves_are_old(output_dir) or leftovers(output_dir))
+
+
 def newest_of_run(models: Path) -> Path | None:
     """The newest whole checkpoint of the run in a folder; None if it has none. Says so if damaged
     ones are passed over. Raises ValueError if there are no others."""
@@ -101,9 +120,8 @@ def prepare_folders(
     try:
         for folder in ("models", "images"):
             Path(out, folder).mkdir(parents=True, exist_ok=True)
-        for kind in ("models/.*", ".metrics*", "images/.samples*", "images/.training*"):
-            for partial in out.glob(f"{kind}.partial"):  # of a run that was killed
-                partial.unlink()
+        for path in leftovers(output_dir):
+            path.unlink()
         moved, copied, rows = what_to_set_aside(out, start, step, rewritten)
         set_aside(out / "earlier", moved, copied)
     except OSError as error:

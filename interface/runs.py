@@ -60,7 +60,7 @@ def make_plan(
         plan.cfg, plan.notes = settings_for_training(cfg, given, progress.images > 0)
         plan.changed |= replace(trained, **plan.cfg.select("machine")) != plan.cfg
         done = fraction_done(plan.cfg, progress, images_per_epoch=math.inf) >= 1
-        if done and not folder.without_grid(plan.cfg.output_dir):
+        if done and folder.is_complete(plan.cfg.output_dir):
             plan.action = "finished"
     return plan
 
@@ -242,6 +242,13 @@ class Run:
 
             plot_training(self.rows, path)
             tqdm.write(f"wrote {path}")
+
+    def make_up_for_figures(self) -> None:
+        """Write metrics.csv and its curves if that was prevented before."""
+        if "metrics" in self.warned:
+            self.write_rows()
+        if folder.curves_are_old(self.cfg.output_dir):
+            self.draw_curves()
 
     def check_finite(self) -> None:
         if not math.isfinite(float(self.state.totals.sum())):
