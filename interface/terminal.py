@@ -51,7 +51,7 @@ def ask(question: str, default: Any, parse: Callable[[str], Any]) -> Any:
             try:
                 answer = input().strip()
             except EOFError:
-                raise EOFError("no answer on stdin; --digits draws without asking") from None
+                raise EOFError("no more answers on stdin; --digits draws without asking") from None
         if answer.lower() == "q":
             raise EOFError
         if answer == "?":

@@ -1,9 +1,13 @@
 """Command lines: flags, rules between flags, which value wins, and how errors end a script."""
 
+import io
+import os
+import shlex
 import sys
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +17,9 @@ from config import Config
 from interface.cli import (
     Parser,
     add_settings,
+    expanded_path,
     given_settings,
+    quote,
     run_script,
     settings_for_drawing,
     settings_for_training,
@@ -257,3 +263,75 @@ def test_a_scripts_exit_code_is_what_its_main_returns():
         with pytest.raises(SystemExit) as stop:
             run_script("a.py", lambda code=code: code)
         assert stop.value.code == code
+
+
+# ---- streams
+
+
+class Broken(io.StringIO):
+    """A stream that lost its reader."""
+
+    def write(self, text: str) -> int:
+        raise BrokenPipeError
+
+    def flush(self) -> None:
+        raise ValueError("I/O operation on closed file")
+
+
+def test_what_cannot_be_printed_is_dropped(monkeypatch):
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, Broken())
+
+    def main() -> int:
+        print("to nobody")
+        print("to nobody", file=sys.stderr, flush=True)
+        return 5
+
+    with pytest.raises(SystemExit) as stop:
+        run_script("a.py", main)
+    assert stop.value.code == 5
+
+
+def test_characters_that_an_encoding_lacks_become_escapes(monkeypatch):
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, "ascii"))
+    with pytest.raises(SystemExit):
+        run_script("a.py", lambda: print("汉字 ±") or 0)
+    assert raw.getvalue() == b"\\u6c49\\u5b57 \\xb1\n"
+
+
+def test_streams_that_the_shell_closed_are_replaced(monkeypatch):
+    for name in ("stdin", "stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)
+    with pytest.raises(SystemExit) as stop:
+        run_script("a.py", lambda: len(sys.stdin.read()) + (print("x", file=sys.stderr) or 0))
+    assert stop.value.code == 0
+
+
+# ---- words on the command line
+
+
+def test_a_home_folder_is_found_after_an_equals_sign(parse, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("USERPROFILE", "/home/me")
+    parser = Parser(prog="test.py")
+    add_settings(parser, Config.names("machine"))
+    parser.add_argument("--model", type=expanded_path)
+    args = parse(parser, "--output_dir=~/r --data_dir ~/d --model=~/m.pth")
+    assert args.output_dir.replace("\\", "/") == "/home/me/r"
+    assert args.data_dir.replace("\\", "/") == "/home/me/d"
+    assert args.model == Path("/home/me/m.pth")
+
+
+def test_a_negative_number_is_not_taken_for_a_flag(parse, refusal):
+    parser = Parser(prog="test.py")
+    add_settings(parser, ["guidance"])
+    for text in ("-1", "-.5", "-1e-1", "-2.5e+2"):
+        assert parse(parser, f"--guidance {text}").guidance == float(text)
+    assert "expected one argument" in refusal(parser, "--guidance=--")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="quotes as a POSIX shell does")
+def test_a_command_to_paste_comes_back_as_it_was():
+    words = ["R&D", "it's", "$HOME", "a b", "汉字"]
+    assert shlex.split(quote(words)) == words

@@ -159,6 +159,12 @@ def test_values_outside_the_range_are_clamped_and_the_rest_rounded():
     assert to_uint8(x).tolist() == [0, 0, 255, 255, 100, 99]
 
 
+def test_nan_never_passes_for_black():
+    with pytest.raises(ValueError, match="not a number"):
+        to_uint8(torch.tensor([0.0, float("nan")]))
+    assert to_uint8(torch.tensor([float("-inf"), float("inf")])).tolist() == [0, 255]
+
+
 def test_random_labels_are_as_frequent_as_in_mnist_and_depend_on_the_seed():
     labels = draw_labels(60_000, seed=0)
     assert labels.dtype == torch.int64

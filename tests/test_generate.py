@@ -5,6 +5,7 @@ import re
 import select
 import shutil
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -342,6 +343,14 @@ def test_leaving(results, key, code):
     shown = terminal.read_until("\n")
     assert terminal.exit_code() == code
     assert "Traceback" not in shown
+
+
+def test_without_answers_it_says_how_to_ask_for_digits(results):
+    command = ["generate.py", {"output_dir": results}]
+    process = start_script(*command, stdin=subprocess.DEVNULL)
+    text = process.communicate()[0]
+    assert process.returncode == 0
+    assert "no more answers on stdin; --digits draws without asking" in text
 
 
 def test_the_newest_model_is_the_one_with_the_most_steps(results, draw):

@@ -97,3 +97,13 @@ def test_agreement_by_hand():
     assert found["by_digit"][3] == 0.25
     assert found["by_digit"][8] == found["by_digit"][1] == 1
     assert found["confusions"] == [[3, 5, 2], [3, 8, 1]]
+
+
+def test_a_digit_that_was_not_drawn_has_no_agreement():
+    found = agreement_metrics(torch.tensor([7, 1]), torch.tensor([7, 7]))
+    assert found["by_digit"] == [None] * 7 + [0.5, None, None]
+
+
+def test_few_real_images_are_compared_in_small_subsets():
+    features = torch.randn(300, 4, generator=torch.Generator().manual_seed(0))
+    assert feature_metrics(features, features[:200])["precision"] == pytest.approx(1, abs=0.1)

@@ -1,8 +1,16 @@
 import pytest
 import torch
 
+import model
 from config import Config
-from model import UNet, modulated_group_norm, pick_device, pick_precision, timestep_features
+from model import (
+    UNet,
+    check_size,
+    modulated_group_norm,
+    pick_device,
+    pick_precision,
+    timestep_features,
+)
 
 TINY = {"widths": (8, 16), "embedding_size": 16}
 
@@ -143,3 +151,34 @@ def test_bf16_changes_the_output_only_by_rounding():
     with torch.autocast("cpu", torch.bfloat16):
         rounded = model(x, t, y).float()
     assert 0 < (rounded - exact).norm() / exact.norm() < 0.03
+
+
+SIZES = (
+    {},
+    {"widths": (64, 128), "blocks": 2, "attention": True},
+    {"widths": (16, 32, 64), "patch_size": 1, "dense_size": 0},
+    {"widths": (8, 8), "embedding_size": 8, "img_channels": 3, "img_size": 32},
+)
+
+
+@pytest.mark.parametrize("settings", SIZES, ids=str)
+def test_the_size_that_is_checked_beforehand_is_that_of_the_network(monkeypatch, settings):
+    cfg = Config(**settings)
+    size = sum(parameter.numel() for parameter in UNet(cfg).parameters())
+    monkeypatch.setattr(model, "MAX_PARAMETERS", int(1.03 * size))
+    check_size(cfg)
+    monkeypatch.setattr(model, "MAX_PARAMETERS", int(0.97 * size))
+    with pytest.raises(ValueError, match=r"widths = .* parameters; at most .*choose smaller"):
+        check_size(cfg)
+
+
+def test_a_step_that_needs_too_much_memory_is_refused():
+    check_size(Config(batch_size=4096))
+    with pytest.raises(ValueError, match=r"batch_size = 65536: a step needs \d+ GB; at most 64"):
+        check_size(Config(batch_size=65_536, widths=(256, 256)))
+
+
+def test_a_device_that_does_not_compute_is_refused():
+    for name in ("meta", "hpu", "cuda:99", "no such device"):
+        with pytest.raises(ValueError, match=f"device = '{name}': not usable here .*; try auto"):
+            pick_device(name)

@@ -95,3 +95,15 @@ def test_muon_leaves_a_parameter_without_a_gradient_alone():
     kernel.grad, before = None, kernel.detach().clone()
     Muon([kernel], 0.1, 0.9, 0.01).step()
     assert torch.equal(kernel.data, before)
+
+
+def test_a_dense_layer_and_a_kernel_may_make_matrices_of_one_shape():
+    cfg = Config(img_size=12, widths=(8, 64), dense_size=64)  # both are 64 by 576
+    model = UNet(cfg)
+    assert model.dense.read.weight.shape == model.middle.conv1.weight.flatten(1).shape
+    (muon, _) = make_optimizers(cfg, model)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    before = model.dense.read.weight.clone()
+    muon.step()
+    assert not torch.equal(model.dense.read.weight, before)

@@ -594,3 +594,25 @@ def test_a_stop_clears_the_progress_bar_before_it_says_how_to_continue(tmp_path)
     said = text[text.index("wrote ") :]
     assert "epoch 1/2" not in said  # no bar is drawn again below the message
     assert re.search(r"[\r\n]stopped at epoch 0 and", said), said
+
+
+def test_other_data_is_noticed_and_refused_inside_an_epoch(whole, tmp_path, run):
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "models" / "model_epoch_4.pth").unlink()
+    fewer = TINY | {"max_images": 256, "output_dir": tmp_path}
+    result = run("train.py", **fewer, resume=True)
+    assert result.code == 0
+    assert "was trained on other data than these 256 images; it goes on with these" in result.out
+    contents = checkpoint.load(tmp_path / "models" / "model_epoch_4.pth")
+    assert contents["data"]["images"] == 256
+    contents["progress"] |= {"images": 64, "step": 40}
+    contents["config"]["epochs"] = 6
+    contents["data"]["sha256"] = "that of other images"
+    for path in (tmp_path / "models").iterdir():
+        path.unlink()
+    torch.save(contents, tmp_path / "models" / "model_epoch_4_step_40.pth")
+    assert_one_line(run("train.py", **fewer, resume=True), "other data", "--data_dir")
+    del contents["data"]  # as older checkpoints are: what is certain is refused, too
+    contents["progress"]["images"] = 288
+    torch.save(contents, tmp_path / "models" / "model_epoch_4_step_40.pth")
+    assert_one_line(run("train.py", **fewer, resume=True), "more than 256 images")
