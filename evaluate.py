@@ -22,14 +22,7 @@ from evaluation import classifier, plots, results
 from evaluation.evaluator import MAX_MEASURED, Evaluator, shuffled
 from evaluation.results import Result
 from files import first_line, make_folder, sha256
-from interface.cli import (
-    Parser,
-    add_settings,
-    expanded_path,
-    given_settings,
-    run_script,
-    settings_for_drawing,
-)
+from interface import cli
 from interface.picture import image_grid, read_npz, save_png
 from interface.requests import find_model
 from interface.terminal import sampling_bar
@@ -152,16 +145,16 @@ def sweep(
 
 
 def parse_flags() -> Namespace:
-    parser = Parser(prog="evaluate.py", description="Measure samples against MNIST.")
+    parser = cli.Parser(prog="evaluate.py", description="Measure samples against MNIST.")
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--images", type=expanded_path, metavar="NPZ", help="measure its images")
+    what.add_argument("--images", type=cli.expanded_path, metavar="NPZ", help="measure its images")
     what.add_argument("--sweep", nargs="+", metavar="NAME=A,B", help="evaluate all combinations")
     what.add_argument("--train_evaluator", action="store_true", help="train the classifier anew")
     parser.add_argument("--model", metavar="TEXT", help="path, name, number or newest (default)")
     count = {"type": int, "default": MAX_MEASURED, "metavar": "INT"}
     parser.add_argument("--samples", **count, help="images to draw (default: 10000)")
     parser.add_argument("--cas", action="store_true", help="also train a classifier on the samples")
-    add_settings(parser, Config.names("machine", "sampling", "picture"))
+    cli.add_settings(parser, Config.names("machine", "sampling", "picture"))
     parser.allows_only("--images", "--cas", "--data_dir", "--output_dir", "--device")
     parser.allows_only("--train_evaluator", "--data_dir")
     parser.excludes("--sweep", "--cas", message="--sweep does not train on samples; drop --cas")
@@ -174,7 +167,7 @@ def main() -> int:
         raise ValueError(
             f"samples = {args.samples}: choose {classifier.FEATURES} to {MAX_MEASURED}"
         )
-    given = given_settings(args)
+    given = cli.given_settings(args)
     cfg = replace(Config(), **{n: given[n] for n in Config.names("machine") if n in given})
     if args.train_evaluator:
         accuracy = classifier.train_and_save(cfg)
@@ -187,7 +180,7 @@ def main() -> int:
         loaded = load_model(file, pick_device(cfg.device))
         if (loaded.cfg.img_size, loaded.cfg.img_channels, loaded.cfg.num_classes) != (28, 1, 10):
             raise ValueError(f"{file}: does not draw MNIST's ten digits at 28 x 28; choose another")
-        cfg = settings_for_drawing(loaded.cfg, given)
+        cfg = cli.settings_for_drawing(loaded.cfg, given)
         configs = [replace(cfg, **each) for each in parse_sweep(args.sweep or [])]
         evaluator = Evaluator(cfg, loaded.device)
         if args.sweep:
@@ -198,4 +191,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    run_script("evaluate.py", main)
+    cli.run_script("evaluate.py", main)

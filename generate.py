@@ -18,15 +18,7 @@ from checkpoint import LoadedModel
 from config import FAST, Config, shortened
 from data import to_uint8
 from diffusion import Diffusion
-from interface import picture, requests
-from interface.cli import (
-    Parser,
-    add_settings,
-    expanded_path,
-    given_settings,
-    run_script,
-    settings_for_drawing,
-)
+from interface import cli, picture, requests
 from interface.requests import Request
 from interface.terminal import log, sampling_bar, show
 from model import pick_device
@@ -58,10 +50,7 @@ def draw(loaded: LoadedModel, request: Request) -> list[Tensor]:
     each state, from noise to the images, otherwise a single one."""
     cfg, y = request.cfg, request.labels.to(loaded.device)
     diffusion, count = Diffusion(cfg), itertools.count()
-    frames = min(cfg.steps + 1, picture.MAX_FRAMES if request.animated else 1)
-    # which of the states to keep: evenly spaced, and the last one always
-    kept = [cfg.steps - round(i * cfg.steps / max(1, frames - 1)) for i in reversed(range(frames))]
-    states: dict[int, list[Tensor]] = {number: [] for number in kept}
+    states: dict[int, list[Tensor]] = {number: [] for number in request.kept_states}
     with sampling_bar(cfg, len(y)) as advance:
 
         def on_state(x: Tensor) -> None:
@@ -133,21 +122,19 @@ def reproduce(
 
 
 def parse_flags() -> Namespace:
-    parser = Parser(prog="generate.py", description="Draw digits with a trained model.")
+    parser = cli.Parser(prog="generate.py", description="Draw digits with a trained model.")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--digits", metavar="TEXT", help="draw 7, 2026, all or mnist without asking")
-    what.add_argument("--reproduce", type=expanded_path, metavar="PNG", help="draw this PNG again")
+    what.add_argument("--reproduce", type=cli.expanded_path, metavar="PNG", help="draw it again")
     number = {"type": int, "metavar": "INT"}
-    parser.add_argument(
-        "--count", **number, help="variants (default: 16 images; with all, 16 each)"
-    )
+    parser.add_argument("--count", **number, help="variants (default: 16 images; all: 16 each)")
     parser.add_argument("--model", metavar="TEXT", help="path, name, number or newest (default)")
     file = {"type": requests.output_name, "metavar": "FILE"}
     parser.add_argument("--output", **file, help=".png, .npz, .gif, .webp, or a folder/")
     parser.add_argument("--fast", action="store_true", help="6 network calls an image, not 19")
     in_terminal = {"action": BooleanOptionalAction, "default": sys.stderr.isatty()}
     parser.add_argument("--show", **in_terminal, help="show the digits in the terminal too")
-    add_settings(parser, set(Config.names("machine", "sampling", "picture")) - {"data_dir"})
+    cli.add_settings(parser, set(Config.names("machine", "sampling", "picture")) - {"data_dir"})
     parser.needs("--count", "--digits")
     parser.needs("--output", "--digits", "--reproduce")
     with_it = ("--output", "--output_dir", "--device", "--show", "--no-show")
@@ -157,7 +144,7 @@ def parse_flags() -> Namespace:
 
 def main() -> int:
     args = parse_flags()
-    given = given_settings(args)
+    given = cli.given_settings(args)
     if args.reproduce:
         output = Path(args.output) if args.output else None
         reproduce(args.reproduce, output, given, args.show)
@@ -169,7 +156,7 @@ def main() -> int:
         name = args.model or "newest"
         file = requests.choose_model(folder) if asks else requests.find_model(name, folder)
         loaded = checkpoint.load_model(file, pick_device(here["device"]))
-        cfg = settings_for_drawing(loaded.cfg, (FAST if args.fast else {}) | given)
+        cfg = cli.settings_for_drawing(loaded.cfg, (FAST if args.fast else {}) | given)
         if args.digits is not None:
             show_digits = args.show and not requests.is_folder(args.output)
             draw_all(loaded, requests.requests_from_flags(args, cfg), show_digits)
@@ -183,4 +170,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    run_script("generate.py", main)
+    cli.run_script("generate.py", main)

@@ -6,7 +6,6 @@ import interface  # noqa: F401  (first, so that errors are one line while import
 import copy
 import functools
 import time
-from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -49,9 +48,8 @@ def train(plan: Plan, began: float) -> int:
     dtype = str(pick_precision(cfg.precision, device)).removeprefix("torch.")
     print(f"U-Net of {size:,} parameters on {device}, {dtype}; {len(images):,} images")
     run.open()
-    stopped_by = runs.note_stop_signals()
 
-    while not run.done and not stopped_by:
+    while not run.done and not run.stopped_by:
         step_began = time.perf_counter()
         x_0, y = batch(cfg, images, labels, state.progress)
         training_step(cfg, diffusion, state, x_0, y, run.fraction)
@@ -63,18 +61,18 @@ def train(plan: Plan, began: float) -> int:
             run.log_epoch()
         if run.epoch_done:
             state.start_next_epoch()
-        if run.save_due and (run.done or not stopped_by):
+        if run.save_due and (run.done or not run.stopped_by):
             run.save()
-            draw_preview(run, diffusion, state, stopped_by)
+            draw_preview(run, diffusion, state)
             run.draw_curves()
 
-    if stopped_by and not run.done:
+    if run.stopped_by and not run.done:
         run.save()
         run.draw_curves()
         command = runs.train_command(cfg, "--resume")
         print(f"stopped at {state.progress}; to continue: {command}")
-        return 128 + stopped_by[0]
-    draw_missing_previews(run, diffusion, stopped_by)
+        return 128 + run.stopped_by[0]
+    draw_missing_previews(run, diffusion)
     run.make_up_for_figures()
     if state.guide is None:
         how = "1.5 (classifier-free guidance)" if cfg.label_dropout > 0 else "1 (no guidance)"
@@ -156,9 +154,7 @@ def ema_gamma(sigma_rel: float) -> float:
     return float(np.roots([1, 7, 16 - sigma_rel**-2, 12 - sigma_rel**-2]).real.max())
 
 
-def draw_preview(
-    run: Run, diffusion: Diffusion, state: TrainState, stopped_by: Sequence[int]
-) -> None:
+def draw_preview(run: Run, diffusion: Diffusion, state: TrainState) -> None:
     """Write a grid with a row for each digit, always from the same noise, to compare epochs. A stop
     signal ends it."""
     cfg, path = run.cfg, folder.grid_path(run.cfg.output_dir, state.progress)
@@ -168,7 +164,7 @@ def draw_preview(
 
         def on_state(x: Tensor) -> None:
             advance(x)
-            if stopped_by:
+            if run.stopped_by:
                 raise InterruptedError("stopped by a signal")
 
         x_0 = diffusion.draw(diffusion.guided(state.ema, state.guide), y, on_state)
@@ -177,14 +173,14 @@ def draw_preview(
         tqdm.write(f"wrote {path}")
 
 
-def draw_missing_previews(run: Run, diffusion: Diffusion, stopped_by: Sequence[int]) -> None:
+def draw_missing_previews(run: Run, diffusion: Diffusion) -> None:
     """Make up for previews that a kill or a full disk prevented, from their checkpoints."""
     for path in folder.without_grid(run.cfg.output_dir):
-        if not stopped_by:
+        if not run.stopped_by:
             state = TrainState.initial(run.cfg, run.state.totals.device)
             with run.side_output(path):
                 checkpoint.restore(path, state)
-                draw_preview(run, diffusion, state, stopped_by)
+                draw_preview(run, diffusion, state)
 
 
 def main() -> int:

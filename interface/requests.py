@@ -18,7 +18,7 @@ from config import Config, parse_digits, shortened
 from data import draw_labels
 from files import check_writable, make_folder, printable, sha256
 from interface.cli import settings_for_drawing
-from interface.picture import ANIMATIONS, ENDINGS, MAX_ANIMATED
+from interface.picture import ANIMATIONS, ENDINGS, MAX_ANIMATED, MAX_FRAMES
 from interface.terminal import ask, log, whole_number
 
 MAX_IMAGES = 100_000
@@ -95,6 +95,14 @@ class Request:
     @property
     def animated(self) -> bool:
         return self.output.suffix in ANIMATIONS
+
+    @property
+    def kept_states(self) -> list[int]:
+        """Which of the states 0…steps to keep: of an animation at most MAX_FRAMES, evenly spaced;
+        otherwise the last."""
+        steps = self.cfg.steps
+        last = min(steps, MAX_FRAMES - 1) if self.animated else 0
+        return [steps - round(i * steps / max(1, last)) for i in range(last, -1, -1)]
 
     @property
     def labels(self) -> Tensor:

@@ -122,6 +122,7 @@ class Run:
         self.bar: tqdm | None = None
         self.rows: list[dict[str, Any]] = []  # of metrics.csv
         self.warned: set[str] = set()  # kinds of files that could not be written
+        self.stopped_by: list[int] = []  # signals
         # Reading the loss makes the CPU wait for a GPU, so that is done seldom
         self.log_every = 1 if state.totals.device.type == "cpu" else 50
         spent = state.progress.seconds - state.progress.budget_from
@@ -165,6 +166,7 @@ class Run:
         print(f"training from {progress} {until}; results in {cfg.output_dir}", flush=True)
         if saves_plan:
             self.save()
+        self.stopped_by = note_stop_signals()
 
     def show_progress(self) -> None:
         """Show the running loss on the progress bar, if it is time to. Raises FloatingPointError

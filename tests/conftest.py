@@ -11,8 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from interface.cli import run_script
+
+usual = {"deadline": None, "suppress_health_check": list(HealthCheck)}
+settings.register_profile("short", max_examples=60, **usual)
+settings.register_profile("many", max_examples=1000, **usual)  # --hypothesis-profile many
+settings.load_profile("short")
 
 REPO = Path(__file__).resolve().parent.parent
 MNIST = str(REPO / "mnist_data")

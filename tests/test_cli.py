@@ -3,7 +3,9 @@
 import io
 import os
 import shlex
+import signal
 import sys
+import time
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import fields
@@ -11,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import assert_one_line
+from conftest import assert_one_line, start_script, unix
 
 from config import Config
 from interface.cli import (
@@ -335,3 +337,21 @@ def test_a_negative_number_is_not_taken_for_a_flag(parse, refusal):
 def test_a_command_to_paste_comes_back_as_it_was():
     words = ["R&D", "it's", "$HOME", "a b", "汉字"]
     assert shlex.split(quote(words)) == words
+
+
+@unix
+def test_ctrl_c_while_importing_is_one_line():
+    process = start_script("train.py", {"epochs": 1})
+    time.sleep(0.6)  # of about three seconds
+    process.send_signal(signal.SIGINT)
+    assert process.communicate()[0] == "train.py: stopped\n"
+    assert process.returncode == -signal.SIGINT
+
+
+def test_a_missing_package_is_one_line(tmp_path):
+    (tmp_path / "torch.py").write_text("raise ImportError('no torch here')")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    process = start_script("train.py", {"epochs": 1}, env=environment)
+    text = process.communicate()[0]
+    assert text == "train.py: no torch here; pip install -r requirement.txt\n"
+    assert process.returncode == 1

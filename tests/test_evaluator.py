@@ -149,3 +149,9 @@ def test_copies_of_training_images_are_found_and_shown_in_pairs(evaluator):
 def test_too_few_images_are_an_error(evaluator, real):
     with pytest.raises(ValueError, match=r"127 images: .* at least 128"):
         evaluator.measure(real[0][:127], None)
+
+
+def test_more_images_than_there_are_real_ones_to_compare_are_refused(evaluator, real, monkeypatch):
+    monkeypatch.setattr(evaluator, "test_images", evaluator.test_images[:300])
+    with pytest.raises(ValueError, match="500 images, but only 300 test images"):
+        evaluator.measure(*real)

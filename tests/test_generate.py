@@ -335,7 +335,8 @@ def test_a_conversation(results):
 @pytest.mark.parametrize(("key", "code"), [(b"\x04", 0), (b"\x03", 130)], ids=["ctrl-d", "ctrl-c"])
 def test_leaving(results, key, code):
     terminal = Terminal(output_dir=results)
-    terminal.read_until("Which model")
+    terminal.read_until("Which model [2]: ")
+    time.sleep(0.5)  # until it reads, because a signal in between would wait for the next key
     if key == b"\x03":  # as the terminal driver would for its foreground process
         terminal.process.send_signal(signal.SIGINT)
     else:

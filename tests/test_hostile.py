@@ -1,6 +1,7 @@
 """Whatever is typed or stored is taken, or refused in one line: no traceback, no hang.
 
-Property tests: hypothesis makes up flags, answers, stored settings and damaged files.
+Property tests: hypothesis makes up flags, answers, stored settings and damaged files; with
+`--hypothesis-profile many` it makes up more than 10,000.
 """
 
 import contextlib
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import REPO
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -30,11 +31,6 @@ from interface.cli import Parser, add_settings, given_settings, run_script
 from interface.folder import read_metrics
 from interface.picture import read_npz, read_provenance, save_png
 from interface.requests import Request, request_from_picture, requests_from_answers
-
-settings.register_profile(
-    "files", deadline=None, suppress_health_check=list(HealthCheck), max_examples=60
-)
-settings.load_profile("files")
 
 CFG = Config(widths=(8, 8), embedding_size=8, dense_size=8)
 ALL = list(Config.__dataclass_fields__)
@@ -63,7 +59,6 @@ def one_line(error: BaseException) -> None:
 
 
 @given(name=st.sampled_from(ALL), text=odd_text)
-@settings(max_examples=500)
 def test_any_flag_with_any_value(name, text):
     parser = Parser(prog="test.py")
     add_settings(parser, ALL)
@@ -90,7 +85,6 @@ def refuse(code: int = 0, message: str = "") -> None:
 
 
 @given(stored=st.dictionaries(st.sampled_from(ALL), values, max_size=4))
-@settings(max_examples=300)
 def test_any_stored_settings(stored):
     try:
         Config.from_dict(CFG.to_dict() | stored)
@@ -197,7 +191,6 @@ CHUNKS = ("model", "digits", "count", *Config.names("sampling", "picture"))
 
 
 @given(name=st.sampled_from(CHUNKS), value=values)
-@settings(max_examples=200)
 def test_any_chunk_of_a_picture(tmp_path_factory, name, value):
     chunks: dict[str, Any] = {"model": "a", "digits": "7", "count": 1}
     chunks |= CFG.select("sampling", "picture") | {name: value}
@@ -210,7 +203,6 @@ def test_any_chunk_of_a_picture(tmp_path_factory, name, value):
 
 
 @given(answers=st.lists(odd_text, max_size=6))
-@settings(max_examples=200)
 def test_any_answers(tmp_path_factory, answers):
     folder = tmp_path_factory.mktemp("answers")
     cfg = Config(output_dir=str(folder))
