@@ -202,14 +202,15 @@ def main() -> int:
     if more < 0:
         raise ValueError(f"continue_training_epochs = {more}: must be at least 0")
 
-    what = given_settings(args), args.resume, args.load_checkpoint_path, more
-    plan = make_plan(*what)
-    if plan.action != "train":
-        nothing = "nothing left to do. " if plan.action == "finished" else ""
-        print(nothing + runs.describe(plan))
+    given = given_settings(args)
+    if args.load_checkpoint_path and not more and "budget" not in given:
+        print(runs.describe(make_plan(given, load=args.load_checkpoint_path)))
         return 0
-    with folder.own_folder(plan.cfg.output_dir):
-        plan = make_plan(*what)  # again, because another run may have been at work until now
+    with folder.own_folder(given.get("output_dir", Config().output_dir)):
+        plan = make_plan(given, args.resume, args.load_checkpoint_path, more)
+        if plan.action == "finished":
+            print(f"nothing left to do. {runs.describe(plan)}")
+            return 0
         if args.resume and not plan.start:
             print(f"nothing to resume in {plan.cfg.output_dir}: starting from scratch")
         for note in plan.notes:

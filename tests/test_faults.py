@@ -6,6 +6,7 @@ The normal suite tries a few of each; `python -m pytest -m long` tries hundreds.
 import csv
 import json
 import os
+import queue
 import random
 import shutil
 import struct
@@ -13,7 +14,8 @@ import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,13 +83,16 @@ class Server:
     def run(self, *what: Any, **fault: Any) -> Outcome:
         return self.wait(self.start(*what, **fault))
 
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory) -> Iterator[Server]:
     server = Server(tmp_path_factory.mktemp("logs"))
     yield server
-    server.process.stdin.close()
-    server.process.wait()
+    server.close()
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +104,7 @@ def flags(tmp_path_factory) -> dict[str, Any]:
     sizes = struct.pack(">4I", 0x803, *images[:, 0].shape), struct.pack(">2I", 0x801, len(labels))
     (raw / "train-images-idx3-ubyte").write_bytes(sizes[0] + images.numpy().tobytes())
     (raw / "train-labels-idx1-ubyte").write_bytes(sizes[1] + labels.byte().numpy().tobytes())
-    small = {"dense_size": 8, "batch_size": 32, "steps": 1, "warmup_steps": 1, "device": "cpu"}
+    small = {"dense_size": 8, "batch_size": 16, "steps": 1, "warmup_steps": 1, "device": "cpu"}
     preview = {"preview_digits": "01", "preview_columns": 2}
     run = {"epochs": 2, "save_every": 1, "data_dir": raw.parents[1]}
     return TINY_MODEL | small | preview | run
@@ -166,32 +171,59 @@ def test_a_run_that_a_fault_strikes_resumes_to_the_same_results(
         strike(server, flags, finished, tmp_path / "out", kind, number)
 
 
+@pytest.fixture(scope="module")
+def servers(server, tmp_path_factory) -> Iterator[queue.Queue]:
+    """Two servers, one for each core."""
+    other, free = Server(tmp_path_factory.mktemp("logs")), queue.Queue()
+    for each in (server, other):
+        free.put(each)
+    yield free
+    other.close()
+
+
+def in_parallel(servers: queue.Queue, work: Callable[[Server, int], None], count: int) -> None:
+    """Do the work for the numbers 1 to count, with the servers that are free."""
+
+    def with_a_server(number: int) -> None:
+        server = servers.get()
+        try:
+            work(server, number)
+        finally:
+            servers.put(server)
+
+    with ThreadPoolExecutor(servers.qsize()) as pool:
+        list(pool.map(with_a_server, range(1, count + 1)))
+    print(f"{count} times")
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_moment_of_a_run_can_be_struck(server, flags, finished, tmp_path, kind):
-    for number in range(1, moments(finished) + 1):
-        strike(server, flags, finished, tmp_path / "out", kind, number)
+def test_every_moment_of_a_run_can_be_struck(servers, flags, finished, tmp_path, kind):
+    def work(server: Server, number: int) -> None:
+        strike(server, flags, finished, tmp_path / str(number), kind, number)
+
+    in_parallel(servers, work, moments(finished))
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_moment_of_a_run_over_an_earlier_one_can_be_struck(
-    server, flags, finished, tmp_path, kind
+    servers, flags, finished, tmp_path, kind
 ):
-    out, number, struck = tmp_path / "out", 0, True
-    flags = flags | {"output_dir": out, "seed": 1}
     earlier = {path.read_bytes() for path in finished.glob("*/*_epoch_*")}
-    while struck:
-        number += 1
+
+    def work(server: Server, number: int) -> None:
+        out = tmp_path / str(number)
         shutil.copytree(finished, out)
-        outcome = server.run("train", flags, kind=kind, number=number)
-        struck = outcome.code != 0 or outcome.seen >= number
-        again = server.run("train", flags | {"resume": True})
+        outcome = server.run("train", flags | {"output_dir": out, "seed": 1}, kind, number)
+        again = server.run("train", flags | {"output_dir": out, "seed": 1, "resume": True})
         assert again.code == 0, (kind, number, again, outcome)
         assert not list(out.rglob("*.partial"))
         kept = {path.read_bytes() for path in out.rglob("*_epoch_*")}
         assert kept >= earlier, (kind, number, outcome)
         shutil.rmtree(out)
+
+    in_parallel(servers, work, moments(finished) + 12)  # it also moves the earlier files
 
 
 # ---- two at once
