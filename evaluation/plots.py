@@ -1,32 +1,28 @@
 """The plots: training curves, and quality against network calls."""
 
 import itertools
-import os
 from pathlib import Path
 from typing import Any
 
-os.environ["MPLBACKEND"] = "Agg"  # a notebook's does not work here; files need no display
-import matplotlib.pyplot as plt
+from matplotlib.figure import Figure  # not pyplot, which wants a display and keeps every figure
 from matplotlib.ticker import LogLocator
 
 from evaluation.results import settings_used
 from files import atomic_write
 
 
-def save(figure: plt.Figure, path: Path) -> None:
-    try:
-        figure.tight_layout()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(path) as file:
-            figure.savefig(file, format="png", dpi=110)
-    finally:
-        plt.close(figure)
+def save(figure: Figure, path: Path) -> None:
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=110)
 
 
 def plot_training(rows: list[dict[str, Any]], path: Path) -> None:
     """Plot loss, learning rate and images per second of metrics.csv over the optimizer steps."""
     steps = [int(row["step"]) for row in rows]
-    figure, panels = plt.subplots(1, 3, figsize=(12, 3.2))
+    figure = Figure(figsize=(12, 3.2))
+    panels = figure.subplots(1, 3)
     for axes, name in zip(panels, ("loss", "learning_rate", "images_per_second"), strict=True):
         axes.plot(steps, [float(row[name]) for row in rows], marker=".")
         axes.set(xlabel="step", title=name.replace("_", " "))
@@ -36,7 +32,8 @@ def plot_training(rows: list[dict[str, Any]], path: Path) -> None:
 
 def plot_sweep(results: list[dict[str, Any]], best: list[bool], path: Path) -> None:
     """Plot quality against network calls, a line for each choice of the other settings."""
-    figure, axes = plt.subplots(figsize=(7, 4.5))
+    figure = Figure(figsize=(7, 4.5))
+    axes = figure.subplots()
     lines: dict[str, list[tuple[int, float]]] = {}
     points = [(result["sampling"]["calls"], result["samples"]["fd"]) for result in results]
     for result, point in zip(results, points, strict=True):
