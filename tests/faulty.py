@@ -78,7 +78,8 @@ def run(request: dict) -> None:
         code = int(stop.code or 0)
     finally:
         sys.stdout.flush()
-        Path(request["log"] + ".seen").write_text(str(fault.seen))
+        counts = {"seen": fault.seen, "open_files": len(os.listdir("/dev/fd"))}
+        Path(request["log"] + ".counts").write_text(json.dumps(counts))
         os._exit(code)
 
 
