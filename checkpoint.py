@@ -1,4 +1,4 @@
-"""The state of a training run, and the only module that knows what a checkpoint holds.
+"""The state of a training run, and how a checkpoint file stores and restores it.
 
 A file holds tensors and plain values only, so that reading one never runs code. It needs no random
 state, because every random number of training is a function of the seed and the progress.
@@ -124,17 +124,20 @@ def slim(source: str | Path, target: str | Path) -> None:
     write_tensors(Path(target), kept)
 
 
-def load(
-    path: str | Path, *, only_look: bool = False, network: UNet | None = None
-) -> dict[str, Any]:
+def load(path: str | Path, *, only_look: bool = False) -> dict[str, Any]:
     """Read a checkpoint: {format, config, progress, ema, guide} and, unless it is slim, {model,
     optimizers, metrics, data}. Raises ValueError with the path and the reason if it is not one, if
-    it is damaged, or if a tensor is not finite or does not fit `network`, by default the one that
-    its settings describe.
+    it is damaged, or if a tensor is not finite or does not fit the settings.
 
     With `only_look`, tensors are neither read nor checked: quick for looking at the rest.
     """
-    path = Path(path)
+    return _load(Path(path), only_look)[0]
+
+
+def _load(
+    path: Path, only_look: bool = False, network: UNet | None = None
+) -> tuple[dict[str, Any], UNet | None]:
+    """A checkpoint, and the network that its tensors fit: a given one, or else a new one."""
     if not path.is_file():
         raise ValueError(f"{path}: no such checkpoint; python generate.py lists the models")
     contents = read_tensors(path, "a checkpoint", only_look=only_look)
@@ -147,33 +150,41 @@ def load(
         cfg = Config.from_dict(contents["config"])
         if not only_look:
             check_size(cfg)
-            _check_tensors(contents, network or UNet(cfg))
+            network = network or UNet(cfg)
+            _check_tensors(contents, network)
     except ValueError as error:
         reason = first_line(error)
         raise ValueError(f"{path}: {reason}; choose another checkpoint, or train one") from None
     except Exception:  # contents of another program or of a stranger can be anything
         raise ValueError(f"{path}: not a checkpoint of this program; choose another") from None
-    return contents
+    return contents, network
 
 
 def _check_tensors(contents: dict[str, Any], network: UNet) -> None:
     """Raise ValueError unless all tensors of a checkpoint have the shapes that `network` and its
     optimizers need, and are finite."""
     expected = {name: tensor.shape for name, tensor in network.state_dict().items()}
-    for name in ("model", "ema", "guide"):
-        weights = contents.get(name)
-        if weights is None and (name == "guide" or (name == "model" and name not in contents)):
-            continue
+    networks = {"ema": contents["ema"], "guide": contents["guide"]}
+    if networks["guide"] is None:
+        del networks["guide"]
+    if "model" in contents:
+        networks["model"] = contents["model"]
+    for name, weights in networks.items():
         if {key: tensor.shape for key, tensor in weights.items()} != expected:
             raise ValueError(f"its {name} does not fit this U-Net")
         _check_finite(weights.values(), f"its {name}")
     if "model" in contents:
-        parts = zip(split_parameters(network), contents["optimizers"], strict=True)
-        for parameters, saved in parts:
+        names = {"average"}, {"step", "exp_avg", "exp_avg_sq"}
+        if len(contents["optimizers"]) != len(names):
+            raise ValueError("its optimizers are not these")
+        for parameters, saved, known in zip(
+            split_parameters(network), contents["optimizers"], names, strict=True
+        ):
             for index, state in saved["state"].items():
-                for tensor in state.values():
-                    if tensor.numel() > 1 and tensor.shape != parameters[index].shape:
-                        raise ValueError("its optimizers do not fit this U-Net")
+                shape = parameters[index].shape
+                fits = (t.shape == (() if name == "step" else shape) for name, t in state.items())
+                if state.keys() != known or not all(fits):
+                    raise ValueError("its optimizers do not fit this U-Net")
                 _check_finite(state.values(), "its optimizer state")
         totals, seconds = contents["metrics"]["totals"], contents["metrics"]["seconds"]
         if len(totals) != 2 or not all(map(math.isfinite, (*totals, seconds))):
@@ -182,14 +193,15 @@ def _check_tensors(contents: dict[str, Any], network: UNet) -> None:
 
 def _check_finite(tensors: Iterable[Tensor], what: str) -> None:
     for tensor in tensors:
-        if tensor.dtype not in (torch.float32, torch.float16) or not tensor.isfinite().all():
-            raise ValueError(f"{what} has values that are not finite numbers")
+        kind_is_right = tensor.dtype in (torch.float32, torch.float16)
+        if not kind_is_right or not tensor.abs().max().isfinite():
+            raise ValueError(f"{what} is not all finite float32 or float16")
 
 
 def restore(path: Path, state: TrainState) -> None:
     """Fill `state` from a checkpoint. The optimizers keep their current settings, such as weight
     decay. Raises ValueError as load does, or if the file was reduced to what drawing needs."""
-    contents = load(path, network=state.model)
+    contents, _ = _load(path, network=state.model)
     if "model" not in contents:
         raise ValueError(f"{path}: reduced to what drawing needs; train another checkpoint")
     state.model.load_state_dict(contents["model"])
@@ -201,24 +213,25 @@ def restore(path: Path, state: TrainState) -> None:
         settings = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": saved["state"], "param_groups": settings})
     state.progress = Progress(**contents["progress"])
-    state.totals = torch.tensor(contents["metrics"]["totals"], device=state.totals.device)
+    state.totals = state.totals.new_tensor(contents["metrics"]["totals"])
     state.epoch_seconds = contents["metrics"]["seconds"]
     state.data = contents.get("data")  # missing in files of older versions
 
 
 def load_model(path: str | Path, device: torch.device) -> LoadedModel:
     """The model of a checkpoint, built from the file alone. Raises ValueError as load does."""
-    contents = load(path)
+    contents, ema = _load(Path(path))
     cfg, progress = Config.from_dict(contents["config"]), Progress(**contents["progress"])
     if contents["format"] == 3:  # at that time config.py, not the checkpoint, said how to draw
         usual = Config().select("sampling")
         usual |= {"steps": min(usual["steps"], cfg.timesteps), "clip_x_0": cfg.clip_x_0}
         cfg = replace(cfg, **usual)
-    networks = {name: UNet(cfg) for name in ("ema", "guide") if contents[name]}
-    for name, network in networks.items():  # without gradients, channels_last is faster on a CPU
-        network.to(device, memory_format=torch.channels_last).requires_grad_(False).eval()
-        network.load_state_dict(contents[name])
-    ema, guide = networks["ema"], networks.get("guide")
+    # Without gradients, channels_last is faster on a CPU
+    ema = ema.to(device, memory_format=torch.channels_last).requires_grad_(False).eval()
+    guide = copy.deepcopy(ema) if contents["guide"] else None
+    for name, network in (("ema", ema), ("guide", guide)):
+        if network:
+            network.load_state_dict(contents[name])
     return LoadedModel(Path(path), cfg, ema, guide, progress, device, sha256(Path(path)))
 
 
@@ -229,6 +242,6 @@ def list_checkpoints(folder: str | Path, pattern: str = "*.pth") -> list[tuple[P
     for path in sorted(Path(folder).glob(pattern)):
         with suppress(ValueError, OSError):  # some other file, or a damaged one, or just deleted
             progress = Progress(**load(path, only_look=True)["progress"])
-            age = (path.name != PRETRAINED, progress.step, path.stat().st_mtime)
-            found.append((age, path, progress))
+            key = (path.name != PRETRAINED, progress.step, path.stat().st_mtime)
+            found.append((key, path, progress))
     return [(path, progress) for _, path, progress in sorted(found, key=lambda item: item[0])]

@@ -39,14 +39,14 @@ def load_split(cfg: Config, train: bool, device: torch.device) -> tuple[Tensor, 
     if list(images.shape[2:]) != size:
         if len(images) * cfg.img_size**2 > MAX_BYTES:
             few = MAX_BYTES // cfg.img_size**2
-            raise ValueError(f"img_size = {cfg.img_size}: too large; or use --max_images {few}")
+            raise ValueError(f"img_size = {cfg.img_size}: too large without --max_images {few}")
         print(f"resizing images of {images.shape[3]} x {images.shape[2]} pixels to {cfg.img_size}")
         resize = from_torchvision("transforms.v2.functional").resize
         images = torch.cat([resize(part, size) for part in images.split(4096)])
     return images.to(device), labels.to(device)
 
 
-def describe(images: Tensor, labels: Tensor) -> dict[str, Any]:
+def fingerprint(images: Tensor, labels: Tensor) -> dict[str, Any]:
     """What a checkpoint remembers of its training data: number, shape and a hash."""
     content = hashlib.sha256(images.cpu().numpy())
     content.update(labels.cpu().numpy())

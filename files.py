@@ -18,6 +18,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from http.client import HTTPException
 from pathlib import Path
 from types import ModuleType
 from typing import Any, BinaryIO
@@ -26,9 +27,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# What the largest checkpoint takes (model.MAX_PARAMETERS, five numbers each), and what a file from
-# a stranger may take in memory: nothing larger is read or unpacked
-MAX_BYTES = 800_000_000
+# The largest checkpoint: model.MAX_PARAMETERS times 5 float32 (model, average, guide, optimizers).
+# No file is read that would take more memory
+MAX_BYTES = 850_000_000
 
 
 @contextmanager
@@ -90,7 +91,7 @@ def cannot_write(error: OSError) -> str:
 
 def _partial(path: Path) -> Path:
     """A name beside `path` that no other process or machine uses; `.*.partial` finds them all."""
-    name = path.name.encode()[:200].decode(errors="ignore")  # file systems allow 255 bytes
+    name = os.fsencode(path.name)[:200].decode(errors="ignore")  # file systems allow 255 bytes
     return path.with_name(f".{name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
 
 
@@ -103,24 +104,30 @@ def _rename_if_free(partial: Path, path: Path) -> None:
         raise
     except OSError:
         open(path, "xb").close()
-        os.replace(partial, path)
+        try:
+            os.replace(partial, path)
+        except OSError:
+            path.unlink(missing_ok=True)
+            raise
 
 
 def write_tensors(path: Path, contents: dict[str, Any]) -> None:
     """Write tensors and plain values. Raises what atomic_write raises."""
     buffer = io.BytesIO()  # torch.save itself would hide that a disk is full
     torch.save(contents, buffer)
+    if buffer.tell() > MAX_BYTES:
+        raise ValueError(f"{path}: would hold more than {MAX_BYTES / 1e6:.0f} MB; use less")
     with atomic_write(path) as file:
         file.write(buffer.getbuffer())
 
 
 def read_tensors(path: Path, kind: str, *, only_look: bool = False) -> Any:
-    """Read what write_tensors wrote, "a checkpoint" or another `kind` of file. Raises ValueError if
-    it is missing, damaged or too large.
+    """Read what write_tensors wrote; errors name its `kind`, such as "a checkpoint". Raises
+    ValueError if it is missing, damaged or too large.
 
-    torch.save writes a checksum for each of the file's members that torch.load does not look at,
-    so they are verified here first. With `only_look`, tensors are read from the disk only when they
-    are used and are not verified: quick where only the plain values matter.
+    torch.load ignores the checksums that torch.save writes, so they are verified here first. With
+    `only_look`, tensors are read from the disk only when they are used and are not verified: quick
+    where only the plain values matter.
     """
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
@@ -177,7 +184,7 @@ def read_idx(folder: Path, name: str, dimensions: int) -> Tensor:
 def download(path: Path) -> None:
     """Download one of MNIST's .gz files. Raises ValueError with the folder and the remedy."""
     datasets = from_torchvision("datasets")
-    checksums, reason = dict(datasets.MNIST.resources), "no such file of MNIST"
+    checksums, reason = dict(datasets.MNIST.resources), "no mirror is listed"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".download-", dir=path.parent) as partial:
@@ -188,7 +195,7 @@ def download(path: Path) -> None:
                     )
                     os.replace(Path(partial, path.name), path)
                     return
-                except (OSError, RuntimeError) as error:  # offline, or not the right file
+                except (OSError, RuntimeError, HTTPException) as error:  # offline, or another file
                     reason = first_line(error)
     except OSError as error:
         remedy = "make it a folder that can be written, or choose another --data_dir"
@@ -196,7 +203,7 @@ def download(path: Path) -> None:
     with suppress(OSError):  # leave no empty folders behind
         path.parent.rmdir()
         path.parent.parent.rmdir()
-    remedy = "go online, or choose a --data_dir that has MNIST/raw (git checkout mnist_data)"
+    remedy = "go online, choose another --data_dir, or restore it: git checkout mnist_data"
     raise ValueError(f"{path}: missing, and cannot be downloaded ({reason}); {remedy}")
 
 

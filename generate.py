@@ -124,10 +124,10 @@ def reproduce(
 def parse_flags() -> Namespace:
     parser = cli.Parser(prog="generate.py", description="Draw digits with a trained model.")
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--digits", metavar="TEXT", help="draw 7, 2026, all or mnist without asking")
+    what.add_argument("--digits", metavar="TEXT", help="what to draw: 7, 2026, all or mnist")
     what.add_argument("--reproduce", type=cli.expanded_path, metavar="PNG", help="draw it again")
     number = {"type": int, "metavar": "INT"}
-    parser.add_argument("--count", **number, help="variants (default: 16 images; all: 16 each)")
+    parser.add_argument("--count", **number, help="variants (default: 16 images; 160 for all)")
     parser.add_argument("--model", metavar="TEXT", help="path, name, number or newest (default)")
     file = {"type": requests.output_name, "metavar": "FILE"}
     parser.add_argument("--output", **file, help=".png, .npz, .gif, .webp, or a folder/")

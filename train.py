@@ -15,7 +15,7 @@ from tqdm import tqdm
 import checkpoint
 from checkpoint import Progress, TrainState
 from config import Config, parse_digits
-from data import describe, load_split, to_model_range, to_uint8
+from data import fingerprint, load_split, to_model_range, to_uint8
 from diffusion import Diffusion, seeded_generator
 from interface import folder, runs
 from interface.cli import Parser, add_settings, expanded_path, given_settings, run_script
@@ -39,7 +39,7 @@ def train(plan: Plan, began: float) -> int:
     if plan.start:
         checkpoint.restore(plan.start, state)
         state.progress = plan.progress
-    runs.check_data(plan, state, describe(images, labels))
+    runs.check_data(plan, state, fingerprint(images, labels))
     run = Run(plan, state, len(images), began)
     if run.done and folder.is_complete(cfg.output_dir):
         print("nothing left to do: starting up took the rest of the budget")
@@ -73,7 +73,7 @@ def train(plan: Plan, began: float) -> int:
         print(f"stopped at {state.progress}; to continue: {command}")
         return 128 + run.stopped_by[0]
     draw_missing_previews(run, diffusion)
-    run.make_up_for_figures()
+    run.retry_figures()
     if state.guide is None:
         how = "1.5 (classifier-free guidance)" if cfg.label_dropout > 0 else "1 (no guidance)"
         print(f"this model has no guide: draw with --guidance {how}")
@@ -174,11 +174,11 @@ def draw_preview(run: Run, diffusion: Diffusion, state: TrainState) -> None:
 
 
 def draw_missing_previews(run: Run, diffusion: Diffusion) -> None:
-    """Make up for previews that a kill or a full disk prevented, from their checkpoints."""
-    for path in folder.without_grid(run.cfg.output_dir):
+    """Draw the previews that a kill or a full disk prevented, from their checkpoints."""
+    for path, grid in folder.without_grid(run.cfg.output_dir):
         if not run.stopped_by:
             state = TrainState.initial(run.cfg, run.state.totals.device)
-            with run.side_output(path):
+            with run.side_output(grid):
                 checkpoint.restore(path, state)
                 draw_preview(run, diffusion, state)
 
@@ -190,8 +190,8 @@ def main() -> int:
     start.add_argument("--resume", action="store_true", help="continue the newest checkpoint")
     load_help = "train it for --budget or K more epochs; with neither, describe it"
     start.add_argument("--load_checkpoint_path", type=expanded_path, metavar="PATH", help=load_help)
-    more = {"type": int, "metavar": "K", "default": 0, "help": "train it for K more epochs"}
-    length.add_argument("--continue_training_epochs", **more)
+    options = {"type": int, "metavar": "K", "default": 0, "help": "train it for K more epochs"}
+    length.add_argument("--continue_training_epochs", **options)
     add_settings(length, Config.names("length"))
     add_settings(parser, Config.names("machine", "model", "training", "sampling", "picture"))
     parser.needs("--continue_training_epochs", "--load_checkpoint_path")

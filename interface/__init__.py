@@ -1,7 +1,7 @@
 """What stands between the core and its users: command lines, run folders, files, terminals.
 
-The scripts import this before anything else, so that from their first moment on an error or Ctrl-C
-ends them with one line. TRACEBACK=1 in the environment shows where it arose.
+The scripts import this before anything else, so that from the start an error or Ctrl-C ends
+them with one line. TRACEBACK=1 in the environment shows where it arose.
 """
 
 import os

@@ -43,9 +43,9 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self) -> argparse.Namespace:
         """The parsed command line; exits with code 2 and one line if it breaks a rule."""
         args = super().parse_args()
-        for name, value in vars(args).items():
-            if value == []:  # argparse makes this of --count=--
-                self.error(f"argument --{name}: expected one argument")
+        for action in self._actions:
+            if getattr(args, action.dest, None) == []:  # argparse makes this of --count=--
+                self.error(f"argument {action.option_strings[0]}: expected one argument")
         flags = {word.partition("=")[0] for word in sys.argv[1:] if word.startswith("--")}
         for flag, is_broken, message in self.rules:
             if flag in flags and is_broken(flags):

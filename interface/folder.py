@@ -24,14 +24,15 @@ METRICS = ("epoch", "step", "loss", "learning_rate", "grad_norm", "images_per_se
 
 @contextmanager
 def own_folder(output_dir: str) -> Iterator[None]:
-    """Keep other runs out of a folder for as long as this process lives. Raises ValueError if
-    another run is there, or if the folder cannot be made."""
+    """Keep other runs out of a folder inside a `with` block; the lock dies with the process. Raises
+    ValueError if another run is there, or if the folder cannot be made."""
     out = Path(output_dir)
-    lock, owner = FileLock(out / ".lock", timeout=0), out / ".owner"
+    lock, owner, is_new = FileLock(out / ".lock", timeout=0), out / ".owner", not out.exists()
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock.acquire()
-        owner.write_text(f"process {os.getpid()} on {socket.gethostname()}", "utf-8")
+        with suppress(OSError):  # it only tells others who is here
+            owner.write_text(f"process {os.getpid()} on {socket.gethostname()}", "utf-8")
     except Timeout:
         who = "a process"
         with suppress(OSError):  # it has not said yet who it is
@@ -44,8 +45,8 @@ def own_folder(output_dir: str) -> Iterator[None]:
         yield
     finally:
         with suppress(OSError):
-            owner.unlink()
-            if os.listdir(out) == [".lock"]:  # a start that failed leaves nothing behind
+            owner.unlink(missing_ok=True)
+            if is_new and os.listdir(out) == [".lock"]:  # a start that failed leaves nothing
                 Path(out, ".lock").unlink()
                 out.rmdir()
         lock.release()
@@ -60,11 +61,12 @@ def grid_path(output_dir: str, progress: Progress) -> Path:
     return Path(output_dir, "images", f"samples_{progress.name}.png")
 
 
-def without_grid(output_dir: str) -> list[Path]:
-    """The checkpoints of whole epochs whose grid of samples a kill or a full disk prevented."""
+def without_grid(output_dir: str) -> list[tuple[Path, Path]]:
+    """The checkpoints of whole epochs whose grid of samples a kill or a full disk prevented, each
+    with the place of the grid."""
     found = checkpoint.list_checkpoints(Path(output_dir, "models"), CHECKPOINTS)
-    whole = [(path, progress) for path, progress in found if progress.images == 0]
-    return [path for path, progress in whole if not grid_path(output_dir, progress).exists()]
+    pairs = [(path, grid_path(output_dir, now)) for path, now in found if now.images == 0]
+    return [(path, grid) for path, grid in pairs if not grid.exists()]
 
 
 def curves_are_old(output_dir: str) -> bool:
@@ -91,17 +93,17 @@ def newest_of_run(models: Path) -> Path | None:
     ones are passed over. Raises ValueError if there are no others."""
     listed = [path for path, _ in checkpoint.list_checkpoints(models, CHECKPOINTS)]
     unreadable = [path for path in models.glob(CHECKPOINTS) if path not in listed]
-    damaged = [f"{path}: damaged, and passed over" for path in unreadable]
+    damaged = [f"passed over: {path}: damaged" for path in unreadable]
     for path in reversed(listed):
         try:
             checkpoint.load(path)
         except ValueError as error:
-            damaged.append(f"{error}; it is passed over")
+            damaged.append(f"passed over: {error}")
         else:
             print(*damaged, sep="\n", end="\n" if damaged else "")
             return path
     if damaged:
-        raise ValueError(f"{models}: none of its checkpoints can be read; repair or move them")
+        raise ValueError(f"{models}: none of its checkpoints can be read; move them elsewhere")
     return None
 
 
@@ -172,17 +174,21 @@ def set_aside(earlier: Path, moved: list[Path], copied: list[Path]) -> None:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.csv, without a last one that was torn; none if the file is missing.
-    Raises ValueError if it is not what write_metrics writes."""
+    """The rows of metrics.csv, without a last one whose end is torn off; none if the file is
+    missing. Raises ValueError if it is not what write_metrics writes."""
     if not path.exists():
         return []
-    rows = list(csv.DictReader(io.StringIO(path.read_text("utf-8"))))
+    text = path.read_text("utf-8")
+    try:
+        rows = list(csv.DictReader(io.StringIO(text)))
+    except csv.Error as error:
+        raise ValueError(str(error)) from None
     for number, row in enumerate(rows, 1):
         try:
             if all(math.isfinite(float(row[name])) for name in METRICS) and int(row["step"]) >= 0:
                 continue
         except (KeyError, TypeError, ValueError):
-            if number == len(rows):
+            if number == len(rows) and not text.endswith("\n"):
                 return rows[:-1]
         raise ValueError(f"row {number} is not a row of figures")
     return rows

@@ -69,7 +69,7 @@ class Request:
     count: int
     cfg: Config
     output: Path
-    if_taken: str = "replace"  # what to do if `output` exists by then; or "renumber", "refuse"
+    if_taken: str = "replace"  # if `output` exists: "replace", "renumber" or "refuse"
 
     def __post_init__(self) -> None:
         classes = self.cfg.num_classes

@@ -52,7 +52,8 @@ def make_plan(
     elif "budget" in given and load and not resume:
         progress.budget_from, plan.changed = progress.seconds, True  # a new budget, from here on
     elif load and not resume:
-        plan.action = "describe"
+        here = {n: given[n] for n in Config.names("machine") if n in given}
+        plan.action, plan.cfg = "describe", replace(trained, **here)
 
     if not load:
         plan.cfg = replace(cfg, **given)
@@ -75,9 +76,9 @@ def fraction_done(cfg: Config, progress: Progress, images_per_epoch: float) -> f
 def describe(plan: Plan) -> str:
     """Where the plan's checkpoint stands, and how to go on from it."""
     cfg, progress = plan.cfg, plan.progress
-    length = f"of a budget of {cfg.budget}" if cfg.budget else f"of {cfg.epochs} epochs"
+    length = f"a budget of {cfg.budget}" if cfg.budget else f"{cfg.epochs} epochs"
     minutes = progress.seconds / 60
-    stands = f"{plan.start}: {progress} {length} planned, {minutes:.1f} min trained."
+    stands = f"{plan.start}: {progress}, {length} planned, {minutes:.1f} min trained."
     if not plan.trainable:
         return f"{stands}\nIt was reduced to what drawing needs and cannot be trained further."
     flags = ("--load_checkpoint_path", plan.start, "--continue_training_epochs", "K")
@@ -85,8 +86,8 @@ def describe(plan: Plan) -> str:
 
 
 def check_data(plan: Plan, state: TrainState, data: dict[str, Any]) -> None:
-    """Let the state remember what it is trained on, and say so if that is not what it was. Raises
-    ValueError if it changed inside an epoch, whose images are those of an order of the old data."""
+    """Record the training data in `state`, and say so if it changed. Raises ValueError if that was
+    inside an epoch, because the order of its images is one of the old data."""
     if state.data is not None and state.data != data:
         what = f"{plan.start} was trained on other data than these {data['images']:,} images"
         if plan.progress.images:
@@ -98,7 +99,7 @@ def check_data(plan: Plan, state: TrainState, data: dict[str, Any]) -> None:
 
 def train_command(cfg: Config, *flags: object) -> str:
     """The command that trains with `flags`, and with the settings of this computer that differ from
-    config.py, because a checkpoint does not carry them."""
+    config.py, which a run never takes from a checkpoint."""
     usual = Config().select("machine")
     changed = [(f"--{n}", v) for n, v in cfg.select("machine").items() if v != usual[n]]
     return quote(["python", "train.py", *flags, *sum(changed, ())])
@@ -137,7 +138,7 @@ class Run:
 
     @property
     def fraction(self) -> float:
-        """The part of the whole run that is done, 0 to 1."""
+        """How much of the whole run is done, 0 to just over 1."""
         return fraction_done(self.cfg, self.state.progress, self.images_per_epoch)
 
     @property
@@ -231,7 +232,7 @@ class Run:
         except Exception as error:
             kind = path.stem.partition("_")[0]
             if kind not in self.warned:
-                tqdm.write(f"{path} not written, training goes on: {first_line(error)}")
+                tqdm.write(f"{path} not written: {first_line(error)}")
             self.warned.add(kind)
 
     def draw_curves(self) -> None:
@@ -245,8 +246,8 @@ class Run:
             plot_training(self.rows, path)
             tqdm.write(f"wrote {path}")
 
-    def make_up_for_figures(self) -> None:
-        """Write metrics.csv and its curves if that was prevented before."""
+    def retry_figures(self) -> None:
+        """Write metrics.csv and its curves if that failed before."""
         if "metrics" in self.warned:
             self.write_rows()
         if folder.curves_are_old(self.cfg.output_dir):
@@ -273,18 +274,19 @@ class Run:
 
 def note_stop_signals() -> list[int]:
     """From now on the first Ctrl-C, SIGTERM or SIGHUP is only appended to the returned list, so
-    that the current step can finish; a second one ends the process at once."""
+    that the current step can finish. A second Ctrl-C or SIGTERM ends the process at once; SIGHUP
+    does not, because a terminal that closes may send it twice, or after SIGTERM."""
     noted: list[int] = []
-    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    after = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
     if hasattr(signal, "SIGHUP"):  # not on Windows
-        usual[signal.SIGHUP] = signal.SIG_DFL
+        after[signal.SIGHUP] = signal.SIG_IGN
+    after = {s: h for s, h in after.items() if signal.getsignal(s) != signal.SIG_IGN}  # as by nohup
 
     def note(signum: int, frame: object) -> None:
         noted.append(signum)
-        for each, handler in usual.items():
+        for each, handler in after.items():
             signal.signal(each, handler)
 
-    for signum in usual:
-        if signal.getsignal(signum) != signal.SIG_IGN:  # as nohup sets SIGHUP
-            signal.signal(signum, note)
+    for signum in after:
+        signal.signal(signum, note)
     return noted

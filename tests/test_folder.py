@@ -187,7 +187,9 @@ def test_going_on_as_planned_from_the_newest_checkpoint_keeps_nothing_aside(fini
     assert len(read_metrics(finished / "metrics.csv")) == 4
 
 
-@pytest.mark.parametrize("kind", ["text", "hand-edited", "not UTF-8", "not finite", "folder"])
+@pytest.mark.parametrize(
+    "kind", ["text", "hand-edited", "last row", "not UTF-8", "not finite", "a quote", "folder"]
+)
 def test_figures_that_cannot_be_read_are_set_aside_and_begun_anew(finished, kind, capsys):
     path = finished / "metrics.csv"
     lines = path.read_text().splitlines()
@@ -196,6 +198,10 @@ def test_figures_that_cannot_be_read_are_set_aside_and_begun_anew(finished, kind
         path.mkdir()
     elif kind == "not UTF-8":
         path.write_bytes(b"\xff" + path.read_bytes())
+    elif kind == "a quote":  # opens a field that is longer than csv allows
+        path.write_text(lines[0] + '\n"' + "1,2,3\n" * 50_000)
+    elif kind == "last row":
+        path.write_text("\n".join([*lines[:-1], "x" + lines[-1]]) + "\n")
     elif kind == "text":
         path.write_text("notes\nof mine\nthree lines\n")
     else:
@@ -234,4 +240,5 @@ def test_checkpoints_of_whole_epochs_that_have_no_grid_are_found(finished):
     assert without_grid(str(finished)) == []
     (finished / "images" / "samples_epoch_2.png").unlink()
     save(finished, progress=IN_AN_EPOCH, grid=False)
-    assert without_grid(str(finished)) == [finished / "models" / "model_epoch_2.pth"]
+    grid = finished / "images" / "samples_epoch_2.png"
+    assert without_grid(str(finished)) == [(finished / "models" / "model_epoch_2.pth", grid)]

@@ -51,6 +51,12 @@ values = st.recursive(
 )
 
 
+@pytest.fixture(autouse=True)
+def subnormal_numbers():
+    """Hypothesis needs them; run_script switches them off."""
+    torch.set_flush_denormal(False)
+
+
 def one_line(error: BaseException) -> None:
     text = str(error)
     assert text
