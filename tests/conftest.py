@@ -28,6 +28,9 @@ TINY = TINY_MODEL | {"data_dir": MNIST, "device": "cpu", "max_images": 320, "bat
 TINY |= {"steps": 2, "preview_columns": 2, "warmup_steps": 2}
 
 
+STOP_SIGNALS = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]
+
+
 @dataclass
 class Result:
     code: int
@@ -54,7 +57,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Calla
     def run_it(script: str, *words: object, **flags: object) -> Result:
         module = importlib.import_module(script.removesuffix(".py"))
         monkeypatch.setattr(sys, "argv", [script, *map(str, words), *as_words(flags)])
-        handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+        handlers = {s: signal.getsignal(s) for s in STOP_SIGNALS}
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
             run_script(script, module.main)

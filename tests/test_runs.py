@@ -240,6 +240,8 @@ def test_the_first_signal_is_noted_and_a_second_one_ends_the_process(first):
     signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = {signum: signal.getsignal(signum) for signum in signals}
     try:
+        for signum in signals:  # whatever an earlier test left
+            signal.signal(signum, signal.SIG_DFL)
         noted = note_stop_signals()
         assert noted == []
         os.kill(os.getpid(), getattr(signal, first))
