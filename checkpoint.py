@@ -61,7 +61,7 @@ class TrainState:
     progress: Progress
     totals: Tensor  # (2,) sums over the current epoch's steps: loss, gradient norm
     epoch_seconds: float = 0.0  # training time of the current epoch
-    data: dict[str, Any] | None = None  # what is trained on, as data.describe says
+    data: dict[str, Any] | None = None  # what is trained on, as data.fingerprint says
 
     @classmethod
     def initial(cls, cfg: Config, device: torch.device) -> "TrainState":
@@ -176,7 +176,7 @@ def _check_tensors(contents: dict[str, Any], network: UNet) -> None:
     if "model" in contents:
         names = {"average"}, {"step", "exp_avg", "exp_avg_sq"}
         if len(contents["optimizers"]) != len(names):
-            raise ValueError("its optimizers are not these")
+            raise ValueError("it needs two optimizers, Muon and AdamW")
         for parameters, saved, known in zip(
             split_parameters(network), contents["optimizers"], names, strict=True
         ):

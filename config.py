@@ -24,9 +24,7 @@ model = partial(setting, group="model")  # cannot change once a model has been t
 training = partial(setting, group="training")
 length = partial(setting, group="length")  # how long a run is
 sampling = partial(setting, group="sampling")  # how to draw with a model: comes with its checkpoint
-picture = partial(
-    setting, group="picture"
-)  # affects the pixels too, but is chosen for each picture
+picture = partial(setting, group="picture")  # affects pixels too, but is chosen per picture
 
 
 @dataclass(frozen=True)
