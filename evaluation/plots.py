@@ -2,9 +2,13 @@
 
 import gc
 import itertools
+import os
 from pathlib import Path
 from typing import Any
 
+os.environ["MPLBACKEND"] = "agg"  # plots go to files; a notebook's backend may be missing here
+
+# isort: split
 from matplotlib.figure import Figure  # not pyplot, which wants a display and keeps every figure
 from matplotlib.ticker import LogLocator
 
