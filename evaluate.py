@@ -30,19 +30,19 @@ from model import pick_device
 
 
 def sample(loaded: LoadedModel, cfg: Config, count: int) -> tuple[Tensor, Tensor, Result]:
-    """Draw `count` uint8 images with random labels in MNIST's proportions. Returns them, the labels
-    and what training and sampling have cost."""
+    """Draw `count` uint8 images with labels in MNIST's proportions. Returns them, the labels and
+    what training and sampling have cost."""
     labels = draw_labels(count, cfg.seed).to(loaded.device)
     diffusion = Diffusion(cfg)
     began = time.perf_counter()
     with sampling_bar(cfg, count) as on_state:
         x_0 = diffusion.draw(diffusion.guided(loaded.model, loaded.guide), labels, on_state)
-    images = to_uint8(x_0).cpu().to(loaded.device)  # the copy to the CPU waits for a GPU
+    images = to_uint8(x_0).cpu()  # which waits until a GPU is done
     seconds = time.perf_counter() - began
     cost = {"calls": diffusion.network_calls(), "seconds": seconds}
     cost["images_per_second"] = count / seconds
     trained = {"minutes": loaded.progress.seconds / 60, "steps": loaded.progress.step}
-    return images, labels, {"sampling": cost, "training": trained}
+    return images.to(loaded.device), labels, {"sampling": cost, "training": trained}
 
 
 def evaluate_model(
@@ -51,16 +51,17 @@ def evaluate_model(
     """Draw images with a model, measure them and write the result, unless it is there already."""
     file = results.result_file(loaded, cfg, args.samples)
     settings = {**cfg.select("sampling"), "seed": cfg.seed, "samples": args.samples}
+    settings["labels"] = "exact"  # older results had random ones
     identity = {"model": loaded.sha256, "evaluator": evaluator.sha256, "settings": settings}
     known = results.read_result(file, identity)
-    if known and ("cas" in known or not args.cas):
-        tqdm.write(f"read {file}, measured before; images/nearest.png is left as it is")
+    if known and all(name in known for name in ("cas", "c2st") if getattr(args, name)):
+        tqdm.write(f"read {file}, measured before; the pictures in images/ are left as they are")
         if not args.sweep:
             print(results.table(known))
         return known
     make_folders(cfg.output_dir)
     images, labels, cost = sample(loaded, cfg, args.samples)
-    result = {"source": str(loaded.path), **identity, **cost}
+    result = {"source": str(loaded.path), **identity, **cost, **learned(known)}
     return measure(evaluator, result, images, labels, file, args)
 
 
@@ -80,7 +81,14 @@ def evaluate_file(evaluator: Evaluator, args: Namespace, output_dir: str) -> Res
     result["evaluator"] = evaluator.sha256
     name = f"{args.images.stem}-{result['images_sha256'][:8]}.json"
     file = Path(output_dir, "metrics", name)
+    identity = {key: result[key] for key in ("images_sha256", "evaluator")}
+    result |= learned(results.read_result(file, identity))
     return measure(evaluator, result, images, labels, file, args)
+
+
+def learned(known: Result | None) -> Result:
+    """The parts of an earlier result for which networks were trained; they stay in a new one."""
+    return {name: known[name] for name in ("cas", "c2st") if known and name in known}
 
 
 def make_folders(output_dir: str) -> None:
@@ -97,18 +105,24 @@ def measure(
     file: Path,
     args: Namespace,
 ) -> Result:
-    """Add all metrics of the images to a result, show it, and write it and the nearest pairs."""
+    """Add all metrics of the images to a result, show it, and write it and its pictures."""
     measured, pairs = evaluator.measure(images, labels)
     result |= measured
+    pictures = {"nearest.png": image_grid(pairs, columns=4)}
     if args.cas:
         result["cas"] = evaluator.accuracy_score(images, labels)
+    if args.c2st:
+        result["c2st"], given_away = evaluator.two_sample_test(images)
+        pictures["two_sample.png"] = image_grid(given_away, columns=10)
     if not args.sweep:
         print(results.table(result))
     try:
         results.write_result(file, result)
-        picture = file.parent.parent / "images" / "nearest.png"
-        save_png(image_grid(pairs, columns=4), picture)
-        tqdm.write(f"wrote {file}\nwrote {picture}")
+        tqdm.write(f"wrote {file}")
+        for name, grid in pictures.items():
+            picture = file.parent.parent / "images" / name
+            save_png(grid, picture)
+            tqdm.write(f"wrote {picture}")
     except (OSError, ValueError) as error:  # the figures have been shown, or will be
         tqdm.write(f"not written: {first_line(error)}", file=sys.stderr)
     return result
@@ -154,10 +168,14 @@ def parse_flags() -> Namespace:
     count = {"type": int, "default": MAX_MEASURED, "metavar": "INT"}
     parser.add_argument("--samples", **count, help="images to draw (default: 10000)")
     parser.add_argument("--cas", action="store_true", help="also train a classifier on the samples")
+    parser.add_argument(
+        "--c2st", action="store_true", help="also train networks to tell samples from test images"
+    )
     cli.add_settings(parser, Config.names("machine", "sampling", "picture"))
-    parser.allows_only("--images", "--cas", "--data_dir", "--output_dir", "--device")
+    parser.allows_only("--images", "--cas", "--c2st", "--data_dir", "--output_dir", "--device")
     parser.allows_only("--train_evaluator", "--data_dir")
-    parser.excludes("--sweep", "--cas", message="--sweep does not train on samples; drop --cas")
+    for flag in ("--cas", "--c2st"):
+        parser.excludes("--sweep", flag, message=f"--sweep trains no networks; drop {flag}")
     return parser.parse_args()
 
 

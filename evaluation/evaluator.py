@@ -3,10 +3,11 @@
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from config import Config
 from data import load_split
-from evaluation import classifier, metrics
+from evaluation import classifier, metrics, two_sample
 from evaluation.results import Result
 
 MAX_MEASURED = 10_000  # as many as the test split has, which sets the floor
@@ -72,6 +73,30 @@ class Evaluator:
                 score[kind].append(classifier.accuracy(net, self.test_images, self.test_labels))
         score["gap"] = float(np.mean(score["real"]) - np.mean(score["synthetic"]))
         return score
+
+    def two_sample_test(self, images: Tensor) -> tuple[Result, Tensor]:
+        """How often networks tell the images (N, 1, 28, 28) from test images, and as the floor how
+        often they tell as many training images from test images, in each of two_sample.VIEWS and
+        for 3 seeds. Also returns, for each view, the ten images that were taken for samples with
+        the most certainty, (20, 1, 28, 28)."""
+        some = shuffled(len(self.train_images), seed=3)[: len(images)].to(self.device)
+        kinds = {"samples": images, "real": self.train_images[some]}
+        found: Result = {view: {kind: [] for kind in kinds} for view in two_sample.VIEWS}
+        given_away, seeds = [], (1, 2, 3)
+        total = len(two_sample.VIEWS) * len(kinds) * len(seeds)
+        with tqdm(total=total, desc="two-sample tests", leave=False, disable=None) as bar:
+            for view, look in two_sample.VIEWS.items():
+                test_images = look(self.test_images)
+                for kind, shown in kinds.items():
+                    tests = []
+                    for seed in seeds:
+                        tests.append(two_sample.two_sample_test(look(shown), test_images, seed))
+                        bar.update()
+                    found[view][kind] = [accuracy for accuracy, _ in tests]
+                    if kind == "samples":
+                        logit = torch.stack([logit for _, logit in tests]).amin(dim=0)
+                        given_away.append(images[logit.argsort()[:10]])
+        return found, torch.cat(given_away)
 
 
 def shuffled(count: int, seed: int) -> Tensor:

@@ -60,6 +60,9 @@ def table(result: Result) -> str:
     if "cas" in result:
         accuracy = [f"{np.mean(result['cas'][kind]):.2%}" for kind in ("synthetic", "real")]
         rows.append(("CAS: accuracy on real tests", *accuracy))
+    for view, found in result.get("c2st", {}).items():
+        shown = [f"{np.mean(a):.2%} ± {np.std(a, ddof=1):.2%}" for a in found.values()]
+        rows.append((f"C2ST, {view} pixels", shown[0], f"{shown[1]} (training images)"))
     if "sampling" in result:
         cost = result["sampling"]
         calls = f"{cost['calls']} network calls an image, {cost['seconds']:.1f} s"

@@ -165,11 +165,23 @@ def test_nan_never_passes_for_black():
     assert to_uint8(torch.tensor([float("-inf"), float("inf")])).tolist() == [0, 255]
 
 
-def test_random_labels_are_as_frequent_as_in_mnist_and_depend_on_the_seed():
-    labels = draw_labels(60_000, seed=0)
+@pytest.mark.parametrize("count", [1, 10, 999, 10_000, 60_000])
+def test_labels_have_exactly_mnists_proportions(count):
+    labels = draw_labels(count, seed=0)
     assert labels.dtype == torch.int64
-    expected = torch.tensor(LABEL_COUNTS)
-    off = (labels.bincount() - expected).abs() / expected.sqrt()
-    assert off.max() < 4  # standard deviations
+    assert len(labels) == count
+    expected = torch.tensor(LABEL_COUNTS) * count / 60_000
+    assert (labels.bincount(minlength=10) - expected).abs().max() < 1
+
+
+def test_a_single_label_can_be_any_digit_as_often_as_in_mnist():
+    drawn = torch.cat([draw_labels(1, seed) for seed in range(2000)]).bincount(minlength=10)
+    expected = torch.tensor(LABEL_COUNTS) * 2000 / 60_000
+    assert ((drawn - expected).abs() / expected.sqrt()).max() < 4  # standard deviations
+
+
+def test_the_order_of_the_labels_depends_on_the_seed():
+    labels = draw_labels(60_000, seed=0)
+    assert labels[:100].unique().numel() == 10
     assert torch.equal(draw_labels(60_000, seed=0), labels)
     assert not torch.equal(draw_labels(60_000, seed=1), labels)

@@ -14,7 +14,7 @@ import evaluate
 from config import Config
 from diffusion import Diffusion
 from evaluate import parse_sweep
-from evaluation import classifier, metrics
+from evaluation import classifier, metrics, two_sample
 from files import sha256
 
 CPU = torch.device("cpu")
@@ -94,6 +94,31 @@ def test_cas_trains_on_the_samples_of_a_file_if_it_has_labels(
     assert_one_line(run("evaluate.py", images=without, **flags), "without.npz", "arr_1")
 
 
+def test_c2st_says_how_well_a_network_tells_samples_and_training_images_from_test_images(
+    ready, real, run, tmp_path, monkeypatch
+):
+    def soft_edges(images, answers, seed):  # takes images with grey pixels for real
+        return lambda x: ((x > 0) & (x < 128)).flatten(1).float().mean(dim=1) - 0.01
+
+    monkeypatch.setattr(two_sample, "fit", soft_edges)
+    file = save(tmp_path / "thin.npz", np.where(real[0] > 127, real[0], 0))
+    flags = {"data_dir": MNIST, "output_dir": tmp_path, "device": "cpu", "c2st": True}
+    result = run("evaluate.py", images=file, **flags)
+    assert result.code == 0, result
+    (written,) = tmp_path.glob("metrics/thin-*.json")
+    found = json.loads(written.read_text())["c2st"]
+    for view in ("coarse", "exact"):
+        assert f"C2ST, {view} pixels" in result.out
+        assert len(found[view]["samples"]) == len(found[view]["real"]) == 3
+    assert np.mean(found["exact"]["samples"]) > 0.98
+    assert np.mean(found["exact"]["real"]) == pytest.approx(0.5, abs=0.02)
+    shown = f"{np.mean(found['exact']['samples']):.2%}"
+    assert shown in next(line for line in result.out.splitlines() if "C2ST, exact" in line)
+    assert "(training images)" in result.out
+    assert f"wrote {tmp_path / 'images' / 'two_sample.png'}" in result.out
+    assert Image.open(tmp_path / "images" / "two_sample.png").size == (10 * 30 + 2, 2 * 30 + 2)
+
+
 @pytest.mark.parametrize(
     ("fault", "words"),
     [
@@ -163,6 +188,7 @@ def test_a_bad_file_is_one_line(ready, run, tmp_path, fault, words):
         ({"images": "a.npz", "samples": 200}, ("--images allows only --cas",)),
         ({"images": "a.npz", "sweep": "steps=4"}, ("--sweep", "--images")),
         ({"sweep": "steps=4", "cas": True}, ("--sweep", "drop --cas")),
+        ({"sweep": "steps=4", "c2st": True}, ("--sweep", "drop --c2st")),
         ({"images": "a.npz", "train_evaluator": True}, ("--train_evaluator", "--images")),
     ],
 )
@@ -254,7 +280,11 @@ def test_a_model_is_measured_once_with_its_own_settings_unless_flags_say_otherwi
     assert first.code == 0, first
     (written,) = tmp_path.glob("metrics/mine-*.json")
     found = json.loads(written.read_text())
-    assert found["settings"] == cfg.select("sampling") | {"seed": 0, "samples": 128}
+    assert found["settings"] == cfg.select("sampling") | {
+        "seed": 0,
+        "samples": 128,
+        "labels": "exact",
+    }
     assert found["model"] == sha256(path)
     assert found["sampling"]["calls"] == 1
     again = run("evaluate.py", model=path, samples=128, **where)
