@@ -12,7 +12,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -42,7 +42,7 @@ class Training:
         self.images, self.labels = load_split(cfg, train=True, device=device)
         if cfg.batch_size > len(self.images):
             raise ValueError(f"batch_size = {cfg.batch_size}: choose at most {len(self.images)}")
-        self.diffusion, self.state = Diffusion(cfg), TrainState.initial(cfg, device)
+        self.loss, self.state = Diffusion(cfg).loss, TrainState.initial(cfg, device)
         self.state.model.register_forward_pre_hook(self.mark)
         self.state.model.register_forward_hook(self.mark)
         self.state.optimizers[0].register_step_pre_hook(self.mark)
@@ -57,7 +57,7 @@ class Training:
             self.state.start_next_epoch()
         self.marks = [clock(self.device)]
         x_0, y = train.batch(self.cfg, self.images, self.labels, self.state.progress)
-        train.training_step(self.cfg, self.diffusion, self.state, x_0, y, fraction=0.5)
+        train.training_step(self.cfg, self.loss, self.state, x_0, y, fraction=0.5)
         self.mark()
         return [end - start for start, end in itertools.pairwise(self.marks)]
 
@@ -188,7 +188,8 @@ def main() -> int:
     parser.add_argument(
         "--json", type=expanded_path, metavar="FILE", help="also write the figures to this file"
     )
-    add_settings(parser, [f.name for f in fields(Config)])
+    groups = ("machine", "model", "training", "sampling", "picture")
+    add_settings(parser, Config.names(*groups))
     args = parser.parse_args()
     cfg = replace(Config(), **given_settings(args))
     if args.json:

@@ -21,7 +21,7 @@ from model import UNet, check_size
 from optimizer import make_optimizers, split_parameters
 
 FORMAT = 4  # format 3 is still read: config.ALIASES fills in the settings that it lacks
-PRETRAINED = "pretrained.pth"  # the model in git
+STUDENT, PRETRAINED = SHIPPED = ("student.pth", "pretrained.pth")  # the models in git
 
 
 @dataclass
@@ -147,6 +147,7 @@ def _load(
         if contents["format"] not in (3, FORMAT):
             raise ValueError(f"format {contents['format']}, but this program reads 3 and {FORMAT}")
         Progress(**contents["progress"])
+        dict(contents.get("data") or {})
         cfg = Config.from_dict(contents["config"])
         if not only_look:
             check_size(cfg)
@@ -237,11 +238,12 @@ def load_model(path: str | Path, device: torch.device) -> LoadedModel:
 
 def list_checkpoints(folder: str | Path, pattern: str = "*.pth") -> list[tuple[Path, Progress]]:
     """The readable checkpoints in a folder, newest last, by completed steps and then by time.
-    The pretrained model comes first, so that any other counts as newer."""
+    The models in git come first, so that any other counts as newer."""
     found = []
     for path in sorted(Path(folder).glob(pattern)):
         with suppress(ValueError, OSError):  # some other file, or a damaged one, or just deleted
             progress = Progress(**load(path, only_look=True)["progress"])
-            key = (path.name != PRETRAINED, progress.step, path.stat().st_mtime)
+            rank = SHIPPED.index(path.name) if path.name in SHIPPED else len(SHIPPED)
+            key = (rank, progress.step, path.stat().st_mtime)
             found.append((key, path, progress))
     return [(path, progress) for _, path, progress in sorted(found, key=lambda item: item[0])]

@@ -21,6 +21,7 @@ def setting(default: Any, help: str, **metadata: Any) -> Any:
 
 machine = partial(setting, group="machine")  # belongs to this computer: never from a checkpoint
 model = partial(setting, group="model")  # cannot change once a model has been trained with it
+student = partial(setting, group="student")  # cannot change either
 training = partial(setting, group="training")
 length = partial(setting, group="length")  # how long a run is
 sampling = partial(setting, group="sampling")  # how to draw with a model: comes with its checkpoint
@@ -84,6 +85,8 @@ class Config:
         0.3, "fraction of random labels while the guide is made", ge=0, le=1
     )
     precision: str = training("auto", "auto: bf16 if native", choices=("auto", "float32", "bf16"))
+    teacher: str = student("", "train a student of this model: path, name, number or newest")
+    student_steps: int = student(4, "network calls of a student per image", ge=1, le=8)
     save_every: int = training(5, "epochs between checkpoints", ge=1)
     preview_digits: str = training("0123456789", "digits in each checkpoint's sample grid")
     preview_columns: int = training(10, "samples of each digit in that grid", ge=1, le=100)
@@ -128,6 +131,11 @@ class Config:
         """The label that means "no label"."""
         return self.num_classes
 
+    @property
+    def is_student(self) -> bool:
+        """Whether the model learned from a teacher (train.py --teacher)."""
+        return bool(self.teacher)
+
     @staticmethod
     def names(*groups: str) -> tuple[str, ...]:
         """The names of all settings in these groups, in order."""
@@ -153,7 +161,7 @@ class Config:
 # Where an old checkpoint lacks a setting, the one whose value it takes: {lacking: read instead}
 ALIASES = {"guide_fraction": "guide_share", "clip_loss": "clip_x_0"}
 
-# What generate.py --fast changes: 6 network calls an image instead of 19 (EXPERIMENTS.md)
+# How generate.py --fast draws with a model that is not a student: 6 network calls, not 19
 FAST = {"steps": 5, "eta": 0.3, "guidance": 4.2, "guidance_low": 0.5, "guidance_high": 0.7}
 
 

@@ -125,10 +125,15 @@ class Diffusion:
         y = torch.where(dropped, cfg.null_class, y)
         eps = torch.randn(x_0.shape, generator=generator, device=device)
 
-        x_t = self.add_noise(x_0, t, eps)
+        return self.prediction_loss(model, self.add_noise(x_0, t, eps), t, y, x_0, eps)
+
+    def prediction_loss(
+        self, model: Model, x_t: Tensor, t: Tensor, y: Tensor, x_0: Tensor, eps: Tensor
+    ) -> Tensor:
+        """The loss where x_0 and eps are the right answer for x_t (B, C, H, W); t int64 (B,)."""
         prediction = model(x_t, t, y).float()
         error = (prediction - self.target(x_0, t, eps)).square()  # (B, C, H, W)
-        if cfg.clip_loss:
+        if self.cfg.clip_loss:
             x_0_hat = self.x_0_from(prediction, x_t, t)
             error = error.masked_fill(x_0_hat.clamp(-1, 1) == x_0, 0)
         return (self._at(t, x_0)[2] * error).mean()
@@ -180,19 +185,30 @@ class Diffusion:
         steps = self.cfg.steps
         return [(self.T * i + steps // 2) // steps for i in range(steps, -1, -1)]
 
-    @torch.no_grad()
     def sample(self, denoiser: Denoiser, y: Tensor, noise: "ImageNoise") -> Iterator[Tensor]:
-        """Yield the states x_t (B, C, H, W), from pure noise to the images of the labels y.
+        """Yield the states x_t (B, C, H, W), from pure noise to the images of the labels y."""
+        return self.trajectory(denoiser, noise.draw(), y, self.sampling_times(), noise)
+
+    @torch.no_grad()
+    def trajectory(
+        self,
+        denoiser: Denoiser,
+        x: Tensor,
+        y: Tensor,
+        times: list[int],
+        noise: "ImageNoise | None" = None,
+    ) -> Iterator[Tensor]:
+        """Yield the states at falling `times`, of which x (B, C, H, W) is the first; `noise` is for
+        an eta above 0.
 
         The samplers are "ddpm" (Ho et al. 2020, eq. 6 and 7) and, with a fraction `eta` of its
         noise, "ddim" (Song et al. 2021, eq. 12) and "dpmpp" (DPM-Solver++ 2M, Lu et al. 2022,
         algorithm 2).
         """
         multistep = self.cfg.sampler == "dpmpp"
-        x = noise.draw()
         yield x
         before, t_before = None, 0
-        for t, s in itertools.pairwise(self.sampling_times()):
+        for t, s in itertools.pairwise(times):
             x_0_hat = estimate = denoiser(x, t, y)
             if multistep and before is not None and s > 0:  # log_snr is infinite at s = 0
                 coefficient = self.multistep_coefficient(t_before, t, s)
@@ -201,7 +217,9 @@ class Diffusion:
             yield x
             before, t_before = x_0_hat, t
 
-    def step(self, x: Tensor, x_0_hat: Tensor, t: int, s: int, noise: "ImageNoise") -> Tensor:
+    def step(
+        self, x: Tensor, x_0_hat: Tensor, t: int, s: int, noise: "ImageNoise | None" = None
+    ) -> Tensor:
         """x_s from x_t and x_0_hat. Song et al. 2021, eq. 12 and 16; with eta = 1 it is the
         posterior q(x_s | x_t, x_0) of Ho et al. 2020, eq. 6 and 7. At s = 0 no noise is added."""
         a_t, a_s = float(self.alpha_bar[t]), float(self.alpha_bar[s])
@@ -209,6 +227,17 @@ class Diffusion:
         kept = math.sqrt(max(1 - a_s - variance, 0) / (1 - a_t))
         x_s = kept * x + (math.sqrt(a_s) - kept * math.sqrt(a_t)) * x_0_hat
         return x_s + math.sqrt(variance) * noise.draw() if variance > 0 else x_s
+
+    def x_0_between(self, x_t: Tensor, x_s: Tensor, t: int, s: int) -> Tensor:
+        """The x_0_hat with which `step` goes from x_t to x_s if it adds no noise."""
+        a_t, a_s = float(self.alpha_bar[t]), float(self.alpha_bar[s])
+        kept = math.sqrt((1 - a_s) / (1 - a_t))
+        return (x_s - kept * x_t) / (math.sqrt(a_s) - kept * math.sqrt(a_t))
+
+    def noise_in(self, x_t: Tensor, x_0: Tensor, t: Tensor) -> Tensor:
+        """The eps with which `add_noise` turns x_0 into x_t; t int64 (B,)."""
+        signal, noise, _ = self._at(t, x_t)
+        return (x_t - signal * x_0) / noise
 
     def multistep_coefficient(self, t_before: int, t: int, s: int) -> float:
         """How far dpmpp extrapolates the last change of x_0_hat: half the ratio of the steps'

@@ -6,6 +6,7 @@ import interface  # noqa: F401  (first, so that errors are one line while import
 import copy
 import functools
 import time
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -13,10 +14,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import checkpoint
-from checkpoint import Progress, TrainState
+from checkpoint import Progress, TrainState, load_model
 from config import Config, parse_digits
 from data import fingerprint, load_split, to_model_range, to_uint8
-from diffusion import Diffusion, seeded_generator
+from diffusion import Diffusion, Model, seeded_generator
+from distill import Distillation
 from interface import folder, runs
 from interface.cli import Parser, add_settings, expanded_path, given_settings, run_script
 from interface.picture import image_grid, save_png
@@ -27,6 +29,8 @@ from model import pick_device, pick_precision
 # Every random number of training is a function of (seed, stream, epoch or step): a resumed run
 # draws what an uninterrupted one would have drawn, and previews cannot disturb training.
 ORDER_STREAM, NOISE_STREAM = 1, 2
+
+Loss = Callable[[Model, Tensor, Tensor, torch.Generator], Tensor]  # (model, x_0, y, generator)
 
 
 def train(plan: Plan, began: float) -> int:
@@ -39,7 +43,16 @@ def train(plan: Plan, began: float) -> int:
     if plan.start:
         checkpoint.restore(plan.start, state)
         state.progress = plan.progress
-    runs.check_data(plan, state, fingerprint(images, labels))
+    loss, data = diffusion.loss, fingerprint(images, labels)
+    if cfg.is_student:
+        expected = state.data.get("teacher", "none") if state.data else None
+        teacher = load_model(runs.find_teacher(cfg, expected), device)
+        print(f"a student of {teacher.path}")
+        loss, data["teacher"] = Distillation(cfg, teacher).loss, teacher.sha256
+        if not plan.start:
+            for network in (state.model, state.ema):
+                network.load_state_dict(teacher.model.state_dict())
+    runs.check_data(plan, state, data)
     run = Run(plan, state, len(images), began)
     if run.done and folder.is_complete(cfg.output_dir):
         print("nothing left to do: starting up took the rest of the budget")
@@ -52,7 +65,7 @@ def train(plan: Plan, began: float) -> int:
     while not run.done and not run.stopped_by:
         step_began = time.perf_counter()
         x_0, y = batch(cfg, images, labels, state.progress)
-        training_step(cfg, diffusion, state, x_0, y, run.fraction)
+        training_step(cfg, loss, state, x_0, y, run.fraction)
         state.epoch_seconds += time.perf_counter() - step_began
         run.update_clock()
         keep_guide(cfg, state, run.fraction)
@@ -74,7 +87,7 @@ def train(plan: Plan, began: float) -> int:
         return 128 + run.stopped_by[0]
     draw_missing_previews(run, diffusion)
     run.retry_figures()
-    if state.guide is None:
+    if state.guide is None and not cfg.is_student:
         how = "1.5 (classifier-free guidance)" if cfg.label_dropout > 0 else "1 (no guidance)"
         print(f"this model has no guide: draw with --guidance {how}")
     return 0
@@ -95,19 +108,19 @@ def epoch_order(seed: int, epoch: int, count: int, device: torch.device) -> Tens
 
 
 def training_step(
-    cfg: Config, diffusion: Diffusion, state: TrainState, x_0: Tensor, y: Tensor, fraction: float
+    cfg: Config, loss: Loss, state: TrainState, x_0: Tensor, y: Tensor, fraction: float
 ) -> None:
-    """Take one optimizer step on x_0 (B, C, H, W) in [-1, 1] and labels y int64 (B,), when
-    `fraction` of the run is done. Updates all of `state` but its times and its guide."""
+    """Take one optimizer step on the loss of x_0 (B, C, H, W) in [-1, 1] and labels y int64 (B,),
+    when `fraction` of the run is done. Updates all of `state` but its times and its guide."""
     device, progress = x_0.device, state.progress
     generator = seeded_generator(cfg.seed, NOISE_STREAM, progress.step, device=device)
     if state.guide is None and cfg.guide_fraction > 0:  # also while a long warm-up delays the guide
         y = randomize_labels(y, cfg, generator)
     dtype = pick_precision(cfg.precision, device)
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        loss = diffusion.loss(state.model, x_0, y, generator)
+        value = loss(state.model, x_0, y, generator)
     state.model.zero_grad()
-    loss.backward()
+    value.backward()
     parameters = list(state.model.parameters())
     grad_norm = nn.utils.clip_grad_norm_(parameters, cfg.grad_clip)
     making_guide = state.guide is None and fraction < cfg.guide_fraction
@@ -120,7 +133,7 @@ def training_step(
     ema_decay = (1 - 1 / progress.step) ** (ema_gamma(cfg.ema_sigma_rel) + 1)
     with torch.no_grad():
         torch._foreach_lerp_(list(state.ema.parameters()), parameters, 1 - ema_decay)
-    state.totals += torch.stack([loss.detach(), grad_norm])
+    state.totals += torch.stack([value.detach(), grad_norm])
 
 
 def learning_rate(cfg: Config, step: int, fraction: float, making_guide: bool = False) -> float:
@@ -193,8 +206,10 @@ def main() -> int:
     options = {"type": int, "metavar": "K", "default": 0, "help": "train it for K more epochs"}
     length.add_argument("--continue_training_epochs", **options)
     add_settings(length, Config.names("length"))
-    add_settings(parser, Config.names("machine", "model", "training", "sampling", "picture"))
+    groups = ("machine", "model", "student", "training", "sampling", "picture")
+    add_settings(parser, Config.names(*groups))
     parser.needs("--continue_training_epochs", "--load_checkpoint_path")
+    parser.needs("--student_steps", "--teacher")
     counts_all = "--epochs counts from scratch; give --continue_training_epochs instead"
     parser.excludes("--load_checkpoint_path", "--epochs", message=counts_all)
     args = parser.parse_args()

@@ -114,7 +114,8 @@ def settings_for_training(
     for f in fields(Config):
         name, group = f.name, f.metadata["group"]
         old, new, default = (getattr(each, name) for each in (trained, cfg, defaults))
-        if new != old and group == "model":
+        fixed = ("model", "student", *(["sampling"] if trained.is_student else []))
+        if new != old and group in fixed:
             reason = f"the checkpoint was trained with {old!r}; drop the flag, or train a new model"
             raise ValueError(f"{name} = {new!r}: {reason}")
         if new != old and mid_epoch and f.metadata.get("fixed_in_epoch"):
@@ -122,14 +123,21 @@ def settings_for_training(
             raise ValueError(f"{name} = {new!r}: {reason}; finish it without the flag")
         if group != "machine" and new != old:
             notes.append(f"{name} = {new} (the checkpoint had {old})")
-        elif group not in ("machine", "length") and name not in given and new != default:
+        elif (
+            group not in ("machine", "length", *fixed[1:]) and name not in given and new != default
+        ):
             notes.append(f"{name} = {new}, as in the checkpoint (config.py says {default})")
     return cfg, notes
 
 
 def settings_for_drawing(trained: Config, given: dict[str, Any]) -> Config:
     """The settings with which to draw: flags win over the model's own (`trained`), and config.py
-    only supplies the machine settings and those of a picture, such as the seed."""
+    only supplies the machine settings and those of a picture, such as the seed. Raises ValueError
+    for flags that would have a student draw as it has not learned to."""
+    for name in Config.names("sampling") if trained.is_student else ():
+        own = getattr(trained, name)
+        if given.get(name, own) != own:
+            raise ValueError(f"{name} = {given[name]!r}: a student learned {own!r}; drop the flag")
     return replace(trained, **{**Config().select("machine", "picture"), **given})
 
 

@@ -184,21 +184,29 @@ def requests_from_answers(cfg: Config, seed: int | None) -> Iterator[Request]:
     while True:
         digits = ask("Digits to draw, such as 7, 2026 or all", None, digits_or_all)
         count = ask("How many", count or usual_count(digits), whole_number(MAX_IMAGES // 20))
-        guidance = ask("Guidance", cfg.guidance, guidance_value)
+        guidance = cfg.guidance if cfg.is_student else ask("Guidance", cfg.guidance, guidance_value)
         picture_seed = secrets.randbelow(2**31) if seed is None else seed
         cfg = replace(cfg, guidance=guidance, seed=picture_seed)
         yield Request(digits, count, cfg, free_name(cfg, digits), "renumber")
 
 
+def model_with_hash(expected: str, output_dir: Path) -> Path | None:
+    """The model with a SHA-256, among those of a run folder and of its earlier runs."""
+    for path in (*output_dir.glob("models/*.pth"), *output_dir.glob("earlier/*/*.pth")):
+        with suppress(OSError):  # one that cannot be read
+            if sha256(path) == expected:
+                return path
+    return None
+
+
 def model_of_picture(recorded: dict[str, Any], picture: Path, output_dir: Path) -> Path:
     """The model that drew a picture, among the models and those of earlier runs. Raises ValueError
     if it is not there."""
-    for path in (*output_dir.glob("models/*.pth"), *output_dir.glob("earlier/*/*.pth")):
-        with suppress(OSError):  # one that cannot be read
-            if sha256(path) == recorded["model"]:
-                return path
-    missing = f"its model, SHA-256 {shortened(recorded['model'])}, is not in {output_dir}"
-    raise ValueError(f"{picture}: {missing}; try --output_dir")
+    path = model_with_hash(recorded["model"], output_dir)
+    if path is None:
+        missing = f"its model, SHA-256 {shortened(recorded['model'])}, is not in {output_dir}"
+        raise ValueError(f"{picture}: {missing}; try --output_dir")
+    return path
 
 
 def request_from_picture(
@@ -206,6 +214,9 @@ def request_from_picture(
 ) -> Request:
     """The request that a PNG's text chunks record, with this computer's settings as `given`.
     Raises ValueError if they are not the chunks that generate.write writes."""
+    if provenance.get("digits") == "mnist" and provenance.get("labels") != "exact":
+        reason = "an older version drew its labels at random, which this one does not"
+        raise ValueError(f"{picture}: {reason}; draw a new one")
     try:
         known = {name: provenance[name] for name in Config.names("sampling", "picture")}
         cfg = settings_for_drawing(trained, given | known)

@@ -4,7 +4,7 @@ import math
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,11 @@ from tqdm import tqdm
 import checkpoint
 from checkpoint import Progress, TrainState
 from config import Config, parse_duration
-from files import first_line
+from distill import student_settings
+from files import first_line, sha256
 from interface import folder
 from interface.cli import quote, settings_for_training
+from interface.requests import find_model, model_with_hash
 
 
 @dataclass
@@ -39,7 +41,7 @@ def make_plan(
     Raises ValueError if a checkpoint cannot be read, or for flags that do not fit it."""
     if resume:
         load = folder.newest_of_run(Path(given.get("output_dir", Config().output_dir), "models"))
-    saved = checkpoint.load(load) if load else {"config": {}, "progress": {}}
+    saved = checkpoint.load(load) if load else {"config": Config().to_dict(), "progress": {}}
     trained = cfg = Config.from_dict(saved["config"])
     progress = Progress(**saved["progress"])
     plan = Plan(trained, "train", load, progress, "model" in saved)
@@ -55,7 +57,9 @@ def make_plan(
         here = {n: given[n] for n in Config.names("machine") if n in given}
         plan.action, plan.cfg = "describe", replace(trained, **here)
 
-    if not load:
+    if not load and given.get("teacher"):
+        plan.cfg = student_of(given)
+    elif not load:
         plan.cfg = replace(cfg, **given)
     elif plan.action == "train":
         plan.cfg, plan.notes = settings_for_training(cfg, given, progress.images > 0)
@@ -64,6 +68,44 @@ def make_plan(
         if done and folder.is_complete(plan.cfg.output_dir):
             plan.action = "finished"
     return plan
+
+
+def student_of(given: dict[str, Any]) -> Config:
+    """The settings of a student of the model `given["teacher"]`. Raises ValueError if there is no
+    such model, or for a setting of the network that differs from the teacher's."""
+    file = named_teacher(given["teacher"], given.get("output_dir", Config().output_dir))
+    teacher = Config.from_dict(checkpoint.load(file)["config"])
+    cfg = student_settings(teacher, given.get("student_steps", Config().student_steps))
+    for name in Config.names("model", "sampling"):
+        if name in given and given[name] != getattr(cfg, name):
+            fixed = f"a student of this teacher has {getattr(cfg, name)!r}"
+            raise ValueError(f"{name} = {given[name]!r}: {fixed}; drop the flag")
+    return replace(cfg, **given)
+
+
+def named_teacher(text: str, output_dir: str | Path) -> Path:
+    """The model that `--teacher` means: in the folder of the student's run, or else in the usual
+    one, where pretrained.pth is. Raises ValueError if there is none."""
+    for out in (output_dir, Config().output_dir):
+        with suppress(ValueError):
+            return find_model(text, Path(out, "models"))
+    remedy = "give the path of a checkpoint, or train one first"
+    raise ValueError(f"teacher = {text!r}: no such model; {remedy}")
+
+
+def find_teacher(cfg: Config, expected: str | None) -> Path:
+    """The file of a student's teacher. A run that continues needs the file with the `expected`
+    SHA-256, which may lie among the earlier runs by now. Raises ValueError if it is not there."""
+    out = Path(cfg.output_dir)
+    with suppress(ValueError):
+        path = named_teacher(cfg.teacher, out)
+        if expected in (None, sha256(path)):
+            return path
+    path = model_with_hash(expected, out)
+    if path is None:
+        lost = f"the file that this student learned from is neither there nor in {out}"
+        raise ValueError(f"teacher = {cfg.teacher!r}: {lost}; put it back")
+    return path
 
 
 def fraction_done(cfg: Config, progress: Progress, images_per_epoch: float) -> float:

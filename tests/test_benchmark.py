@@ -59,7 +59,7 @@ def test_a_measured_step_does_to_a_model_what_a_step_of_train_does():
     for _ in range(2):
         measured.step()
         x_0, y = train.batch(CFG, images, labels, state.progress)
-        train.training_step(CFG, process, state, x_0, y, fraction=0.5)
+        train.training_step(CFG, process.loss, state, x_0, y, fraction=0.5)
     assert_same(dict(measured.state.model.state_dict()), dict(state.model.state_dict()))
     assert_same(dict(measured.state.ema.state_dict()), dict(state.ema.state_dict()))
     assert measured.state.progress == state.progress

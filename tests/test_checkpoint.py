@@ -297,7 +297,7 @@ def test_another_format_is_named(tmp_path, number):
 def test_checkpoints_are_listed_by_completed_work_then_by_time_never_by_name(tmp_path):
     assert checkpoint.list_checkpoints(tmp_path) == []
     assert checkpoint.list_checkpoints(tmp_path / "missing") == []
-    steps = {"pretrained": 900, "model_epoch_30": 300, "model_epoch_5": 50}
+    steps = {"pretrained": 900, "student": 990, "model_epoch_30": 300, "model_epoch_5": 50}
     steps |= {"a_first": 70, "z_second": 70}  # written in this order
     for name, step in steps.items():
         state = trained_state(progress=Progress(epoch=step // 10, step=step))
@@ -305,9 +305,9 @@ def test_checkpoints_are_listed_by_completed_work_then_by_time_never_by_name(tmp
     os.utime(tmp_path / "z_second.pth", (1, 1))  # older than its equal
     (tmp_path / "notes.pth").write_text("not a checkpoint")
     found = checkpoint.list_checkpoints(tmp_path)
-    names = ["pretrained", "model_epoch_5", "z_second", "a_first", "model_epoch_30"]
+    names = ["student", "pretrained", "model_epoch_5", "z_second", "a_first", "model_epoch_30"]
     assert [path.stem for path, _ in found] == names
-    assert [progress.step for _, progress in found] == [900, 50, 70, 70, 300]
+    assert [progress.step for _, progress in found] == [990, 900, 50, 70, 70, 300]
     own = checkpoint.list_checkpoints(tmp_path, "model_epoch_*.pth")
     assert [path.stem for path, _ in own] == ["model_epoch_5", "model_epoch_30"]
 

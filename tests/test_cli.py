@@ -155,11 +155,17 @@ def test_where_files_are_and_how_long_a_run_is_need_no_note():
     assert notes == ["epochs = 9 (the checkpoint had 7)"]
 
 
-@pytest.mark.parametrize("name", Config.names("model"))
+@pytest.mark.parametrize("name", Config.names("model", "student"))
 def test_no_setting_of_the_model_can_change_once_it_is_trained(name):
     trained = Config(widths=(16, 24), num_classes=10)
     others = {"widths": (8,), "schedule": "linear", "prediction": "v", "attention": True}
-    others |= {"img_size": 56, "patch_size": 1, "embedding_size": 64, "num_classes": 9}
+    others |= {
+        "teacher": "other",
+        "img_size": 56,
+        "patch_size": 1,
+        "embedding_size": 64,
+        "num_classes": 9,
+    }
     own = getattr(trained, name)
     cfg, _ = settings_for_training(trained, {name: own})  # naming its value does no harm
     assert getattr(cfg, name) == own

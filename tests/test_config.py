@@ -8,7 +8,7 @@ from conftest import REPO, start_script
 
 from config import ALIASES, FAST, Config, parse_digits, parse_duration
 
-GROUPS = ("machine", "model", "training", "length", "sampling", "picture")
+GROUPS = ("machine", "model", "student", "training", "length", "sampling", "picture")
 SOURCE = (REPO / "config.py").read_text(encoding="utf-8")
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import MNIST, TINY, assert_one_line, assert_same, start_script, unix
+from conftest import MNIST, TINY, TINY_MODEL, assert_one_line, assert_same, start_script, unix
 from PIL import Image
 
 import checkpoint
@@ -25,6 +25,7 @@ from config import Config
 from data import load_split, to_model_range
 from diffusion import Diffusion, seeded_generator
 from interface.folder import newest_of_run
+from interface.runs import find_teacher, make_plan
 
 if os.name != "nt":
     import pty
@@ -413,7 +414,7 @@ def test_one_batch_is_overfitted():
     for _ in range(80):
         # Each image several times, so that a step sees it at several timesteps
         state.totals.zero_()
-        train.training_step(cfg, diffusion, state, x_0.repeat(4, 1, 1, 1), y.repeat(4), 0.0)
+        train.training_step(cfg, diffusion.loss, state, x_0.repeat(4, 1, 1, 1), y.repeat(4), 0.0)
         losses.append(float(state.totals[0]))
     assert losses[-1] < 0.02 * losses[0]
     drawn = diffusion.draw(diffusion.guided(state.model.eval()), y)
@@ -426,7 +427,7 @@ def test_a_step_counts_itself_its_images_its_loss_and_its_gradient():
     state = TrainState.initial(cfg, torch.device("cpu"))
     before = {name: weight.clone() for name, weight in state.model.state_dict().items()}
     x_0 = torch.rand(4, 1, 28, 28)
-    train.training_step(cfg, Diffusion(cfg), state, x_0, torch.arange(4), 0.0)
+    train.training_step(cfg, Diffusion(cfg).loss, state, x_0, torch.arange(4), 0.0)
     assert (state.progress.step, state.progress.images, state.progress.epoch) == (1, 4, 0)
     assert (state.totals > 0).all()
     rates = [group["lr"] for optimizer in state.optimizers for group in optimizer.param_groups]
@@ -616,3 +617,92 @@ def test_other_data_is_noticed_and_refused_inside_an_epoch(whole, tmp_path, run)
     contents["progress"]["images"] = 288
     torch.save(contents, tmp_path / "models" / "model_epoch_4_step_40.pth")
     assert_one_line(run("train.py", **fewer, resume=True), "more than 256 images")
+
+
+# ---- students
+
+
+STUDENT = {name: value for name, value in TINY.items() if name not in (*TINY_MODEL, "steps")}
+
+
+def test_a_student_learns_draws_in_few_calls_and_resumes_to_the_same_bits(whole, tmp_path, run):
+    teacher, out = whole / "models" / "model_epoch_4.pth", tmp_path / "student"
+    flags = STUDENT | {"teacher": teacher, "student_steps": 2, "epochs": 2, "save_every": 1}
+    result = run("train.py", **flags, output_dir=out)
+    assert result.code == 0, result
+    cfg = Config.from_dict(checkpoint.load(out / "models" / "model_epoch_2.pth")["config"])
+    assert (cfg.sampler, cfg.steps, cfg.guidance, cfg.eta) == ("ddim", 2, 1.0, 0.0)
+    assert cfg.widths == (8, 8)
+    shutil.copytree(out, tmp_path / "again")
+    (tmp_path / "again" / "models" / "model_epoch_2.pth").unlink()
+    result = run("train.py", **flags, output_dir=tmp_path / "again", resume=True)
+    assert result.code == 0, result
+    ends = [each / "models" / "model_epoch_2.pth" for each in (out, tmp_path / "again")]
+    assert_same(*map(state, ends))
+    shipped = out / "models" / "student.pth"
+    shutil.move(ends[0], shipped)
+    ends[1].unlink()
+    (out / "models" / "model_epoch_1.pth").unlink()
+    shutil.copy(teacher, out / "models" / "pretrained.pth")
+    drawn = run("generate.py", digits=7, count=1, fast=True, output_dir=out)
+    assert f"{shipped}: ddim, eta 0, 2 steps, guidance 1" in drawn.err
+    shutil.copy(teacher, out / "models" / "mine.pth")
+    drawn = run("generate.py", digits=7, count=1, fast=True, output_dir=out)
+    assert "mine.pth: dpmpp, eta 0.3, 5 steps, guidance 4.2" in drawn.err
+
+
+def test_a_student_begins_as_its_teacher(whole, tmp_path, run):
+    teacher = whole / "models" / "model_epoch_4.pth"
+    flags = STUDENT | {"teacher": teacher, "epochs": 1, "lr": 1e-12, "weight_decay": 0}
+    assert run("train.py", **flags, output_dir=tmp_path).code == 0
+    ends = (teacher, tmp_path / "models" / "model_epoch_1.pth")
+    ours, theirs = (checkpoint.load(end)["ema"] for end in ends)
+    for name, weight in ours.items():
+        assert torch.allclose(weight, theirs[name], atol=1e-6), name
+
+
+def test_a_teacher_that_its_students_run_moves_aside_is_found_again(whole, tmp_path, run):
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    flags = STUDENT | {"teacher": "newest", "output_dir": tmp_path}
+    assert run("train.py", **flags, epochs=1).code == 0
+    assert [path.name for path in tmp_path.glob("models/*")] == ["model_epoch_1.pth"]
+    assert run("train.py", **flags, epochs=2, resume=True).code == 0
+    shutil.rmtree(tmp_path / "earlier")
+    result = run("train.py", **flags, epochs=3, resume=True)
+    assert_one_line(result, "teacher = 'newest'", "learned from", "put it back")
+
+
+def test_a_teacher_can_be_named_from_any_output_folder(tmp_path):
+    plan = make_plan({"teacher": "pretrained", "output_dir": str(tmp_path)})
+    assert find_teacher(plan.cfg, None) == Path("results", "models", "pretrained.pth")
+    assert plan.cfg.widths == (48, 96)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"teacher": "nothing"}, ("teacher = 'nothing'", "no such model")),
+        ({"widths": "8,16"}, ("widths = (8, 16)", "a student of this teacher has (8, 8)")),
+        ({"student_steps": 3}, ("student_steps = 3", "choose 1 or 2 or 4 or 8")),
+        ({"guidance": 2}, ("guidance = 2.0", "a student of this teacher has 1.0")),
+        ({"clip_x_0": False}, ("clip_x_0 = False", "a student of this teacher has True")),
+        ({"batch_size": 3}, ("batch_size = 3", "at least 4")),
+    ],
+)
+def test_flags_that_a_student_cannot_have_are_refused(whole, tmp_path, run, flags, words):
+    teacher = {"teacher": whole / "models" / "model_epoch_4.pth"}
+    result = run("train.py", **STUDENT | teacher | flags, epochs=1, output_dir=tmp_path / "out")
+    assert_one_line(result, *words)
+
+
+def test_a_student_keeps_its_teacher_and_its_number_of_steps(whole, tmp_path, run):
+    flags = STUDENT | {"teacher": whole / "models" / "model_epoch_4.pth", "output_dir": tmp_path}
+    assert run("train.py", **flags, epochs=1).code == 0
+    other = flags | {"teacher": whole / "models" / "model_epoch_2.pth"}
+    assert_one_line(run("train.py", **other, epochs=2, resume=True), "teacher", "drop the flag")
+    del flags["teacher"]
+    result = run("train.py", **flags, epochs=2, resume=True, steps=2)
+    assert_one_line(result, "steps = 2", "trained with 4", "drop the flag")
+    model = tmp_path / "models" / "model_epoch_1.pth"
+    result = run("generate.py", model=model, digits=7, guidance=2, output=tmp_path / "7.png")
+    assert_one_line(result, "guidance = 2.0", "a student learned 1.0", "drop the flag")

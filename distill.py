@@ -1,0 +1,87 @@
+"""Distillation: the loss of a student, which draws in a few network calls what its teacher draws in
+many. Progressive distillation (Salimans & Ho 2022), with all halvings at once.
+
+Without added noise, a sampler is a function that takes x_t to x_s. The way from T to 0 is divided
+into `student_steps` segments, and the student learns to cross each of them in a single step that
+ends where its guided teacher ends after several. It starts from its teacher's weights, needs no
+guidance, and can be a teacher in turn.
+"""
+
+import itertools
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from checkpoint import LoadedModel
+from config import Config
+from diffusion import Diffusion, Model
+
+TEACHER_STEPS = 16  # of a teacher that is not itself a student
+ROUNDING = 1e-3  # a goal this close to black or white is meant to be exactly that
+
+
+def student_settings(teacher: Config, student_steps: int) -> Config:
+    """The settings of a student: its teacher's network, the usual training, and sampling in
+    `student_steps` steps of ddim. Raises ValueError if these cannot share the teacher's steps."""
+    steps = teacher_settings(teacher).steps
+    possible = [str(n) for n in (1, 2, 4, 8) if n < steps and steps % n == 0]
+    if not possible:
+        raise ValueError("teacher: it draws in a single step already; choose another")
+    if str(student_steps) not in possible:
+        choices = f"with this teacher, choose {' or '.join(possible)}"
+        raise ValueError(f"student_steps = {student_steps}: {choices}")
+    drawing = {"sampler": "ddim", "steps": student_steps, "eta": 0.0, "guidance": 1.0}
+    own = {"student_steps": student_steps, "guide_fraction": 0.0, "clip_x_0": teacher.clip_x_0}
+    return replace(Config(), **teacher.select("model") | drawing | own)
+
+
+def teacher_settings(cfg: Config) -> Config:
+    """How a teacher draws for its student: without added noise, and in steps that can be shared."""
+    if cfg.is_student:
+        return cfg
+    if cfg.timesteps < TEACHER_STEPS:
+        raise ValueError(f"teacher: it has {cfg.timesteps} timesteps; at least {TEACHER_STEPS}")
+    return replace(cfg, sampler="dpmpp", steps=TEACHER_STEPS, eta=0.0)
+
+
+class Distillation:
+    """The loss of the student that `cfg` describes. Raises ValueError if a batch is too small."""
+
+    def __init__(self, cfg: Config, teacher: LoadedModel) -> None:
+        if cfg.batch_size < cfg.steps:
+            raise ValueError(f"batch_size = {cfg.batch_size}: choose at least {cfg.steps} (steps)")
+        self.student, self.teacher = Diffusion(cfg), Diffusion(teacher_settings(teacher.cfg))
+        self.denoiser = self.teacher.guided(teacher.model, teacher.guide)
+        self.segments = list(itertools.pairwise(self.student.sampling_times()))
+
+    def loss(self, model: Model, x_0: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
+        """Weighted mean squared error, a scalar, between the model's prediction and the one whose
+        single step lands where the teacher lands; x_0 (B, C, H, W) in [-1, 1], y int64 (B,).
+
+        The first part of the batch is noised to the start of the first segment, and so on; the
+        noise comes from `generator`.
+        """
+        starts = torch.tensor([t for t, _ in self.segments], device=x_0.device)
+        segment = torch.arange(len(y), device=x_0.device) * len(starts) // len(y)  # (B,), ascending
+        t = starts[segment]
+        eps = torch.randn(x_0.shape, generator=generator, device=x_0.device)
+        x_t = self.student.add_noise(x_0, t, eps)
+        goals = [
+            self.goal(x_t[segment == i], y[segment == i], t, s)
+            for i, (t, s) in enumerate(self.segments)
+        ]
+        goal = torch.cat(goals)
+        return self.student.prediction_loss(
+            model, x_t, t, y, goal, self.student.noise_in(x_t, goal, t)
+        )
+
+    @torch.no_grad()
+    def goal(self, x_t: Tensor, y: Tensor, t: int, s: int) -> Tensor:
+        """The x_0_hat with which one step of the student takes x_t (B, C, H, W) to where the
+        teacher, starting at x_t, gets by time s."""
+        times = [each for each in self.teacher.sampling_times() if s <= each <= t]
+        *_, x_s = self.teacher.trajectory(self.denoiser, x_t, y, times)
+        goal = self.student.x_0_between(x_t, x_s, t, s)
+        # clip_loss asks whether a pixel is exactly black or white
+        return torch.where((goal.abs() - 1).abs() < ROUNDING, goal.sign(), goal)

@@ -1,0 +1,150 @@
+"""Distillation against closed forms: of Gaussian data, the flow and so the student are known."""
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+from test_diffusion import GaussianData
+
+import distill
+from checkpoint import LoadedModel, Progress
+from config import Config
+from diffusion import Diffusion, seeded_generator
+from distill import Distillation, student_settings
+
+CPU = torch.device("cpu")
+PLAIN = {"img_size": 8, "guidance": 1.0, "clip_loss": False, "clip_x_0": False}
+TEACHER = Config(**PLAIN)
+MEAN, STD = torch.linspace(-0.6, 0.9, 11, dtype=torch.float64), 0.5  # of GaussianData
+
+
+def distillation(student_steps: int, teacher: Config = TEACHER) -> Distillation:
+    model = GaussianData(Diffusion(teacher), STD)
+    loaded = LoadedModel(Path("teacher"), teacher, model, None, Progress(), CPU, "")
+    return Distillation(student_settings(teacher, student_steps), loaded)
+
+
+def flow(process: Diffusion, x_t: torch.Tensor, y: torch.Tensor, t: int, u: int) -> torch.Tensor:
+    """Where the probability flow of the Gaussian data takes x_t by time u."""
+    mean = MEAN[y][:, None, None, None]
+    (m_t, s_t), (m_u, s_u) = (
+        (a.sqrt() * mean, (a * STD**2 + 1 - a).sqrt())
+        for a in (process.alpha_bar[t], process.alpha_bar[u])
+    )
+    return m_u + s_u / s_t * (x_t - m_t)
+
+
+class ExactStudent:
+    """Goes in one step where the flow goes, from the start of each segment."""
+
+    def __init__(self, process: Diffusion) -> None:
+        self.process, self.ends = process, dict(itertools.pairwise(process.sampling_times()))
+
+    def __call__(self, x_t, t, y):
+        out = torch.empty_like(x_t)
+        for start in t.unique().tolist():
+            some, u = t == start, self.ends[start]
+            x_u = flow(self.process, x_t[some].double(), y[some], start, u)
+            out[some] = self.process.x_0_between(x_t[some].double(), x_u, start, u).to(x_t.dtype)
+        return out
+
+
+def some_noise(count: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(count, 1, 8, 8, generator=seeded_generator(seed), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("student_steps", [1, 2, 4])
+def test_the_goal_of_a_segment_is_where_the_flow_goes(student_steps, monkeypatch):
+    monkeypatch.setattr(distill, "TEACHER_STEPS", 256)
+    loss, y = distillation(student_steps), torch.arange(10)
+    assert len(loss.segments) == student_steps
+    for t, u in loss.segments:
+        x_t = some_noise(10, seed=t)
+        x_u = loss.student.step(x_t, loss.goal(x_t, y, t, u), t, u)
+        assert torch.allclose(x_u, flow(loss.student, x_t, y, t, u), atol=2e-3)
+
+
+@pytest.mark.parametrize("student_steps", [1, 2, 4])
+def test_the_loss_is_least_for_the_exact_student(student_steps):
+    loss, y = distillation(student_steps), torch.arange(64) % 10
+    x_0 = MEAN[y][:, None, None, None].float() + STD * some_noise(64).float()
+    exact = ExactStudent(loss.student)
+
+    def value(model) -> float:
+        return loss.loss(model, x_0, y, seeded_generator(3)).item()
+
+    best = value(exact)
+    assert best < 1e-3  # 16 steps of the teacher are almost exact
+    for change in (-0.1, 0.1):
+        assert value(lambda *x, change=change: exact(*x) + change) > best + 0.003
+    teacher = loss.denoiser  # a student as it begins
+    assert value(lambda x, t, y: torch.cat([teacher(*each) for each in per_time(x, t, y)])) > best
+
+
+def per_time(x, t, y):
+    return [(x[t == each], int(each), y[t == each]) for each in t.unique().flip(0)]
+
+
+@pytest.mark.parametrize("student_steps", [1, 2, 4])
+def test_an_exact_student_draws_the_data_in_as_many_calls(student_steps):
+    loss, y = distillation(student_steps), torch.full((2000,), 3)
+    x_0 = loss.student.draw(loss.student.guided(ExactStudent(loss.student)), y).double()
+    assert loss.student.network_calls() == student_steps
+    assert x_0.mean().item() == pytest.approx(MEAN[3].item(), abs=0.01)
+    assert x_0.std().item() == pytest.approx(STD, abs=0.01)
+
+
+def test_every_segment_gets_its_part_of_a_batch():
+    loss, seen = distillation(4), []
+
+    def model(x, t, y):
+        seen.append(t)
+        return x
+
+    loss.loss(model, torch.zeros(10, 1, 8, 8), torch.arange(10), seeded_generator(0))
+    assert seen[0].tolist() == [1000] * 3 + [750] * 2 + [500] * 3 + [250] * 2
+
+
+def test_what_a_teacher_leaves_black_costs_a_student_nothing_however_black():
+    cfg = Config(img_size=8, guidance=1.0)
+    black = LoadedModel(Path("teacher"), cfg, lambda x, t, y: x * 0 - 3, None, Progress(), CPU, "")
+    loss = Distillation(student_settings(cfg, 4), black)
+    x_0, y = torch.full((8, 1, 8, 8), -1.0), torch.arange(8)
+    for black_enough in (-1.0, -2.0):
+        model = lambda x, t, y, v=black_enough: torch.full_like(x, v)  # noqa: E731
+        assert loss.loss(model, x_0, y, seeded_generator(0)).item() == 0
+    assert loss.loss(lambda x, t, y: x * 0 - 0.9, x_0, y, seeded_generator(0)).item() > 0.001
+
+
+def test_a_student_has_its_teachers_network_and_its_own_sampling():
+    teacher = Config(widths=(16, 24), schedule="sigmoid", prediction="v", batch_size=16, seed=7)
+    cfg = student_settings(teacher, 2)
+    assert (cfg.widths, cfg.schedule, cfg.prediction) == ((16, 24), "sigmoid", "v")
+    assert (cfg.sampler, cfg.steps, cfg.eta, cfg.guidance) == ("ddim", 2, 0.0, 1.0)
+    assert cfg.guide_fraction == 0
+    assert (cfg.batch_size, cfg.seed) == (Config().batch_size, Config().seed)
+
+
+def test_a_student_can_be_a_teacher_and_then_draws_in_its_own_steps():
+    first = student_settings(TEACHER, 4)
+    first = Config.from_dict(first.to_dict() | {"teacher": "pretrained"})
+    loss = distillation(1, first)
+    assert loss.teacher.sampling_times() == [1000, 750, 500, 250, 0]
+    assert loss.teacher.cfg.sampler == "ddim"
+
+
+def test_a_teacher_of_one_step_or_too_few_timesteps_is_refused():
+    single = Config.from_dict(student_settings(TEACHER, 1).to_dict() | {"teacher": "pretrained"})
+    with pytest.raises(ValueError, match="a single step already"):
+        student_settings(single, 1)
+    with pytest.raises(ValueError, match="8 timesteps; at least 16"):
+        student_settings(Config(timesteps=8, steps=8), 1)
+
+
+@pytest.mark.parametrize("student_steps", [3, 5, 16, 32])
+def test_a_number_of_steps_that_does_not_fit_the_teachers_is_refused(student_steps):
+    with pytest.raises(
+        ValueError, match=f"student_steps = {student_steps}: .* choose 1 or 2 or 4 or 8"
+    ):
+        student_settings(TEACHER, student_steps)
