@@ -147,7 +147,8 @@ def _load(
         if contents["format"] not in (3, FORMAT):
             raise ValueError(f"format {contents['format']}, but this program reads 3 and {FORMAT}")
         Progress(**contents["progress"])
-        dict(contents.get("data") or {})
+        if not isinstance(contents.get("data"), dict | None):
+            raise TypeError
         cfg = Config.from_dict(contents["config"])
         if not only_look:
             check_size(cfg)
