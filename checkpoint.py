@@ -118,6 +118,7 @@ def slim(source: str | Path, target: str | Path) -> None:
     and the guide in half precision. Raises ValueError as load and save do."""
     contents = load(source)
     kept = {name: contents[name] for name in ("format", "config", "progress")}
+    kept["config"] |= Config().select("machine")  # nothing of this computer
     for name in ("ema", "guide"):
         weights = contents[name]
         kept[name] = weights and {key: weight.half() for key, weight in weights.items()}
