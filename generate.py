@@ -159,8 +159,9 @@ def main() -> int:
         asks = args.digits is None and not args.model
         name = args.model or "newest"
         file = requests.choose_model(folder) if asks else requests.find_model(name, folder)
-        if args.fast and not args.model and file.name == PRETRAINED:
-            file = file.with_name(STUDENT)
+        its_student = file.with_name(STUDENT)
+        if args.fast and not args.model and file.name == PRETRAINED and its_student.is_file():
+            file = its_student
         loaded = checkpoint.load_model(file, pick_device(here["device"]))
         fast = FAST if args.fast and not loaded.cfg.is_student else {}
         cfg = cli.settings_for_drawing(loaded.cfg, fast | given)

@@ -110,11 +110,12 @@ def settings_for_training(
     way (`mid_epoch`).
     """
     defaults, notes = Config(), []
+    fixed = {"model", "student"} | ({"sampling"} if trained.is_student else set())
+    silent = {"machine", "length"} | (fixed - {"model"})
     cfg = replace(trained, **{**defaults.select("machine"), **given})
     for f in fields(Config):
         name, group = f.name, f.metadata["group"]
         old, new, default = (getattr(each, name) for each in (trained, cfg, defaults))
-        fixed = ("model", "student", *(["sampling"] if trained.is_student else []))
         if new != old and group in fixed:
             reason = f"the checkpoint was trained with {old!r}; drop the flag, or train a new model"
             raise ValueError(f"{name} = {new!r}: {reason}")
@@ -123,9 +124,7 @@ def settings_for_training(
             raise ValueError(f"{name} = {new!r}: {reason}; finish it without the flag")
         if group != "machine" and new != old:
             notes.append(f"{name} = {new} (the checkpoint had {old})")
-        elif (
-            group not in ("machine", "length", *fixed[1:]) and name not in given and new != default
-        ):
+        elif group not in silent and name not in given and new != default:
             notes.append(f"{name} = {new}, as in the checkpoint (config.py says {default})")
     return cfg, notes
 

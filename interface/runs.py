@@ -72,7 +72,7 @@ def make_plan(
 
 def student_of(given: dict[str, Any]) -> Config:
     """The settings of a student of the model `given["teacher"]`. Raises ValueError if there is no
-    such model, or for a setting of the network that differs from the teacher's."""
+    such model, or for a setting that this student cannot have."""
     file = named_teacher(given["teacher"], given.get("output_dir", Config().output_dir))
     teacher = Config.from_dict(checkpoint.load(file)["config"])
     cfg = student_settings(teacher, given.get("student_steps", Config().student_steps))

@@ -51,8 +51,7 @@ class Server:
     def __init__(self, folder: Path) -> None:
         command = [sys.executable, str(REPO / "tests" / "faulty.py")]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}  # many small runs side by side
-        self.process = subprocess.Popen(command, cwd=REPO, env=environment, **pipes)
+        self.process = subprocess.Popen(command, cwd=REPO, **pipes)
         self.folder, self.count, self.logs = folder, 0, {}
 
     def ask(self, request: dict[str, Any]) -> dict[str, Any]:
