@@ -61,7 +61,7 @@ def evaluate_model(
         return known
     make_folders(cfg.output_dir)
     images, labels, cost = sample(loaded, cfg, args.samples)
-    result = {"source": str(loaded.path), **identity, **cost, **learned(known)}
+    result = {"source": str(loaded.path), **identity, **cost, **trained_metrics(known)}
     return measure(evaluator, result, images, labels, file, args)
 
 
@@ -82,12 +82,12 @@ def evaluate_file(evaluator: Evaluator, args: Namespace, output_dir: str) -> Res
     name = f"{args.images.stem}-{result['images_sha256'][:8]}.json"
     file = Path(output_dir, "metrics", name)
     identity = {key: result[key] for key in ("images_sha256", "evaluator")}
-    result |= learned(results.read_result(file, identity))
+    result |= trained_metrics(results.read_result(file, identity))
     return measure(evaluator, result, images, labels, file, args)
 
 
-def learned(known: Result | None) -> Result:
-    """The parts of an earlier result for which networks were trained; they stay in a new one."""
+def trained_metrics(known: Result | None) -> Result:
+    """Of an earlier result, the metrics for which networks were trained: too dear to drop."""
     return {name: known[name] for name in ("cas", "c2st") if known and name in known}
 
 

@@ -45,7 +45,7 @@ def train(plan: Plan, began: float) -> int:
         state.progress = plan.progress
     loss, data = diffusion.loss, fingerprint(images, labels)
     if cfg.is_student:
-        expected = state.data.get("teacher", "none") if state.data else None
+        expected = (state.data or {}).get("teacher")
         teacher = load_model(runs.find_teacher(cfg, expected), device)
         print(f"a student of {teacher.path}")
         loss, data["teacher"] = Distillation(cfg, teacher).loss, teacher.sha256

@@ -26,7 +26,8 @@ FEATURES = 128  # size of the penultimate layer
 EPOCHS, BATCH_SIZE, LEARNING_RATE, WEIGHT_DECAY, LABEL_SMOOTHING = 12, 128, 3e-3, 0.05, 0.05
 
 
-def _block(c_in: int, c_out: int, size: int = 3, stride: int = 1) -> nn.Sequential:
+def block(c_in: int, c_out: int, size: int = 3, stride: int = 1) -> nn.Sequential:
+    """Convolution, batch norm and ReLU."""
     convolution = nn.Conv2d(c_in, c_out, size, stride, padding=size // 2, bias=False)
     return nn.Sequential(convolution, nn.BatchNorm2d(c_out), nn.ReLU())
 
@@ -37,11 +38,11 @@ class Classifier(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.features = nn.Sequential(
-            _block(1, 32, size=5, stride=2),  # (N, 32, 14, 14)
-            _block(32, 64),
+            block(1, 32, size=5, stride=2),  # (N, 32, 14, 14)
+            block(32, 64),
             nn.MaxPool2d(2),  # (N, 64, 7, 7)
-            _block(64, 128),
-            _block(128, FEATURES),
+            block(64, 128),
+            block(128, FEATURES),
             nn.AdaptiveAvgPool2d(1),
             nn.Flatten(),
         )

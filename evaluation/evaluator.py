@@ -88,9 +88,9 @@ class Evaluator:
             for view, look in two_sample.VIEWS.items():
                 test_images = look(self.test_images)
                 for kind, shown in kinds.items():
-                    tests = []
+                    seen, tests = look(shown), []
                     for seed in seeds:
-                        tests.append(two_sample.two_sample_test(look(shown), test_images, seed))
+                        tests.append(two_sample.two_sample_test(seen, test_images, seed))
                         bar.update()
                     found[view][kind] = [accuracy for accuracy, _ in tests]
                     if kind == "samples":

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffusion import seeded_generator
+from evaluation.classifier import block
 
 EPOCHS, BATCH_SIZE, LEARNING_RATE, WEIGHT_DECAY = 8, 128, 3e-3, 0.1
 
@@ -30,22 +31,17 @@ class Discriminator(nn.Module):
         waves = [f(torch.pi * k * level) for k in (1, 4, 16, 64) for f in (torch.sin, torch.cos)]
         self.register_buffer("encoded", torch.stack([level, *waves], dim=1))  # (256, 9)
         self.features = nn.Sequential(
-            _block(9, 16, stride=2),  # (N, 16, 14, 14)
-            _block(16, 32),
+            block(9, 16, stride=2),  # (N, 16, 14, 14)
+            block(16, 32),
             nn.MaxPool2d(2),  # (N, 32, 7, 7)
-            _block(32, 64),
-            _block(64, 64),
+            block(32, 64),
+            block(64, 64),
         )
         self.head = nn.Linear(64, 1)
 
     def forward(self, images: Tensor) -> Tensor:
         x = F.embedding(images[:, 0].int(), self.encoded).permute(0, 3, 1, 2)  # (N, 9, H, W)
         return self.head(self.features(x).mean(dim=(2, 3))).squeeze(1)
-
-
-def _block(c_in: int, c_out: int, stride: int = 1) -> nn.Sequential:
-    convolution = nn.Conv2d(c_in, c_out, 3, stride, padding=1, bias=False)
-    return nn.Sequential(convolution, nn.BatchNorm2d(c_out), nn.ReLU())
 
 
 def two_sample_test(samples: Tensor, real: Tensor, seed: int) -> tuple[float, Tensor]:
