@@ -120,7 +120,8 @@ def convolutions(
     for hook in hooks:
         hook.remove()
 
-    dtype, bare = pick_precision(cfg.precision, device), []
+    bf16, bare = pick_precision(cfg.precision, device) == "bf16", []
+    dtype = torch.bfloat16 if bf16 else torch.float32
     for layer, shape in inputs:
         layer = copy.deepcopy(layer).to(dtype)
         inner = bool(bare)  # the first convolution needs no gradient of x
@@ -199,7 +200,7 @@ def main() -> int:
     result = {
         "machine": f"{name}, {os.cpu_count()} cores",
         "torch": torch.__version__,
-        "precision": str(pick_precision(cfg.precision, device)).removeprefix("torch."),
+        "precision": pick_precision(cfg.precision, device),
         "batch_size": cfg.batch_size,
         "parameters": sum(p.numel() for p in UNet(cfg).parameters()),
         "training": Training(cfg, device).measure(),

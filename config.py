@@ -84,7 +84,6 @@ class Config:
     guide_label_noise: float = training(
         0.3, "fraction of random labels while the guide is made", ge=0, le=1
     )
-    precision: str = training("auto", "auto: bf16 if native", choices=("auto", "float32", "bf16"))
     teacher: str = student("", "train a student of this model: path, name, number or newest")
     student_steps: int = student(4, "network calls of a student per image", ge=1, le=8)
     save_every: int = training(5, "epochs between checkpoints", ge=1)
@@ -98,6 +97,9 @@ class Config:
     guidance_low: float = sampling(0.4, "guide only where t / timesteps > this", ge=0, le=1)
     guidance_high: float = sampling(0.9, "guide only where t / timesteps <= this", ge=0, le=1)
     eta: float = sampling(0.3, "noise added by ddim and dpmpp (0: none, 1: as ddpm)", ge=0, le=1)
+    precision: str = picture(
+        "auto", "of the network: auto is bf16 if native", choices=("auto", "float32", "bf16")
+    )
     seed: int = picture(0, "seed of all random numbers", ge=0, le=2**32 - 1, fixed_in_epoch=True)
     clip_x_0: bool = sampling(True, "clamp each estimate of x_0 to [-1, 1]")
     sample_batch_size: int = picture(128, "images sampled at a time", ge=1, le=8192)

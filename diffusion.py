@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from config import Config
+from model import pick_precision
 
 Model = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x_t, t (B,), y) -> eps, v or x_0
 Denoiser = Callable[[Tensor, int, Tensor], Tensor]  # (x_t, t, y) -> x_0_hat
@@ -131,12 +132,19 @@ class Diffusion:
         self, model: Model, x_t: Tensor, t: Tensor, y: Tensor, x_0: Tensor, eps: Tensor
     ) -> Tensor:
         """The loss where x_0 and eps are the right answer for x_t (B, C, H, W); t int64 (B,)."""
-        prediction = model(x_t, t, y).float()
+        prediction = self.predict(model, x_t, t, y)
         error = (prediction - self.target(x_0, t, eps)).square()  # (B, C, H, W)
         if self.cfg.clip_loss:
             x_0_hat = self.x_0_from(prediction, x_t, t)
             error = error.masked_fill(x_0_hat.clamp(-1, 1) == x_0, 0)
         return (self._at(t, x_0)[2] * error).mean()
+
+    def predict(self, model: Model, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """The model's eps, v or x_0, in x_t's dtype, computed in the configured precision."""
+        device = x_t.device
+        bf16 = pick_precision(self.cfg.precision, device) == "bf16"
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            return model(x_t, t, y).to(x_t.dtype)
 
     def clip(self, x_0_hat: Tensor) -> Tensor:
         """x_0_hat clamped to [-1, 1], if `clip_x_0` says so."""
@@ -145,7 +153,7 @@ class Diffusion:
     def denoise(self, model: Model, x: Tensor, t: int, y: Tensor) -> Tensor:
         """One network's x_0_hat for x (B, C, H, W) at time t."""
         batch_t = torch.full_like(y, t)
-        return self.clip(self.x_0_from(model(x, batch_t, y).to(x.dtype), x, batch_t))
+        return self.clip(self.x_0_from(self.predict(model, x, batch_t, y), x, batch_t))
 
     def guided(self, model: Model, guide: Model | None = None) -> Denoiser:
         """The denoiser (x_t, t, y) -> x_0_hat that the samplers need, with guidance w:

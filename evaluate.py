@@ -26,7 +26,7 @@ from interface import cli
 from interface.picture import image_grid, read_npz, save_png
 from interface.requests import find_model
 from interface.terminal import sampling_bar
-from model import pick_device
+from model import pick_device, pick_precision
 
 
 def sample(loaded: LoadedModel, cfg: Config, count: int) -> tuple[Tensor, Tensor, Result]:
@@ -52,6 +52,7 @@ def evaluate_model(
     file = results.result_file(loaded, cfg, args.samples)
     settings = {**cfg.select("sampling"), "seed": cfg.seed, "samples": args.samples}
     settings["labels"] = "exact"  # older results had random ones
+    settings["precision"] = pick_precision(cfg.precision, loaded.device)
     identity = {"model": loaded.sha256, "evaluator": evaluator.sha256, "settings": settings}
     known = results.read_result(file, identity)
     if known and all(name in known for name in ("cas", "c2st") if getattr(args, name)):

@@ -21,7 +21,7 @@ from diffusion import Diffusion
 from interface import cli, picture, requests
 from interface.requests import Request
 from interface.terminal import log, sampling_bar, show
-from model import pick_device
+from model import pick_device, pick_precision
 
 VERSION = "1.0"  # of the text chunks of a PNG
 
@@ -90,6 +90,7 @@ def provenance(loaded: LoadedModel, request: Request) -> dict[str, Any]:
     if request.digits == "mnist":
         what["labels"] = "exact"  # older versions drew them at random
     how = {"version": VERSION} | request.cfg.select("sampling", "picture")
+    how["precision"] = pick_precision(request.cfg.precision, loaded.device)  # of "auto", what it is
     return what | how | {"made with": picture.made_with(loaded.device)}
 
 

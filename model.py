@@ -193,14 +193,14 @@ def pick_device(name: str) -> torch.device:
     raise ValueError(f"device = {name!r}: not usable here ({reason}); try auto")
 
 
-def pick_precision(name: str, device: torch.device) -> torch.dtype:
-    """The dtype in which the network trains; its weights stay in float32. "auto" takes bf16 only
-    where it is native, because a CPU that emulates it is hundreds of times slower."""
+def pick_precision(name: str, device: torch.device) -> str:
+    """In what the network computes, "float32" or "bf16"; its weights stay in float32. "auto" takes
+    bf16 only where it is native, because a CPU that emulates it is hundreds of times slower."""
     if name != "auto":
-        return torch.bfloat16 if name == "bf16" else torch.float32
+        return name
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # not in every torch
         native = device.type == "cpu" and any(getattr(torch.cpu, p, bool)() for p in probes)
-    return torch.bfloat16 if native else torch.float32
+    return "bf16" if native else "float32"

@@ -58,8 +58,8 @@ def train(plan: Plan, began: float) -> int:
         print("nothing left to do: starting up took the rest of the budget")
         return 0
     size = sum(parameter.numel() for parameter in state.model.parameters())
-    dtype = str(pick_precision(cfg.precision, device)).removeprefix("torch.")
-    print(f"U-Net of {size:,} parameters on {device}, {dtype}; {len(images):,} images")
+    precision = pick_precision(cfg.precision, device)
+    print(f"U-Net of {size:,} parameters on {device}, {precision}; {len(images):,} images")
     run.open()
 
     while not run.done and not run.stopped_by:
@@ -116,9 +116,7 @@ def training_step(
     generator = seeded_generator(cfg.seed, NOISE_STREAM, progress.step, device=device)
     if state.guide is None and cfg.guide_fraction > 0:  # also while a long warm-up delays the guide
         y = randomize_labels(y, cfg, generator)
-    dtype = pick_precision(cfg.precision, device)
-    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        value = loss(state.model, x_0, y, generator)
+    value = loss(state.model, x_0, y, generator)
     state.model.zero_grad()
     value.backward()
     parameters = list(state.model.parameters())

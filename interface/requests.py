@@ -218,6 +218,7 @@ def request_from_picture(
         reason = "an older version drew its labels at random, which this one does not"
         raise ValueError(f"{picture}: {reason}; draw a new one")
     try:
+        provenance = {"precision": "float32"} | provenance  # older pictures knew no other
         known = {name: provenance[name] for name in Config.names("sampling", "picture")}
         cfg = settings_for_drawing(trained, given | known)
         return Request(provenance["digits"], provenance["count"], cfg, picture)

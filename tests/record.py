@@ -182,7 +182,8 @@ def drawing_records(folder: Path, model: Path) -> dict[str, Any]:
     for name, flags in DRAWING.items():
         where = folder / name.replace(" ", "_")
         where.mkdir(parents=True)
-        flags += f" --model {model} --device cpu --no-show --output_dir {where}"
+        flags += f" --model {model} --device cpu --precision float32 --no-show"
+        flags += f" --output_dir {where}"
         written = run("generate", flags, where).split()
         records[name] = record_pictures([Path(path) for path in written])
     return records

@@ -121,7 +121,7 @@ def test_the_names_of_several_groups_are_in_the_order_of_the_settings():
     assert Config.names(*GROUPS) == tuple(f.name for f in fields(Config))
     assert Config.names("machine") == ("data_dir", "output_dir", "device")
     assert Config.names("length") == ("epochs", "budget")
-    of_pictures = "sampler steps guidance guidance_low guidance_high eta seed clip_x_0"
+    of_pictures = "sampler steps guidance guidance_low guidance_high eta precision seed clip_x_0"
     assert Config.names("picture", "sampling") == (*of_pictures.split(), "sample_batch_size")
 
 

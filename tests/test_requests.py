@@ -334,6 +334,12 @@ def test_a_picture_asks_for_itself_with_this_computers_settings(tmp_path):
     assert request.cfg == replace(drawn, **here)
 
 
+def test_a_picture_from_before_the_precision_was_recorded_is_drawn_in_float32():
+    known = provenance(CFG)
+    del known["precision"]
+    assert request_from_picture(known, Path("a.png"), CFG, {}).cfg.precision == "float32"
+
+
 @pytest.mark.parametrize("name", ["digits", "count", "seed", "clip_x_0", "sampler"])
 def test_a_picture_that_lacks_a_setting_asks_for_nothing(name):
     known = provenance(CFG)
