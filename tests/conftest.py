@@ -9,6 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # the tests of other files run at the same time
+    os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is imported, here and in scripts
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
