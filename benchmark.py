@@ -186,11 +186,8 @@ one image        {sampling["one_image_seconds"]:.3f} s at the default settings""
 
 def main() -> int:
     parser = Parser(prog="benchmark.py", description="Measure training and sampling speed.")
-    parser.add_argument(
-        "--json", type=expanded_path, metavar="FILE", help="also write the figures to this file"
-    )
-    groups = ("machine", "model", "training", "sampling", "picture")
-    add_settings(parser, Config.names(*groups))
+    parser.add_argument("--json", type=expanded_path, metavar="FILE", help="write the figures too")
+    add_settings(parser, Config.names("machine", "model", "training", "sampling", "picture"))
     args = parser.parse_args()
     cfg = replace(Config(), **given_settings(args))
     if args.json:

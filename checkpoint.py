@@ -106,10 +106,7 @@ def save(path: Path, cfg: Config, state: TrainState) -> None:
         "metrics": {"totals": state.totals.tolist(), "seconds": state.epoch_seconds},
         "data": state.data,
     }
-    try:
-        _check_tensors(contents, state.model)
-    except ValueError as error:
-        raise FloatingPointError(str(error)) from None
+    _check_tensors(contents, state.model)
     write_tensors(path, contents)
 
 
@@ -132,13 +129,7 @@ def load(path: str | Path, *, only_look: bool = False) -> dict[str, Any]:
 
     With `only_look`, tensors are neither read nor checked: quick for looking at the rest.
     """
-    return _load(Path(path), only_look)[0]
-
-
-def _load(
-    path: Path, only_look: bool = False, network: UNet | None = None
-) -> tuple[dict[str, Any], UNet | None]:
-    """A checkpoint, and the network that its tensors fit: a given one, or else a new one."""
+    path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such checkpoint; python generate.py lists the models")
     contents = read_tensors(path, "a checkpoint", only_look=only_look)
@@ -152,37 +143,28 @@ def _load(
             raise TypeError
         cfg = Config.from_dict(contents["config"])
         if not only_look:
-            check_size(cfg)
-            network = network or UNet(cfg)
-            _check_tensors(contents, network)
-    except ValueError as error:
+            _check_tensors(contents, check_size(cfg))
+    except (ValueError, FloatingPointError) as error:
         reason = first_line(error)
         raise ValueError(f"{path}: {reason}; choose another checkpoint, or train one") from None
     except Exception:  # contents of another program or of a stranger can be anything
         raise ValueError(f"{path}: not a checkpoint of this program; choose another") from None
-    return contents, network
+    return contents
 
 
 def _check_tensors(contents: dict[str, Any], network: UNet) -> None:
     """Raise ValueError unless all tensors of a checkpoint have the shapes that `network` and its
-    optimizers need, and are finite."""
+    optimizers need, and FloatingPointError unless they are finite."""
     expected = {name: tensor.shape for name, tensor in network.state_dict().items()}
-    networks = {"ema": contents["ema"], "guide": contents["guide"]}
-    if networks["guide"] is None:
-        del networks["guide"]
-    if "model" in contents:
-        networks["model"] = contents["model"]
-    for name, weights in networks.items():
-        if {key: tensor.shape for key, tensor in weights.items()} != expected:
+    present = ["ema"] if contents["guide"] is None else ["ema", "guide"]
+    for name in [*present, "model"] if "model" in contents else present:
+        if {key: tensor.shape for key, tensor in contents[name].items()} != expected:
             raise ValueError(f"its {name} does not fit this U-Net")
-        _check_finite(weights.values(), f"its {name}")
+        _check_finite(contents[name].values(), f"its {name}")
     if "model" in contents:
         names = {"average"}, {"step", "exp_avg", "exp_avg_sq"}
-        if len(contents["optimizers"]) != len(names):
-            raise ValueError("it needs two optimizers, Muon and AdamW")
-        for parameters, saved, known in zip(
-            split_parameters(network), contents["optimizers"], names, strict=True
-        ):
+        both = zip(split_parameters(network), contents["optimizers"], names, strict=True)
+        for parameters, saved, known in both:
             for index, state in saved["state"].items():
                 shape = parameters[index].shape
                 fits = (t.shape == (() if name == "step" else shape) for name, t in state.items())
@@ -191,22 +173,23 @@ def _check_tensors(contents: dict[str, Any], network: UNet) -> None:
                 _check_finite(state.values(), "its optimizer state")
         totals, seconds = contents["metrics"]["totals"], contents["metrics"]["seconds"]
         if len(totals) != 2 or not all(map(math.isfinite, (*totals, seconds))):
-            raise ValueError("its totals are not finite")
+            raise FloatingPointError("its totals are not finite")
 
 
 def _check_finite(tensors: Iterable[Tensor], what: str) -> None:
     for tensor in tensors:
         kind_is_right = tensor.dtype in (torch.float32, torch.float16)
         if not kind_is_right or not tensor.abs().max().isfinite():
-            raise ValueError(f"{what} is not all finite float32 or float16")
+            raise FloatingPointError(f"{what} is not all finite float32 or float16")
 
 
 def restore(path: Path, state: TrainState) -> None:
     """Fill `state` from a checkpoint. The optimizers keep their current settings, such as weight
     decay. Raises ValueError as load does, or if the file was reduced to what drawing needs."""
-    contents, _ = _load(path, network=state.model)
+    contents = load(path)
     if "model" not in contents:
         raise ValueError(f"{path}: reduced to what drawing needs; train another checkpoint")
+    _check_tensors(contents, state.model)
     state.model.load_state_dict(contents["model"])
     state.ema.load_state_dict(contents["ema"])
     if contents["guide"] is not None:
@@ -223,14 +206,14 @@ def restore(path: Path, state: TrainState) -> None:
 
 def load_model(path: str | Path, device: torch.device) -> LoadedModel:
     """The model of a checkpoint, built from the file alone. Raises ValueError as load does."""
-    contents, ema = _load(Path(path))
+    contents = load(path)
     cfg, progress = Config.from_dict(contents["config"]), Progress(**contents["progress"])
     if contents["format"] == 3:  # at that time config.py, not the checkpoint, said how to draw
         usual = Config().select("sampling")
         usual |= {"steps": min(usual["steps"], cfg.timesteps), "clip_x_0": cfg.clip_x_0}
         cfg = replace(cfg, **usual)
     # Without gradients, channels_last is faster on a CPU
-    ema = ema.to(device, memory_format=torch.channels_last).requires_grad_(False).eval()
+    ema = UNet(cfg).to(device, memory_format=torch.channels_last).requires_grad_(False).eval()
     guide = copy.deepcopy(ema) if contents["guide"] else None
     for name, network in (("ema", ema), ("guide", guide)):
         if network:
@@ -245,7 +228,6 @@ def list_checkpoints(folder: str | Path, pattern: str = "*.pth") -> list[tuple[P
     for path in sorted(Path(folder).glob(pattern)):
         with suppress(ValueError, OSError):  # some other file, or a damaged one, or just deleted
             progress = Progress(**load(path, only_look=True)["progress"])
-            rank = SHIPPED.index(path.name) if path.name in SHIPPED else len(SHIPPED)
-            key = (rank, progress.step, path.stat().st_mtime)
-            found.append((key, path, progress))
+            rank = (*SHIPPED, path.name).index(path.name)
+            found.append(((rank, progress.step, path.stat().st_mtime), path, progress))
     return [(path, progress) for _, path, progress in sorted(found, key=lambda item: item[0])]

@@ -13,9 +13,9 @@ LARGEST = 1_000_000_000  # of a number that has no limit of its own
 
 
 def setting(default: Any, help: str, **metadata: Any) -> Any:
-    """A field of Config. `metadata`: `group`; the limits `ge`, `gt`, `le`, `multiple_of` (numbers)
-    or `choices` (text); `flag`, where it differs from the name; `fixed_in_epoch`, where a run
-    that stopped inside an epoch cannot go on with another value."""
+    """A field of Config. `metadata`: `group`; the limits `ge`, `gt`, `le`, `multiple_of` (numbers),
+    `choices` or `le`, its length (text); `flag`, where it differs from the name; `fixed_in_epoch`,
+    where a run that stopped inside an epoch cannot go on with another value."""
     return field(default=default, metadata={"help": help, **metadata})
 
 
@@ -107,10 +107,8 @@ class Config:
     def __post_init__(self) -> None:
         for f in fields(self):
             value = getattr(self, f.name)
-            if f.type is tuple and (not isinstance(value, tuple) or not value):
-                raise ValueError(f"{f.name} = {value!r}: write at least one number, as in (32, 64)")
-            if f.type is tuple and len(value) > 6:
-                raise ValueError(f"{f.name} = {value!r}: at most 6 numbers")
+            if f.type is tuple and not (isinstance(value, tuple) and 1 <= len(value) <= 6):
+                raise ValueError(f"{f.name} = {shortened(value)}: at least one number, at most 6")
             for each in value if f.type is tuple else (value,):
                 problem = _problem(each, f)
                 if problem:
@@ -122,10 +120,6 @@ class Config:
             raise ValueError(f"steps = {self.steps}: must be at most timesteps = {self.timesteps}")
         if self.budget:
             parse_duration(self.budget)
-        if len(self.preview_digits) > 100:
-            raise ValueError(
-                f"preview_digits = {shortened(self.preview_digits)}: at most 100 digits"
-            )
         parse_digits(self.preview_digits, self.num_classes, "preview_digits")
 
     @property
@@ -182,8 +176,8 @@ def _problem(value: Any, f: Any) -> str:
         return f"must be at most {limits.get('le', LARGEST)}"
     if kind is float and not math.isfinite(value):  # after the limits, which no huge int passes
         return "must be a finite number"
-    if kind is str and not (value.isprintable() and len(value) < 1000):
-        return "must be printable text of less than 1,000 characters"
+    if kind is str and not (value.isprintable() and len(value) <= limits.get("le", 999)):
+        return f"must be printable text of at most {limits.get('le', 999)} characters"
     if "multiple_of" in limits and value % limits["multiple_of"]:
         return f"must be a multiple of {limits['multiple_of']}"
     return ""

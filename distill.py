@@ -51,7 +51,8 @@ class Distillation:
     def __init__(self, cfg: Config, teacher: LoadedModel) -> None:
         if cfg.batch_size < cfg.steps:
             raise ValueError(f"batch_size = {cfg.batch_size}: choose at least {cfg.steps} (steps)")
-        self.student, self.teacher = Diffusion(cfg), Diffusion(teacher_settings(teacher.cfg))
+        how = replace(teacher_settings(teacher.cfg), precision=cfg.precision)
+        self.student, self.teacher = Diffusion(cfg), Diffusion(how)
         self.denoiser = self.teacher.guided(teacher.model, teacher.guide)
         self.segments = list(itertools.pairwise(self.student.sampling_times()))
 
@@ -67,14 +68,11 @@ class Distillation:
         t = starts[segment]
         eps = torch.randn(x_0.shape, generator=generator, device=x_0.device)
         x_t = self.student.add_noise(x_0, t, eps)
-        goals = [
-            self.goal(x_t[segment == i], y[segment == i], t, s)
-            for i, (t, s) in enumerate(self.segments)
-        ]
-        goal = torch.cat(goals)
-        return self.student.prediction_loss(
-            model, x_t, t, y, goal, self.student.noise_in(x_t, goal, t)
-        )
+        parts = segment.bincount().tolist()
+        pieces = zip(x_t.split(parts), y.split(parts), self.segments, strict=True)
+        goal = torch.cat([self.goal(x, labels, *ends) for x, labels, ends in pieces])
+        eps = self.student.noise_in(x_t, goal, t)
+        return self.student.prediction_loss(model, x_t, t, y, goal, eps)
 
     @torch.no_grad()
     def goal(self, x_t: Tensor, y: Tensor, t: int, s: int) -> Tensor:

@@ -182,10 +182,9 @@ def parse_flags() -> Namespace:
 
 def main() -> int:
     args = parse_flags()
-    if not classifier.FEATURES <= args.samples <= MAX_MEASURED:
-        raise ValueError(
-            f"samples = {args.samples}: choose {classifier.FEATURES} to {MAX_MEASURED}"
-        )
+    least = classifier.FEATURES
+    if not least <= args.samples <= MAX_MEASURED:
+        raise ValueError(f"samples = {args.samples}: choose {least} to {MAX_MEASURED}")
     given = cli.given_settings(args)
     cfg = replace(Config(), **{n: given[n] for n in Config.names("machine") if n in given})
     if args.train_evaluator:

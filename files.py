@@ -43,10 +43,13 @@ def atomic_write(path: Path, *, replace: bool = True) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        if replace:
-            os.replace(partial, path)
-        else:
-            _rename_if_free(partial, path)
+        if not replace:
+            try:
+                os.link(partial, path)  # the one way that is both atomic and exclusive
+                return
+            except OSError:  # taken, or a file system without hard links, which gets the next best
+                open(path, "xb").close()
+        os.replace(partial, path)
     except FileExistsError:
         raise
     except OSError as error:
@@ -63,8 +66,7 @@ def check_writable(path: Path) -> None:
     try:
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        with open(partial, "xb"):
-            pass
+        open(partial, "xb").close()
         partial.unlink()
     except OSError as error:
         raise ValueError(f"{path}: {cannot_write(error)}") from None
@@ -93,22 +95,6 @@ def _partial(path: Path) -> Path:
     """A name beside `path` that no other process or machine uses; `.*.partial` finds them all."""
     name = os.fsencode(path.name)[:200].decode(errors="ignore")  # file systems allow 255 bytes
     return path.with_name(f".{name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
-
-
-def _rename_if_free(partial: Path, path: Path) -> None:
-    """Rename a file, or raise FileExistsError. A hard link is the one way that is both atomic and
-    exclusive on every system; a file system without them gets the next best."""
-    try:
-        os.link(partial, path)
-    except FileExistsError:
-        raise
-    except OSError:
-        open(path, "xb").close()
-        try:
-            os.replace(partial, path)
-        except OSError:
-            path.unlink(missing_ok=True)
-            raise
 
 
 def write_tensors(path: Path, contents: dict[str, Any]) -> None:
@@ -182,27 +168,19 @@ def read_idx(folder: Path, name: str, dimensions: int) -> Tensor:
 
 
 def download(path: Path) -> None:
-    """Download one of MNIST's .gz files. Raises ValueError with the folder and the remedy."""
+    """Download one of MNIST's .gz files. Raises ValueError with the reason and the remedy."""
     datasets = from_torchvision("datasets")
-    checksums, reason = dict(datasets.MNIST.resources), "no mirror is listed"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".download-", dir=path.parent) as partial:
-            for mirror in datasets.MNIST.mirrors:
-                try:
-                    datasets.utils.download_url(
-                        mirror + path.name, partial, md5=checksums[path.name]
-                    )
-                    os.replace(Path(partial, path.name), path)
-                    return
-                except (OSError, RuntimeError, HTTPException) as error:  # offline, or another file
-                    reason = first_line(error)
-    except OSError as error:
-        remedy = "make it a folder that can be written, or choose another --data_dir"
-        raise ValueError(f"{path.parent}: {first_line(error)}; {remedy}") from None
-    with suppress(OSError):  # leave no empty folders behind
-        path.parent.rmdir()
-        path.parent.parent.rmdir()
+    md5, reason = dict(datasets.MNIST.resources)[path.name], "no mirror is listed"
+    for mirror in datasets.MNIST.mirrors:
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                datasets.utils.download_url(mirror + path.name, folder, md5=md5)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with atomic_write(path) as file:
+                    file.write(Path(folder, path.name).read_bytes())
+                return
+        except (OSError, RuntimeError, ValueError, HTTPException) as error:  # offline, another file
+            reason = first_line(error)
     remedy = "go online, choose another --data_dir, or restore it: git checkout mnist_data"
     raise ValueError(f"{path}: missing, and cannot be downloaded ({reason}); {remedy}")
 

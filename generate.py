@@ -68,10 +68,8 @@ def write(loaded: LoadedModel, request: Request, states: list[Tensor]) -> None:
     if request.output.suffix == ".npz":
         picture.write_npz(request.output, states[-1], request.labels)
         return
-    grids = [
-        picture.image_grid(*picture.arrange(images, request.digits, request.count))
-        for images in states
-    ]
+    tiles = (picture.arrange(images, request.digits, request.count) for images in states)
+    grids = [picture.image_grid(*each) for each in tiles]
     if request.animated:
         picture.save_animation(grids, request.output)
         return
@@ -105,21 +103,20 @@ def reproduce(
     recorded, expected = picture.read_provenance(original), original.read_bytes()
     here = {"output_dir": Config().output_dir, "device": "cpu"} | given  # a GPU rounds differently
     device = pick_device(here["device"])
-    file = requests.model_of_picture(recorded, original, Path(here["output_dir"]))
+    file = requests.model_with_hash(recorded["model"], Path(here["output_dir"]))
+    if file is None:
+        lacks = f"its model, SHA-256 {shortened(recorded['model'])}, is not in {here['output_dir']}"
+        raise ValueError(f"{original}: {lacks}; try --output_dir")
     loaded = checkpoint.load_model(file, device)
     request = requests.request_from_picture(recorded, original, loaded.cfg, here)
-    if output:
-        request.output = output
-    else:
-        request.output = requests.free_name(request.cfg, f"{request.digits}_again")
-        request.if_taken = "renumber"
+    request.output = output or requests.free_name(request.cfg, f"{request.digits}_again")
+    request.if_taken = "replace" if output else "renumber"
     if request.output.exists() and request.output.samefile(original):
         raise ValueError(f"output = '{output}': this is the picture itself; choose another name")
     draw_all(loaded, [request], show_digits)
     if request.output.read_bytes() != expected:
-        made = (
-            f"made with {shortened(recorded.get('made with'))}; here: {picture.made_with(device)}"
-        )
+        said = shortened(recorded.get("made with"))
+        made = f"made with {said}; here: {picture.made_with(device)}"
         raise ValueError(f"{request.output}: its bytes differ from those of {original}, {made}")
     log(f"the same bytes as {original}")
 

@@ -49,12 +49,8 @@ def feature_metrics(features: Tensor, real: Tensor) -> dict[str, float]:
     prc = prc_features_to_metric(
         features, real, prc_neighborhood=3, prc_batch_size=1000, save_cpu_ram=True, verbose=False
     )
-    return {
-        "kid": kid["kernel_inception_distance_mean"],
-        "kid_std": kid["kernel_inception_distance_std"],
-        "precision": prc["precision"],
-        "recall": prc["recall"],
-    }
+    mean, std = (kid[f"kernel_inception_distance_{name}"] for name in ("mean", "std"))
+    return {"kid": mean, "kid_std": std, "precision": prc["precision"], "recall": prc["recall"]}
 
 
 def pixel_metrics(images: Tensor) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from checkpoint import LoadedModel
 from config import Config
 from evaluation.metrics import GREY_EDGES
 from files import atomic_write
+from model import pick_precision
 
 Result = dict[str, Any]
 
@@ -111,6 +112,7 @@ def result_file(loaded: LoadedModel, cfg: Config, count: int) -> Path:
     name = (
         f"{loaded.path.stem}-{loaded.sha256[:8]}-{cfg.sampler}-{cfg.steps}-w{cfg.guidance:g}"
         f"-from{cfg.guidance_low:g}to{cfg.guidance_high:g}-eta{cfg.eta:g}-n{count}-s{cfg.seed}"
+        f"-{pick_precision(cfg.precision, loaded.device)}"
     )
     return Path(cfg.output_dir, "metrics", f"{name}{'' if cfg.clip_x_0 else '-unclipped'}.json")
 
@@ -134,12 +136,9 @@ def read_result(file: Path, identity: Result) -> Result | None:
 def write_result(file: Path, result: Result) -> None:
     """Write a result, with the versions and the machine that made it."""
     machine = f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}"
-    made_by = {
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "date": time.strftime("%Y-%m-%d"),
-    }
-    result["made_by"] = made_by | {"python": platform.python_version(), "machine": machine}
+    versions = {"torch": torch.__version__, "numpy": np.__version__}
+    versions |= {"python": platform.python_version(), "date": time.strftime("%Y-%m-%d")}
+    result["made_by"] = versions | {"machine": machine}
     file.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(file) as opened:
         opened.write(json.dumps(result, indent=1).encode())

@@ -71,10 +71,9 @@ def without_grid(output_dir: str) -> list[tuple[Path, Path]]:
 
 def curves_are_old(output_dir: str) -> bool:
     """Whether training.png does not show all of metrics.csv."""
-    curves, metrics = Path(output_dir, "images", "training.png"), Path(output_dir, "metrics.csv")
-    if not metrics.exists():
-        return False
-    return not curves.exists() or curves.stat().st_mtime_ns < metrics.stat().st_mtime_ns
+    paths = Path(output_dir, "images", "training.png"), Path(output_dir, "metrics.csv")
+    curves, metrics = (path.stat().st_mtime_ns if path.exists() else 0 for path in paths)
+    return curves < metrics
 
 
 def leftovers(output_dir: str) -> list[Path]:
@@ -140,11 +139,8 @@ def what_to_set_aside(
     curves = images / "training.png"
     if start is None or start.resolve().parent != models.resolve():
         return [*files, metrics, curves], [], []
-    names = {  # of the checkpoints that are kept: model_<name>.pth, with samples_<name>.png
-        path.stem.removeprefix("model_")
-        for path, progress in checkpoint.list_checkpoints(models, CHECKPOINTS)
-        if progress.step <= step
-    }
+    listed = checkpoint.list_checkpoints(models, CHECKPOINTS)
+    names = {path.stem.partition("_")[2] for path, now in listed if now.step <= step}  # to keep
     moved = [path for path in files if path.stem.partition("_")[2] not in names]
     copied = [rewritten] if rewritten and rewritten not in moved else []
     try:
@@ -176,22 +172,14 @@ def set_aside(earlier: Path, moved: list[Path], copied: list[Path]) -> None:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The rows of metrics.csv, without a last one whose end is torn off; none if the file is
     missing. Raises ValueError if it is not what write_metrics writes."""
-    if not path.exists():
-        return []
-    text = path.read_text("utf-8")
-    try:
-        rows = list(csv.DictReader(io.StringIO(text)))
-    except csv.Error as error:
-        raise ValueError(str(error)) from None
-    for number, row in enumerate(rows, 1):
-        try:
-            if all(math.isfinite(float(row[name])) for name in METRICS) and int(row["step"]) >= 0:
-                continue
-        except (KeyError, TypeError, ValueError):
-            if number == len(rows) and not text.endswith("\n"):
-                return rows[:-1]
-        raise ValueError(f"row {number} is not a row of figures")
-    return rows
+    text = path.read_text("utf-8") if path.exists() else ""
+    with suppress(KeyError, TypeError, ValueError, csv.Error):
+        rows = list(csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1])))
+        steps = [int(row["step"]) for row in rows]
+        figures = [float(row[name]) for row in rows for name in METRICS]
+        if min(steps, default=0) >= 0 and all(map(math.isfinite, figures)):
+            return rows
+    raise ValueError("it does not hold rows of figures")
 
 
 def write_metrics(path: Path, rows: list[dict[str, Any]]) -> None:

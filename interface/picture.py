@@ -66,7 +66,7 @@ def read_provenance(path: Path) -> dict[str, Any]:
     if not path.exists():
         raise ValueError(f"{path}: no such picture")
     provenance = {}
-    try:
+    with suppress(Exception):  # a damaged or hostile file can make Pillow and json raise anything
         # PNG alone: for other formats, Pillow may start programs such as Ghostscript
         with warnings.catch_warnings(action="error"), Image.open(path, formats=["PNG"]) as image:
             image.load()  # chunks may also follow the pixels
@@ -75,8 +75,6 @@ def read_provenance(path: Path) -> dict[str, Any]:
                     provenance[name] = json.loads(text)
         if "model" in provenance:
             return provenance
-    except Exception:  # a damaged or hostile file can make Pillow and json raise almost anything
-        pass
     raise ValueError(f"{path}: not a PNG that generate.py wrote")
 
 
@@ -119,18 +117,15 @@ def read_npz(path: Path) -> tuple[Tensor, Tensor | None]:
     images, labels = arrays.get("arr_0"), arrays.get("arr_1")
     if images is None:
         raise ValueError(f"{path}: no arr_0; save with numpy.savez(file, images, labels)")
-    if images.dtype != np.uint8:
-        raise ValueError(f"{path}: arr_0 is {images.dtype}; make it uint8, 0 to 255")
-    if images.shape[1:] not in ((28, 28), (28, 28, 1)) or not len(images):
-        raise ValueError(f"{path}: arr_0 is of shape {images.shape}; make it (N, 28, 28)")
+    fits = images.dtype == np.uint8 and images.shape[1:] in ((28, 28), (28, 28, 1))
+    if not fits or not len(images):
+        found = f"arr_0 is of shape {images.shape} and {images.dtype}"
+        raise ValueError(f"{path}: {found}; make it uint8 of shape (N, 28, 28)")
     images = torch.from_numpy(images.reshape(-1, 1, 28, 28))
     if labels is None:
         return images, None
-    if labels.dtype.kind not in "iu" or labels.shape != (len(images),):
-        expected = f"make it whole numbers, one for each of the {len(images)} images"
-        raise ValueError(f"{path}: arr_1 is {labels.dtype} of shape {labels.shape}; {expected}")
-    if labels.min() < 0 or labels.max() > 9:
-        raise ValueError(
-            f"{path}: arr_1 has labels {labels.min()} to {labels.max()}; allowed are 0 to 9"
-        )
+    fits = labels.dtype.kind in "iu" and labels.shape == (len(images),)
+    if not fits or labels.min() < 0 or labels.max() > 9:
+        found = f"arr_1 is {labels.dtype} of shape {labels.shape}; allowed are 0 to 9"
+        raise ValueError(f"{path}: {found}, a whole number for each of the {len(images)} images")
     return images, torch.from_numpy(labels.astype(np.int64))

@@ -199,16 +199,6 @@ def model_with_hash(expected: str, output_dir: Path) -> Path | None:
     return None
 
 
-def model_of_picture(recorded: dict[str, Any], picture: Path, output_dir: Path) -> Path:
-    """The model that drew a picture, among the models and those of earlier runs. Raises ValueError
-    if it is not there."""
-    path = model_with_hash(recorded["model"], output_dir)
-    if path is None:
-        missing = f"its model, SHA-256 {shortened(recorded['model'])}, is not in {output_dir}"
-        raise ValueError(f"{picture}: {missing}; try --output_dir")
-    return path
-
-
 def request_from_picture(
     provenance: dict[str, Any], picture: Path, trained: Config, given: dict[str, Any]
 ) -> Request:

@@ -89,8 +89,7 @@ def named_teacher(text: str, output_dir: str | Path) -> Path:
     for out in (output_dir, Config().output_dir):
         with suppress(ValueError):
             return find_model(text, Path(out, "models"))
-    remedy = "give the path of a checkpoint, or train one first"
-    raise ValueError(f"teacher = {text!r}: no such model; {remedy}")
+    raise ValueError(f"teacher = {text!r}: no such model; give a checkpoint's path, or train one")
 
 
 def find_teacher(cfg: Config, expected: str | None) -> Path:
@@ -119,8 +118,7 @@ def describe(plan: Plan) -> str:
     """Where the plan's checkpoint stands, and how to go on from it."""
     cfg, progress = plan.cfg, plan.progress
     length = f"a budget of {cfg.budget}" if cfg.budget else f"{cfg.epochs} epochs"
-    minutes = progress.seconds / 60
-    stands = f"{plan.start}: {progress}, {length} planned, {minutes:.1f} min trained."
+    stands = f"{plan.start}: {progress}, {length} planned, {progress.seconds / 60:.1f} min trained."
     if not plan.trainable:
         return f"{stands}\nIt was reduced to what drawing needs and cannot be trained further."
     flags = ("--load_checkpoint_path", plan.start, "--continue_training_epochs", "K")
@@ -222,7 +220,8 @@ class Run:
             self.bar = tqdm(desc=title, total=self.images_per_epoch, initial=before, **look)
         if progress.step % self.log_every and not self.epoch_done:
             return
-        self.check_finite()
+        if not math.isfinite(float(self.state.totals.sum())):
+            raise self.diverged("the loss or its gradient is no longer finite")
         loss = float(self.state.totals[0]) * cfg.batch_size / progress.images
         self.bar.set_postfix_str(f"loss {loss:.4f}, {self.time_left()}")
         self.bar.update(progress.images - self.bar.n)
@@ -251,9 +250,7 @@ class Run:
             self.bar = None
 
     def save(self) -> None:
-        """Write a checkpoint. Raises ValueError if it cannot be written, FloatingPointError if the
-        weights are not finite."""
-        self.check_finite()
+        """Write a checkpoint. Raises ValueError if it fails, FloatingPointError if training did."""
         self.close_bar()  # still open where a signal stops the run inside an epoch
         path = folder.checkpoint_path(self.cfg.output_dir, self.state.progress)
         try:
@@ -294,10 +291,6 @@ class Run:
             self.write_rows()
         if folder.curves_are_old(self.cfg.output_dir):
             self.draw_curves()
-
-    def check_finite(self) -> None:
-        if not math.isfinite(float(self.state.totals.sum())):
-            raise self.diverged("the loss or its gradient is no longer finite")
 
     def diverged(self, fault: str) -> FloatingPointError:
         self.close_bar()

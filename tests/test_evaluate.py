@@ -16,6 +16,7 @@ from diffusion import Diffusion
 from evaluate import parse_sweep
 from evaluation import classifier, metrics, two_sample
 from files import sha256
+from model import pick_precision
 
 CPU = torch.device("cpu")
 
@@ -284,6 +285,7 @@ def test_a_model_is_measured_once_with_its_own_settings_unless_flags_say_otherwi
         "seed": 0,
         "samples": 128,
         "labels": "exact",
+        "precision": pick_precision("auto", CPU),
     }
     assert found["model"] == sha256(path)
     assert found["sampling"]["calls"] == 1

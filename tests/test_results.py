@@ -10,6 +10,7 @@ import torch
 from checkpoint import LoadedModel, Progress
 from config import Config
 from evaluation import results
+from model import pick_precision
 
 
 def metrics(**some) -> dict:
@@ -132,6 +133,8 @@ def test_results_of_other_models_or_settings_have_other_files(model, tmp_path):
     files = [results.result_file(model, Config(), 128), results.result_file(model, Config(), 256)]
     for name, value in OTHERS.items():
         files.append(results.result_file(model, Config(**{name: value}), 128))
+    other = {"float32": "bf16", "bf16": "float32"}[pick_precision("auto", model.device)]
+    files.append(results.result_file(model, Config(precision=other), 128))
     others = replace(model, sha256=64 * "1"), replace(model, path=tmp_path / "other.pth")
     files += [results.result_file(other, Config(), 128) for other in others]
     assert len(set(files)) == len(files)
