@@ -17,7 +17,7 @@ from torch import Tensor
 
 from config import Config
 from files import first_line, read_tensors, sha256, write_tensors
-from model import UNet, check_size
+from model import UNet, check_size, pick_precision
 from optimizer import make_optimizers, split_parameters
 
 FORMAT = 4  # format 3 is still read: config.ALIASES fills in the settings that it lacks
@@ -212,8 +212,10 @@ def load_model(path: str | Path, device: torch.device) -> LoadedModel:
         usual = Config().select("sampling")
         usual |= {"steps": min(usual["steps"], cfg.timesteps), "clip_x_0": cfg.clip_x_0}
         cfg = replace(cfg, **usual)
-    # Without gradients, channels_last is faster on a CPU
-    ema = UNet(cfg).to(device, memory_format=torch.channels_last).requires_grad_(False).eval()
+    # Without gradients, channels_last is faster on a CPU in float32, and slower in bf16
+    bf16 = pick_precision("auto", device) == "bf16"
+    layout = torch.contiguous_format if bf16 else torch.channels_last
+    ema = UNet(cfg).to(device, memory_format=layout).requires_grad_(False).eval()
     guide = copy.deepcopy(ema) if contents["guide"] else None
     for name, network in (("ema", ema), ("guide", guide)):
         if network:

@@ -1,3 +1,5 @@
+import time
+
 import pytest
 import torch
 
@@ -5,6 +7,7 @@ import model
 from config import Config
 from model import (
     UNet,
+    bf16_is_faster,
     check_size,
     modulated_group_norm,
     pick_device,
@@ -134,14 +137,29 @@ def test_auto_takes_cuda_if_available_and_an_unusable_device_is_an_error():
             pick_device(name)
 
 
-def test_auto_precision_takes_bf16_only_where_the_cpu_multiplies_it_natively(monkeypatch):
+@pytest.mark.parametrize("native", [False, True])
+@pytest.mark.parametrize("slower", [torch.float32, torch.bfloat16])
+def test_auto_precision_takes_bf16_only_where_the_cpu_multiplies_it_faster(
+    monkeypatch, native, slower
+):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    product = torch.Tensor.__matmul__
+
+    def matmul(x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        assert native, "a CPU that emulates bf16 must not be measured"
+        if x.dtype == slower:
+            time.sleep(0.02)
+        return product(x, other)
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", matmul)
+    bf16_is_faster.cache_clear()
     cpu = torch.device("cpu")
-    for native in (False, True):
-        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda x=native: x)
-        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-        assert pick_precision("auto", cpu) == ("bf16" if native else "float32")
+    expected = "bf16" if native and slower == torch.float32 else "float32"
+    assert pick_precision("auto", cpu) == expected
     assert pick_precision("float32", cpu) == "float32"
     assert pick_precision("bf16", cpu) == "bf16"
+    bf16_is_faster.cache_clear()
 
 
 def test_bf16_changes_the_output_only_by_rounding():
