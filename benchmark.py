@@ -140,7 +140,7 @@ def convolutions(
 def measure_sampling(cfg: Config, device: torch.device) -> dict[str, Any]:
     """Images per second for several numbers of network calls, and seconds for a single image."""
     bf16 = pick_precision(cfg.precision, device) == "bf16"
-    layout = torch.contiguous_format if bf16 else torch.channels_last  # as load_model does
+    layout = torch.contiguous_format if bf16 else torch.channels_last  # load_model: of "auto"
     model = UNet(cfg).to(device, memory_format=layout).requires_grad_(False).eval()
     y = torch.arange(cfg.sample_batch_size, device=device) % cfg.num_classes
 

@@ -19,7 +19,8 @@ def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Para
 
 
 def make_optimizers(cfg: Config, model: nn.Module) -> list[torch.optim.Optimizer]:
-    """Muon and AdamW, each for its part of the parameters."""
+    """Muon and AdamW, each for its part of the parameters. Checkpoints are checked to hold the
+    state of exactly these two (checkpoint._check_tensors)."""
     matrices, others = split_parameters(model)
     lr, betas, decay = cfg.learning_rate, (cfg.adam_beta1, cfg.adam_beta2), cfg.weight_decay
     fused = others[0].device.type in ("cpu", "cuda")

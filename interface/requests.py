@@ -203,7 +203,7 @@ def request_from_picture(
     provenance: dict[str, Any], picture: Path, trained: Config, given: dict[str, Any]
 ) -> Request:
     """The request that a PNG's text chunks record, with this computer's settings as `given`.
-    Raises ValueError if they are not the chunks that generate.write writes."""
+    Raises ValueError if they are not those that generate.provenance names."""
     if provenance.get("digits") == "mnist" and provenance.get("labels") != "exact":
         reason = "an older version drew its labels at random, which this one does not"
         raise ValueError(f"{picture}: {reason}; draw a new one")

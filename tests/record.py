@@ -1,6 +1,6 @@
 """Record what short runs and drawings give, so that a change of the program cannot change them
-unseen: python tests/record.py writes recorded.json, which test_recorded.py compares with. Run it with
-OMP_NUM_THREADS=1, as the tests run.
+unseen: python tests/record.py writes recorded.json, which test_recorded.py compares with. Run it
+with OMP_NUM_THREADS=1, as the tests run.
 
 Each record has the SHA-256 of the exact bytes, which hold on one kind of machine alone, and a few
 numbers that every machine must reach within rounding.
