@@ -106,7 +106,10 @@ def save(path: Path, cfg: Config, state: TrainState) -> None:
         "metrics": {"totals": state.totals.tolist(), "seconds": state.epoch_seconds},
         "data": state.data,
     }
-    _check_tensors(contents, state.model)
+    try:
+        _check_tensors(contents, state.model)
+    except ValueError as error:
+        raise FloatingPointError(str(error)) from None
     write_tensors(path, contents)
 
 
@@ -129,7 +132,13 @@ def load(path: str | Path, *, only_look: bool = False) -> dict[str, Any]:
 
     With `only_look`, tensors are neither read nor checked: quick for looking at the rest.
     """
-    path = Path(path)
+    return _load(Path(path), only_look)[0]
+
+
+def _load(
+    path: Path, only_look: bool = False, network: UNet | None = None
+) -> tuple[dict[str, Any], UNet | None]:
+    """A checkpoint, and the network that its tensors fit: a given one, or else a new one."""
     if not path.is_file():
         raise ValueError(f"{path}: no such checkpoint; python generate.py lists the models")
     contents = read_tensors(path, "a checkpoint", only_look=only_look)
@@ -143,28 +152,37 @@ def load(path: str | Path, *, only_look: bool = False) -> dict[str, Any]:
             raise TypeError
         cfg = Config.from_dict(contents["config"])
         if not only_look:
-            _check_tensors(contents, check_size(cfg))
-    except (ValueError, FloatingPointError) as error:
+            check_size(cfg)
+            network = network or UNet(cfg)
+            _check_tensors(contents, network)
+    except ValueError as error:
         reason = first_line(error)
         raise ValueError(f"{path}: {reason}; choose another checkpoint, or train one") from None
     except Exception:  # contents of another program or of a stranger can be anything
         raise ValueError(f"{path}: not a checkpoint of this program; choose another") from None
-    return contents
+    return contents, network
 
 
 def _check_tensors(contents: dict[str, Any], network: UNet) -> None:
     """Raise ValueError unless all tensors of a checkpoint have the shapes that `network` and its
-    optimizers need, and FloatingPointError unless they are finite."""
+    optimizers need, and are finite."""
     expected = {name: tensor.shape for name, tensor in network.state_dict().items()}
-    present = ["ema"] if contents["guide"] is None else ["ema", "guide"]
-    for name in [*present, "model"] if "model" in contents else present:
-        if {key: tensor.shape for key, tensor in contents[name].items()} != expected:
+    networks = {"ema": contents["ema"], "guide": contents["guide"]}
+    if networks["guide"] is None:
+        del networks["guide"]
+    if "model" in contents:
+        networks["model"] = contents["model"]
+    for name, weights in networks.items():
+        if {key: tensor.shape for key, tensor in weights.items()} != expected:
             raise ValueError(f"its {name} does not fit this U-Net")
-        _check_finite(contents[name].values(), f"its {name}")
+        _check_finite(weights.values(), f"its {name}")
     if "model" in contents:
         names = {"average"}, {"step", "exp_avg", "exp_avg_sq"}
-        both = zip(split_parameters(network), contents["optimizers"], names, strict=True)
-        for parameters, saved, known in both:
+        if len(contents["optimizers"]) != len(names):
+            raise ValueError("it needs two optimizers, Muon and AdamW")
+        for parameters, saved, known in zip(
+            split_parameters(network), contents["optimizers"], names, strict=True
+        ):
             for index, state in saved["state"].items():
                 shape = parameters[index].shape
                 fits = (t.shape == (() if name == "step" else shape) for name, t in state.items())
@@ -173,23 +191,22 @@ def _check_tensors(contents: dict[str, Any], network: UNet) -> None:
                 _check_finite(state.values(), "its optimizer state")
         totals, seconds = contents["metrics"]["totals"], contents["metrics"]["seconds"]
         if len(totals) != 2 or not all(map(math.isfinite, (*totals, seconds))):
-            raise FloatingPointError("its totals are not finite")
+            raise ValueError("its totals are not finite")
 
 
 def _check_finite(tensors: Iterable[Tensor], what: str) -> None:
     for tensor in tensors:
         kind_is_right = tensor.dtype in (torch.float32, torch.float16)
         if not kind_is_right or not tensor.abs().max().isfinite():
-            raise FloatingPointError(f"{what} is not all finite float32 or float16")
+            raise ValueError(f"{what} is not all finite float32 or float16")
 
 
 def restore(path: Path, state: TrainState) -> None:
     """Fill `state` from a checkpoint. The optimizers keep their current settings, such as weight
     decay. Raises ValueError as load does, or if the file was reduced to what drawing needs."""
-    contents = load(path)
+    contents, _ = _load(path, network=state.model)
     if "model" not in contents:
         raise ValueError(f"{path}: reduced to what drawing needs; train another checkpoint")
-    _check_tensors(contents, state.model)
     state.model.load_state_dict(contents["model"])
     state.ema.load_state_dict(contents["ema"])
     if contents["guide"] is not None:
@@ -206,7 +223,7 @@ def restore(path: Path, state: TrainState) -> None:
 
 def load_model(path: str | Path, device: torch.device) -> LoadedModel:
     """The model of a checkpoint, built from the file alone. Raises ValueError as load does."""
-    contents = load(path)
+    contents, ema = _load(Path(path))
     cfg, progress = Config.from_dict(contents["config"]), Progress(**contents["progress"])
     if contents["format"] == 3:  # at that time config.py, not the checkpoint, said how to draw
         usual = Config().select("sampling")
@@ -215,7 +232,7 @@ def load_model(path: str | Path, device: torch.device) -> LoadedModel:
     # Without gradients, channels_last is faster on a CPU in float32, and slower in bf16
     bf16 = pick_precision("auto", device) == "bf16"
     layout = torch.contiguous_format if bf16 else torch.channels_last
-    ema = UNet(cfg).to(device, memory_format=layout).requires_grad_(False).eval()
+    ema = ema.to(device, memory_format=layout).requires_grad_(False).eval()
     guide = copy.deepcopy(ema) if contents["guide"] else None
     for name, network in (("ema", ema), ("guide", guide)):
         if network:

@@ -1,6 +1,7 @@
 """The conditional U-Net, and the device and precision it runs in."""
 
 import functools
+import itertools
 import math
 import time
 
@@ -159,23 +160,25 @@ def zero(layer: nn.Module) -> nn.Module:
     return layer
 
 
-def check_size(cfg: Config) -> UNet:
-    """The network without its numbers, which takes no memory. Raises ValueError if with them it
-    would have more than MAX_PARAMETERS, or if the activations of a training step, which are almost
-    all that it needs, would take more than MAX_STEP_BYTES."""
-    with torch.device("meta"):
-        network = UNet(cfg)
-    size = sum(parameter.numel() for parameter in network.parameters())
+def check_size(cfg: Config) -> None:
+    """Raise ValueError, before anything is built, if the network would have more than
+    MAX_PARAMETERS or a training step need more than MAX_STEP_BYTES. Counts the matrices and the
+    activations, which are almost all of both."""
+    e, last, labels = cfg.embedding_size, cfg.widths[-1], cfg.num_classes + 1
+    sides = [cfg.img_size // (cfg.patch_size * 2**level) for level in range(len(cfg.widths))]
+    size = 2 * e**2 + labels * e + 18 * cfg.img_channels * cfg.patch_size**2 * cfg.widths[0]
+    size += sum(8 * a * b for a, b in itertools.pairwise(cfg.widths))
+    size += sum(18 * w**2 + 2 * w * e for w in (*cfg.widths * 2 * cfg.blocks, last))
+    size += last * sides[-1] ** 2 * (labels + 2 * cfg.dense_size + 1) + 2 * cfg.dense_size * e
+    size += 4 * last**2 * cfg.attention
     if size > MAX_PARAMETERS:
         limit = f"at most {MAX_PARAMETERS:,}; choose smaller widths, fewer blocks or a smaller"
         raise ValueError(f"widths = {cfg.widths}: {size:,} parameters; {limit} dense_size")
-    sides = [cfg.img_size // (cfg.patch_size * 2**level) for level in range(len(cfg.widths))]
     numbers = sum(w * side**2 for w, side in zip(cfg.widths, sides, strict=True))
     step = cfg.batch_size * (2 * cfg.blocks + 1) * 8 * 4 * numbers  # 8 float32 tensors per block
     if step > MAX_STEP_BYTES:
         limit = f"a step needs {step / 1e9:.0f} GB; at most {MAX_STEP_BYTES / 1e9:.0f}"
         raise ValueError(f"batch_size = {cfg.batch_size}: {limit}; choose a smaller one")
-    return network
 
 
 def pick_device(name: str) -> torch.device:
