@@ -229,7 +229,7 @@ def load_model(path: str | Path, device: torch.device) -> LoadedModel:
         usual = Config().select("sampling")
         usual |= {"steps": min(usual["steps"], cfg.timesteps), "clip_x_0": cfg.clip_x_0}
         cfg = replace(cfg, **usual)
-    # Without gradients, channels_last is faster on a CPU in float32, and slower in bf16
+    # Without gradients, channels_last is faster or a tie in float32, and slower in bf16
     bf16 = pick_precision("auto", device) == "bf16"
     layout = torch.contiguous_format if bf16 else torch.channels_last
     ema = ema.to(device, memory_format=layout).requires_grad_(False).eval()

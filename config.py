@@ -98,7 +98,7 @@ class Config:
     guidance_high: float = sampling(0.9, "guide only where t / timesteps <= this", ge=0, le=1)
     eta: float = sampling(0.3, "noise added by ddim and dpmpp (0: none, 1: as ddpm)", ge=0, le=1)
     precision: str = picture(
-        "auto", "of the network: auto is the faster one", choices=("auto", "float32", "bf16")
+        "auto", "number type of the network; auto: the faster", choices=("auto", "float32", "bf16")
     )
     seed: int = picture(0, "seed of all random numbers", ge=0, le=2**32 - 1, fixed_in_epoch=True)
     clip_x_0: bool = sampling(True, "clamp each estimate of x_0 to [-1, 1]")

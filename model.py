@@ -196,7 +196,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_precision(name: str, device: torch.device) -> str:
-    """In what the network computes, "float32" or "bf16"; its weights stay in float32. "auto" takes
+    """The network's number type, "float32" or "bf16"; its weights stay in float32. "auto" takes
     bf16 on a GPU where it is native, and on a CPU where it is faster."""
     if name != "auto":
         return name

@@ -8,8 +8,8 @@ from config import Config
 
 def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """The parameters for Muon: the dense layer and the convolution kernels, except those of the
-    first and the last layer, some of whose channels are pixels. And those for AdamW: biases, norms,
-    embeddings, and the small linear layers that the embedding passes through."""
+    first and the last layer, some of whose channels are pixels. And those for AdamW: these two,
+    biases, norms, embeddings, and the small linear layers that the embedding passes through."""
     matrices, others = [], []
     for name, parameter in model.named_parameters():
         inner_kernel = parameter.ndim == 4 and not name.startswith(("stem", "head"))
