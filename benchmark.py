@@ -1,4 +1,7 @@
-"""Measure this machine's speed: python benchmark.py --json speed.json. Takes about a minute."""
+"""Measure this machine's speed: python benchmark.py --json speed.json. Takes about a minute.
+
+--gpu repeats everything that is claimed of a GPU, and --scaling tells how far training spreads.
+"""
 
 import interface  # noqa: F401  (first, so that errors are one line while importing, too)
 
@@ -9,10 +12,14 @@ import json
 import os
 import platform
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
+from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,12 +30,25 @@ from checkpoint import TrainState
 from config import Config
 from data import load_split
 from diffusion import Diffusion
+from evaluation import scaling
+from evaluation.evaluator import MAX_MEASURED
+from evaluation.results import aligned
 from files import atomic_write, check_writable
-from interface.cli import Parser, add_settings, expanded_path, given_settings, run_script
-from model import UNet, pick_device, pick_precision
+from interface.cli import (
+    Parser,
+    add_model_size,
+    add_settings,
+    as_flags,
+    expanded_path,
+    given_settings,
+    run_script,
+)
+from model import UNet, compile_network, pick_device, pick_precision
 
 SECONDS = 25.0  # for training; each of the other measurements takes a fraction of it
 CALLS = (1, 4, 8, 20, 50)
+BUDGETS = ("15s", "60s", "240s")  # of the training runs of --gpu
+SAMPLES = MAX_MEASURED  # that are drawn to judge each of them
 PARTS = ("data", "forward", "backward", "optimizer", "average")
 
 
@@ -43,6 +63,8 @@ class Training:
         if cfg.batch_size > len(self.images):
             raise ValueError(f"batch_size = {cfg.batch_size}: choose at most {len(self.images)}")
         self.loss, self.state = Diffusion(cfg).loss, TrainState.initial(cfg, device)
+        if cfg.compile:
+            compile_network(self.state.model)
         self.state.model.register_forward_pre_hook(self.mark)
         self.state.model.register_forward_hook(self.mark)
         self.state.optimizers[0].register_step_pre_hook(self.mark)
@@ -169,6 +191,83 @@ def peak_memory(device: torch.device) -> int | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def matrix_rate(device: torch.device, size: int = 8192) -> float:
+    """Floating-point operations per second of a large product of matrices in bf16."""
+    x = torch.ones(size if device.type == "cuda" else 512, dtype=torch.bfloat16, device=device)
+    x = x.expand(len(x), len(x)).contiguous()
+    taken = [seconds_of(lambda: x @ x, device) for _ in range(10)]
+    return 2 * len(x) ** 3 / min(taken)
+
+
+def measure_gpu(cfg: Config, device: torch.device, given: dict[str, Any]) -> dict[str, Any]:
+    """Training and sampling speed, eager and compiled, and what training runs of BUDGETS reach.
+    The first compiled step includes the compilation."""
+    found: dict[str, Any] = {"matrix_flops": matrix_rate(device)}
+    for name, compiles in {"eager": False, "compiled": True}.items():
+        training = Training(replace(cfg, compile=compiles), device)
+        first = seconds_of(training.step, device)
+        found[name] = {"first_step_seconds": first} | training.measure()
+        guided = measure_guided(replace(cfg, compile=compiles), device)
+        found[name]["sampled_images_per_second"] = guided
+    with tempfile.TemporaryDirectory() as out:
+        found["runs"] = [trained_for(budget, given, Path(out, budget)) for budget in BUDGETS]
+    return found
+
+
+def report_gpu(found: dict[str, Any]) -> str:
+    """What measure_gpu found, as a person reads it."""
+    rows = [("", "images/s of training", "of the card's bf16 rate", "memory", "first step, s")]
+    rows[0] += ("images/s drawn",)
+    for name in ("eager", "compiled"):
+        part = found[name]
+        share = part["tera_flops"] * 1e12 / found["matrix_flops"]
+        memory = f"{(part['peak_memory_bytes'] or 0) / 1e9:.2f} GB"
+        first, drawn = part["first_step_seconds"], part["sampled_images_per_second"]
+        speed = part["images_per_second"]
+        rows.append(
+            (name, f"{speed:,.0f}", f"{share:.1%}", memory, f"{first:.1f}", f"{drawn:,.0f}")
+        )
+    runs = [("budget", "steps", "FD/floor", "agreement", "precision", "recall", "evaluate.py, s")]
+    for run in found["runs"]:
+        quality = f"{run['fd_over_floor']:.2f} {run['agreement']:.2%} {run['precision']:.3f}"
+        shown = f"{quality} {run['recall']:.3f} {run['evaluate.py_seconds']:.0f}"
+        runs.append((run["budget"], f"{run['steps']:,}", *shown.split()))
+    rate = f"{found['matrix_flops'] / 1e12:.1f} TFLOP/s in a bf16 product of matrices"
+    return f"{rate}\n\n{aligned(rows)}\n\n{aligned(runs)}"
+
+
+def measure_guided(cfg: Config, device: torch.device) -> float:
+    """Images per second with the default sampling settings, with a guide."""
+    networks = [UNet(cfg).to(device).requires_grad_(False).eval() for _ in range(2)]
+    if cfg.compile:
+        for network in networks:
+            compile_network(network)
+    diffusion = Diffusion(cfg)
+    y = torch.arange(cfg.sample_batch_size, device=device) % cfg.num_classes
+    denoiser = diffusion.guided(*networks)
+    taken = [seconds_of(lambda: diffusion.draw(denoiser, y), device) for _ in range(4)]
+    return len(y) / min(taken[1:])  # the first one warms up
+
+
+def trained_for(budget: str, given: dict[str, Any], out: Path) -> dict[str, Any]:
+    """Train with the given settings for a time and evaluate, by the scripts; their figures."""
+    here = {name: given[name] for name in ("data_dir", "device") if name in given}
+    words = {
+        "train.py": as_flags(given | {"budget": budget, "output_dir": str(out)}),
+        "evaluate.py": [*as_flags(here | {"output_dir": str(out)}), "--samples", str(SAMPLES)],
+    }
+    seconds = {}
+    for script, flags in words.items():
+        began, path = time.perf_counter(), Path(__file__).with_name(script)
+        subprocess.run([sys.executable, path, *flags], check=True)
+        seconds[f"{script}_seconds"] = time.perf_counter() - began
+    [file] = Path(out, "metrics").glob("*.json")
+    measured = json.loads(file.read_text("utf-8"))
+    kept = ("fd", "fd_over_floor", "agreement", "precision", "recall")
+    quality = {name: measured["samples"][name] for name in kept}
+    return {"budget": budget, "steps": measured["training"]["steps"]} | seconds | quality
+
+
 def report(result: dict[str, Any]) -> str:
     """The result as a person reads it."""
     training, sampling = result["training"], result["sampling"]
@@ -186,15 +285,41 @@ sampling         images/s by network calls per image: {speeds}
 one image        {sampling["one_image_seconds"]:.3f} s at the default settings"""
 
 
-def main() -> int:
+def measured_cluster(cfg: Config, device: torch.device) -> scaling.Cluster:
+    """What evaluation/scaling.py assumes of a GPU, measured on this one: the time of a step of a
+    small and of a large batch."""
+    many = min(8192, len(load_split(cfg, train=True, device=device)[0]))
+    small, large = (
+        Training(replace(cfg, batch_size=size), device).measure() for size in (32, many)
+    )
+    flops = scaling.cost_of(cfg).flops * large["images_per_second"]
+    return scaling.Cluster(flops=flops, start=32 / small["images_per_second"])
+
+
+def parse_flags() -> Namespace:
     parser = Parser(prog="benchmark.py", description="Measure training and sampling speed.")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--gpu", action="store_true", help="eager, compiled, and three training runs")
+    what.add_argument("--scaling", action="store_true", help="estimate the speed of many GPUs")
     parser.add_argument("--json", type=expanded_path, metavar="FILE", help="write the figures too")
-    add_settings(parser, Config.names("machine", "model", "training", "sampling", "picture"))
-    args = parser.parse_args()
-    cfg = replace(Config(), **given_settings(args))
+    names = Config.names("machine", "model", "training", "sampling", "picture")
+    add_settings(parser, set(names) - {"accumulate"})  # a step is measured as a whole
+    add_model_size(parser)
+    parser.excludes("--scaling", "--json", message="--scaling prints a table; drop --json")
+    return parser.parse_args()
+
+
+def main() -> int:
+    args = parse_flags()
+    given = given_settings(args)
+    cfg = replace(Config(), **given)
     if args.json:
         check_writable(args.json)
     device = pick_device(cfg.device)
+    if args.scaling:
+        on_gpu = device.type == "cuda"
+        print(scaling.report(measured_cluster(cfg, device) if on_gpu else scaling.Cluster()))
+        return 0
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     result = {
         "machine": f"{name}, {os.cpu_count()} cores",
@@ -202,10 +327,15 @@ def main() -> int:
         "precision": pick_precision(cfg.precision, device),
         "batch_size": cfg.batch_size,
         "parameters": sum(p.numel() for p in UNet(cfg).parameters()),
-        "training": Training(cfg, device).measure(),
-        "sampling": measure_sampling(cfg, device),
     }
-    print(report(result))
+    if args.gpu:
+        result["gpu"] = measure_gpu(cfg, device, given)
+        print(f"{result['machine']}, torch {result['torch']}, batch {cfg.batch_size}")
+        print(report_gpu(result["gpu"]))
+    else:
+        result["training"] = Training(cfg, device).measure()
+        result["sampling"] = measure_sampling(cfg, device)
+        print(report(result))
     if args.json:
         with atomic_write(args.json) as file:
             file.write(json.dumps(result, indent=1).encode())

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from config import Config
 from files import first_line, read_tensors, sha256, write_tensors
-from model import UNet, check_size, pick_precision
+from model import UNet, check_size, compile_network, pick_precision
 from optimizer import make_optimizers, split_parameters
 
 FORMAT = 4  # format 3 is still read: config.ALIASES fills in the settings that it lacks
@@ -60,6 +60,7 @@ class TrainState:
     optimizers: list[torch.optim.Optimizer]
     progress: Progress
     totals: Tensor  # (2,) sums over the current epoch's steps: loss, gradient norm
+    network: nn.Module  # the model as a training step calls it (distributed.wrapped)
     epoch_seconds: float = 0.0  # training time of the current epoch
     data: dict[str, Any] | None = None  # what is trained on, as data.fingerprint says
 
@@ -71,7 +72,7 @@ class TrainState:
         torch.manual_seed(cfg.seed)
         model = UNet(cfg).to(device)
         ema, totals = copy.deepcopy(model).requires_grad_(False), torch.zeros(2, device=device)
-        return cls(model, ema, None, make_optimizers(cfg, model), Progress(), totals)
+        return cls(model, ema, None, make_optimizers(cfg, model), Progress(), totals, model)
 
     def start_next_epoch(self) -> None:
         self.progress.epoch, self.progress.images = self.progress.epoch + 1, 0
@@ -221,7 +222,7 @@ def restore(path: Path, state: TrainState) -> None:
     state.data = contents.get("data")  # missing in files of older versions
 
 
-def load_model(path: str | Path, device: torch.device) -> LoadedModel:
+def load_model(path: str | Path, device: torch.device, compiled: bool = False) -> LoadedModel:
     """The model of a checkpoint, built from the file alone. Raises ValueError as load does."""
     contents, ema = _load(Path(path))
     cfg, progress = Config.from_dict(contents["config"]), Progress(**contents["progress"])
@@ -237,6 +238,8 @@ def load_model(path: str | Path, device: torch.device) -> LoadedModel:
     for name, network in (("ema", ema), ("guide", guide)):
         if network:
             network.load_state_dict(contents[name])
+            if compiled:
+                compile_network(network)
     return LoadedModel(Path(path), cfg, ema, guide, progress, device, sha256(Path(path)))
 
 

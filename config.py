@@ -36,6 +36,7 @@ class Config:
     data_dir: str = machine("mnist_data", "folder of the MNIST files; missing ones are downloaded")
     output_dir: str = machine("results", "folder for models, pictures and metrics")
     device: str = machine("auto", "auto (CUDA if available, else CPU) or any torch device")
+    compile: bool = machine(False, "compile the network: a minute's wait, then faster on a GPU")
 
     # Images
     img_size: int = model(28, "image side in pixels", ge=4, le=256)
@@ -67,7 +68,10 @@ class Config:
     # Training
     epochs: int = length(30, "epochs of the whole run", ge=1)
     budget: str = length("", "train for this long instead of --epochs: 90s, 10m, 1.5h")
-    batch_size: int = training(128, "images per step", ge=1, le=65_536, fixed_in_epoch=True)
+    batch_size: int = training(
+        128, "images per step, of all processes together", ge=1, le=65_536, fixed_in_epoch=True
+    )
+    accumulate: int = training(1, "compute each batch in this many parts, to save memory", ge=1)
     learning_rate: float = training(4e-3, "peak learning rate", gt=0, flag="lr")
     warmup_steps: int = training(100, "steps in which the learning rate rises from zero", ge=0)
     adam_beta1: float = training(0.9, "AdamW: decay of the mean gradient", ge=0, le=0.9999)
@@ -156,6 +160,13 @@ class Config:
 
 # Where an old checkpoint lacks a setting, the one whose value it takes: {lacking: read instead}
 ALIASES = {"guide_fraction": "guide_share", "clip_loss": "clip_x_0"}
+
+# train.py --model_size: 1.7, 6 and 20 million parameters. The default network has 1.3
+MODEL_SIZES = {
+    "small": {"widths": (48, 96), "blocks": 1, "dense_size": 96, "embedding_size": 128},
+    "base": {"widths": (64, 128), "blocks": 3, "dense_size": 192, "embedding_size": 256},
+    "large": {"widths": (128, 256), "blocks": 3, "dense_size": 320, "embedding_size": 256},
+}
 
 # How generate.py --fast draws with a model that is not a student: 6 network calls, not 19
 FAST = {"steps": 5, "eta": 0.3, "guidance": 4.2, "guidance_low": 0.5, "guidance_high": 0.7}

@@ -106,12 +106,21 @@ class Diffusion:
             return prediction
         return signal * x_t - noise * prediction
 
-    def loss(self, model: Model, x_0: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
-        """Weighted mean squared error of the prediction, a scalar; x_0 in [-1, 1], y int64 (B,).
+    def loss(
+        self,
+        model: Model,
+        x_0: Tensor,
+        y: Tensor,
+        generator: torch.Generator,
+        part: slice = slice(None),
+    ) -> Tensor:
+        """Weighted mean squared error of the prediction, a scalar, over a `part` of the batch;
+        x_0 (B, C, H, W) in [-1, 1], y int64 (B,).
 
-        All random numbers come from `generator`, on x_0's device. t is u^timestep_power · T, with u
-        stratified over the batch (Kingma et al. 2021, appendix I). Each image loses its label with
-        probability `label_dropout` (Ho & Salimans 2022, algorithm 1).
+        All random numbers of the batch come from `generator`, on x_0's device, whatever the part.
+        t is u^timestep_power · T, with u stratified over the batch (Kingma et al. 2021, appendix
+        I). Each image loses its label with probability `label_dropout` (Ho & Salimans 2022,
+        algorithm 1).
 
         With `clip_loss` a pixel costs nothing where clamping x_0_hat to [-1, 1] gives x_0 exactly.
         The sampler clamps as well, so a black pixel may be predicted as -1 or anything below, which
@@ -126,6 +135,7 @@ class Diffusion:
         y = torch.where(dropped, cfg.null_class, y)
         eps = torch.randn(x_0.shape, generator=generator, device=device)
 
+        x_0, t, y, eps = x_0[part], t[part], y[part], eps[part]
         return self.prediction_loss(model, self.add_noise(x_0, t, eps), t, y, x_0, eps)
 
     def prediction_loss(
@@ -144,7 +154,8 @@ class Diffusion:
         device = x_t.device
         bf16 = pick_precision(self.cfg.precision, device) == "bf16"
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            return model(x_t, t, y).to(x_t.dtype)
+            # A copy, because a compiled network on a GPU may write its next output over this one
+            return model(x_t, t, y).to(x_t.dtype, copy=True)
 
     def clip(self, x_0_hat: Tensor) -> Tensor:
         """x_0_hat clamped to [-1, 1], if `clip_x_0` says so."""
@@ -254,16 +265,22 @@ class Diffusion:
         return float((log_snr[s] - log_snr[t]) / (log_snr[t] - log_snr[t_before]) / 2)
 
     def draw(
-        self, denoiser: Denoiser, y: Tensor, on_state: Callable[[Tensor], object] | None = None
+        self,
+        denoiser: Denoiser,
+        y: Tensor,
+        on_state: Callable[[Tensor], object] | None = None,
+        parts: slice = slice(None),
     ) -> Tensor:
-        """Draw an image for each label in y int64 (N,): (N, C, H, W), in [-1, 1] if clamped.
+        """Draw an image for each label in y int64 (N,): (N, C, H, W), in [-1, 1] if clamped; or
+        only those of some of the batches (`parts` of all of them).
 
         Image i is the same picture, up to rounding, for any N, batch size and device. Every state
         of every batch is passed to `on_state`.
         """
-        cfg, images = self.cfg, []
+        cfg = self.cfg
         shape = (cfg.img_channels, cfg.img_size, cfg.img_size)
-        for first in range(0, len(y), cfg.sample_batch_size):
+        images = [torch.empty(0, *shape, device=y.device)]
+        for first in range(0, len(y), cfg.sample_batch_size)[parts]:
             batch = y[first : first + cfg.sample_batch_size]
             indices = range(first, first + len(batch))
             noise = ImageNoise(cfg.seed, indices, shape, device=y.device)
@@ -272,6 +289,10 @@ class Diffusion:
                     on_state(x)
             images.append(x)
         return torch.cat(images)
+
+    def batches(self, count: int) -> int:
+        """How many batches it takes to draw `count` images."""
+        return -(-count // self.cfg.sample_batch_size)
 
 
 class ImageNoise:

@@ -55,22 +55,32 @@ class Distillation:
         self.student, self.teacher = Diffusion(cfg), Diffusion(how)
         self.denoiser = self.teacher.guided(teacher.model, teacher.guide)
         self.segments = list(itertools.pairwise(self.student.sampling_times()))
+        self.starts = torch.tensor([t for t, _ in self.segments], device=teacher.device)
 
-    def loss(self, model: Model, x_0: Tensor, y: Tensor, generator: torch.Generator) -> Tensor:
+    def loss(
+        self,
+        model: Model,
+        x_0: Tensor,
+        y: Tensor,
+        generator: torch.Generator,
+        part: slice = slice(None),
+    ) -> Tensor:
         """Weighted mean squared error, a scalar, between the model's prediction and the one whose
-        single step lands where the teacher lands; x_0 (B, C, H, W) in [-1, 1], y int64 (B,).
+        single step lands where the teacher lands, over a `part` of the batch; x_0 (B, C, H, W) in
+        [-1, 1], y int64 (B,).
 
-        The first part of the batch is noised to the start of the first segment, and so on; the
-        noise comes from `generator`.
+        The first images of the batch are noised to the start of the first segment, and so on; the
+        noise of the batch comes from `generator`, whatever the part.
         """
-        starts = torch.tensor([t for t, _ in self.segments], device=x_0.device)
-        segment = torch.arange(len(y), device=x_0.device) * len(starts) // len(y)  # (B,), ascending
-        t = starts[segment]
+        B, count = len(y), len(self.segments)
+        t = self.starts[torch.arange(B, device=x_0.device) * count // B][part]
         eps = torch.randn(x_0.shape, generator=generator, device=x_0.device)
+        x_0, y, eps = x_0[part], y[part], eps[part]
         x_t = self.student.add_noise(x_0, t, eps)
-        parts = segment.bincount().tolist()
-        pieces = zip(x_t.split(parts), y.split(parts), self.segments, strict=True)
-        goal = torch.cat([self.goal(x, labels, *ends) for x, labels, ends in pieces])
+        segments = [i * count // B for i in range(B)][part]
+        sizes = [segments.count(k) for k in range(count)]
+        pieces = zip(x_t.split(sizes), y.split(sizes), self.segments, strict=True)
+        goal = torch.cat([self.goal(x, labels, *ends) for x, labels, ends in pieces if len(x)])
         eps = self.student.noise_in(x_t, goal, t)
         return self.student.prediction_loss(model, x_t, t, y, goal, eps)
 

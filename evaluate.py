@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
+import distributed
 from checkpoint import LoadedModel, load_model
 from config import Config
 from data import draw_labels, to_uint8
@@ -30,14 +31,16 @@ from model import pick_device, pick_precision
 
 
 def sample(loaded: LoadedModel, cfg: Config, count: int) -> tuple[Tensor, Tensor, Result]:
-    """Draw `count` uint8 images with labels in MNIST's proportions. Returns them, the labels and
-    what training and sampling have cost."""
+    """Draw `count` uint8 images with labels in MNIST's proportions, each process some batches of
+    them. Returns all, the labels and what training and sampling have cost."""
     labels = draw_labels(count, cfg.seed).to(loaded.device)
     diffusion = Diffusion(cfg)
+    batches = range(diffusion.batches(count))
+    [mine] = distributed.my_parts(len(batches))
     began = time.perf_counter()
-    with sampling_bar(cfg, count) as on_state:
-        x_0 = diffusion.draw(diffusion.guided(loaded.model, loaded.guide), labels, on_state)
-    images = to_uint8(x_0).cpu()  # which waits until a GPU is done
+    with sampling_bar(cfg, len(batches[mine])) as on_state:
+        x_0 = diffusion.draw(diffusion.guided(loaded.model, loaded.guide), labels, on_state, mine)
+    images = distributed.gather([to_uint8(x_0)])  # which waits until a GPU is done
     seconds = time.perf_counter() - began
     cost = {"calls": diffusion.network_calls(), "seconds": seconds}
     cost["images_per_second"] = count / seconds
@@ -46,22 +49,26 @@ def sample(loaded: LoadedModel, cfg: Config, count: int) -> tuple[Tensor, Tensor
 
 
 def evaluate_model(
-    evaluator: Evaluator, loaded: LoadedModel, cfg: Config, args: Namespace
-) -> Result:
-    """Draw images with a model, measure them and write the result, unless it is there already."""
+    evaluator: Evaluator | None, loaded: LoadedModel, cfg: Config, args: Namespace
+) -> Result | None:
+    """Draw images with a model, measure them and write the result, unless it is there already. All
+    processes draw; the first, which alone has an evaluator, does the rest."""
     file = results.result_file(loaded, cfg, args.samples)
     settings = {**cfg.select("sampling"), "seed": cfg.seed, "samples": args.samples}
     settings["labels"] = "exact"  # older results had random ones
     settings["precision"] = pick_precision(cfg.precision, loaded.device)
-    identity = {"model": loaded.sha256, "evaluator": evaluator.sha256, "settings": settings}
-    known = results.read_result(file, identity)
+    identity = {"model": loaded.sha256, "settings": settings}
+    identity["evaluator"] = evaluator and evaluator.sha256
+    known = distributed.from_first(lambda: results.read_result(file, identity))
     if known and all(name in known for name in ("cas", "c2st") if getattr(args, name)):
         tqdm.write(f"read {file}, measured before; the pictures in images/ are left as they are")
         if not args.sweep:
             print(results.table(known))
         return known
-    make_folders(cfg.output_dir)
+    distributed.from_first(lambda: make_folders(cfg.output_dir))
     images, labels, cost = sample(loaded, cfg, args.samples)
+    if evaluator is None:
+        return None
     result = {"source": str(loaded.path), **identity, **cost, **trained_metrics(known)}
     return measure(evaluator, result, images, labels, file, args)
 
@@ -148,11 +155,13 @@ def parse_sweep(words: list[str]) -> list[dict[str, Any]]:
 
 
 def sweep(
-    evaluator: Evaluator, loaded: LoadedModel, configs: list[Config], args: Namespace
+    evaluator: Evaluator | None, loaded: LoadedModel, configs: list[Config], args: Namespace
 ) -> None:
     """Evaluate each of `configs` that has no result yet; print the table and write the plot."""
     bar = tqdm(configs, desc="sweep", disable=None)
     found = [evaluate_model(evaluator, loaded, each, args) for each in bar]
+    if evaluator is None:
+        return
     print(results.sweep_table(found))
     picture = Path(configs[0].output_dir, "images", "sweep.png")
     plots.plot_sweep(found, results.pareto_best(found), picture)
@@ -187,6 +196,9 @@ def main() -> int:
         raise ValueError(f"samples = {args.samples}: choose {least} to {MAX_MEASURED}")
     given = cli.given_settings(args)
     cfg = replace(Config(), **{n: given[n] for n in Config.names("machine") if n in given})
+    draws = not (args.train_evaluator or args.images)
+    if distributed.rank() > 0 and not draws:  # which is work for a single process
+        return 0
     if args.train_evaluator:
         accuracy = classifier.train_and_save(cfg)
         print(f"wrote {classifier.PATH}: {accuracy:.2%} of the test split read correctly")
@@ -195,16 +207,17 @@ def main() -> int:
         evaluate_file(evaluator, args, cfg.output_dir)
     else:
         file = find_model(args.model or "newest", Path(cfg.output_dir, "models"))
-        loaded = load_model(file, pick_device(cfg.device))
+        loaded = load_model(file, pick_device(cfg.device), cfg.compile)
         if (loaded.cfg.img_size, loaded.cfg.img_channels, loaded.cfg.num_classes) != (28, 1, 10):
             raise ValueError(f"{file}: does not draw MNIST's ten digits at 28 x 28; choose another")
         cfg = cli.settings_for_drawing(loaded.cfg, given)
         configs = [replace(cfg, **each) for each in parse_sweep(args.sweep or [])]
-        evaluator = Evaluator(cfg, loaded.device)
-        if args.sweep:
-            sweep(evaluator, loaded, configs, args)
-        else:
-            evaluate_model(evaluator, loaded, cfg, args)
+        evaluator = Evaluator(cfg, loaded.device) if distributed.rank() == 0 else None
+        with distributed.joined(loaded.device):
+            if args.sweep:
+                sweep(evaluator, loaded, configs, args)
+            else:
+                evaluate_model(evaluator, loaded, cfg, args)
     return 0
 
 

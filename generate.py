@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import checkpoint
+import distributed
 from checkpoint import PRETRAINED, STUDENT, LoadedModel
 from config import FAST, Config, shortened
 from data import to_uint8
@@ -27,17 +28,23 @@ VERSION = "1.0"  # of the text chunks of a PNG
 
 
 def draw_all(loaded: LoadedModel, wanted: list[Request], show_digits: bool) -> None:
-    """Draw and write all requests, and print their paths on stdout."""
-    seconds, count = 0.0, 0
-    for request in wanted:
+    """Draw and write all requests, and print their paths on stdout. Several processes divide the
+    images of a single request, or else the requests, among them."""
+    seconds, count, together = 0.0, 0, len(wanted) == 1
+    [mine] = [slice(None)] if together else distributed.my_parts(len(wanted))
+    for request in wanted[mine]:
         began = time.perf_counter()
-        states = draw(loaded, request)
+        states = draw(loaded, request, together)
         seconds, count = seconds + time.perf_counter() - began, count + len(states[-1])
-        write(loaded, request, states)
+        if not together or distributed.rank() == 0:
+            write(loaded, request, states)
         if show_digits:
             side, margin = request.cfg.img_size, request.cfg.img_size // 14  # margins are empty
             inside = states[-1][..., margin : side - margin, margin : side - margin]
             show(picture.arrange(inside, request.digits, request.count)[0])
+        print(request.output, flush=True)
+    distributed.largest()  # waits for the others
+    for request in wanted[mine.stop :] if mine.stop else ():
         print(request.output, flush=True)
     cfg = wanted[0].cfg
     eta = "" if cfg.sampler == "ddpm" else f", eta {cfg.eta:g}"
@@ -45,13 +52,16 @@ def draw_all(loaded: LoadedModel, wanted: list[Request], show_digits: bool) -> N
     log(f"{count} images in {seconds:.2f} s with {loaded.path}: {how}")
 
 
-def draw(loaded: LoadedModel, request: Request) -> list[Tensor]:
+def draw(loaded: LoadedModel, request: Request, together: bool = True) -> list[Tensor]:
     """The images of a request, uint8 (N, C, H, W) on the CPU: for an animation one such tensor for
-    each state, from noise to the images, otherwise a single one."""
+    each state, from noise to the images, otherwise a single one. With `together` all processes
+    draw them, each some of the batches."""
     cfg, y = request.cfg, request.labels.to(loaded.device)
     diffusion, count = Diffusion(cfg), itertools.count()
+    batches = range(diffusion.batches(len(y)))
+    [mine] = distributed.my_parts(len(batches)) if together else [slice(None)]
     states: dict[int, list[Tensor]] = {number: [] for number in request.kept_states}
-    with sampling_bar(cfg, len(y)) as advance:
+    with sampling_bar(cfg, len(batches[mine])) as advance:
 
         def on_state(x: Tensor) -> None:
             advance(x)
@@ -59,8 +69,8 @@ def draw(loaded: LoadedModel, request: Request) -> list[Tensor]:
             if number in states:
                 states[number].append(to_uint8(x).cpu())
 
-        diffusion.draw(diffusion.guided(loaded.model, loaded.guide), y, on_state)
-    return [torch.cat(batches) for batches in states.values()]
+        diffusion.draw(diffusion.guided(loaded.model, loaded.guide), y, on_state, mine)
+    return [distributed.gather(p) if together else torch.cat(p) for p in states.values()]
 
 
 def write(loaded: LoadedModel, request: Request, states: list[Tensor]) -> None:
@@ -141,7 +151,38 @@ def parse_flags() -> Namespace:
     parser.needs("--output", "--digits", "--reproduce")
     with_it = ("--output", "--output_dir", "--device", "--show", "--no-show")
     parser.allows_only("--reproduce", *with_it)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.digits is None and distributed.processes() > 1:
+        raise ValueError("several processes draw together only what --digits says; give it")
+    return args
+
+
+def chosen_model(args: Namespace, folder: Path) -> Path:
+    """The model that the flags name, the one that --fast takes, or the answer to a question."""
+    if args.digits is None and not args.model:
+        return requests.choose_model(folder)
+    file = requests.find_model(args.model or "newest", folder)
+    its_student = file.with_name(STUDENT)
+    if args.fast and not args.model and file.name == PRETRAINED and its_student.is_file():
+        return its_student
+    return file
+
+
+def draw_what_is_asked(args: Namespace, given: dict[str, Any], device: torch.device) -> None:
+    """Draw what --digits says, or else what the answers say."""
+    folder = Path(given.get("output_dir", Config().output_dir), "models")
+    file = distributed.from_first(lambda: chosen_model(args, folder))
+    loaded = checkpoint.load_model(file, device, given.get("compile", False))
+    fast = FAST if args.fast and not loaded.cfg.is_student else {}
+    cfg = cli.settings_for_drawing(loaded.cfg, fast | given)
+    if args.digits is not None:
+        show_digits = args.show and not requests.is_folder(args.output)
+        wanted = distributed.from_first(lambda: requests.requests_from_flags(args, cfg))
+        draw_all(loaded, wanted, show_digits)
+        return
+    log(f"{file}: {loaded.progress}")
+    for request in requests.requests_from_answers(cfg, given.get("seed")):
+        draw_all(loaded, [request], args.show)
 
 
 def main() -> int:
@@ -151,25 +192,10 @@ def main() -> int:
         output = Path(args.output) if args.output else None
         reproduce(args.reproduce, output, given, args.show)
         return 0
-    here = Config().select("machine") | given
-    folder = Path(here["output_dir"], "models")
+    device = pick_device(given.get("device", Config().device))
     try:
-        asks = args.digits is None and not args.model
-        name = args.model or "newest"
-        file = requests.choose_model(folder) if asks else requests.find_model(name, folder)
-        its_student = file.with_name(STUDENT)
-        if args.fast and not args.model and file.name == PRETRAINED and its_student.is_file():
-            file = its_student
-        loaded = checkpoint.load_model(file, pick_device(here["device"]))
-        fast = FAST if args.fast and not loaded.cfg.is_student else {}
-        cfg = cli.settings_for_drawing(loaded.cfg, fast | given)
-        if args.digits is not None:
-            show_digits = args.show and not requests.is_folder(args.output)
-            draw_all(loaded, requests.requests_from_flags(args, cfg), show_digits)
-            return 0
-        log(f"{file}: {loaded.progress}")
-        for request in requests.requests_from_answers(cfg, given.get("seed")):
-            draw_all(loaded, [request], args.show)
+        with distributed.joined(device):
+            draw_what_is_asked(args, given, device)
     except EOFError as end:  # q or Ctrl-D at a question, or no answer on stdin
         log(str(end))
     return 0

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import distributed
 from config import Config
 from files import first_line
 
@@ -175,16 +176,39 @@ def check_size(cfg: Config) -> None:
         limit = f"at most {MAX_PARAMETERS:,}; choose smaller widths, fewer blocks or a smaller"
         raise ValueError(f"widths = {cfg.widths}: {size:,} parameters; {limit} dense_size")
     numbers = sum(w * side**2 for w, side in zip(cfg.widths, sides, strict=True))
-    step = cfg.batch_size * (2 * cfg.blocks + 1) * 8 * 4 * numbers  # 8 float32 tensors per block
+    parts = distributed.processes() * cfg.accumulate
+    if parts > cfg.batch_size:
+        limit = f"cannot be divided among {parts} parts; choose a larger one"
+        raise ValueError(f"batch_size = {cfg.batch_size}: {limit}")
+    at_once = -(-cfg.batch_size // parts)
+    step = at_once * (2 * cfg.blocks + 1) * 8 * 4 * numbers  # 8 float32 tensors per block
     if step > MAX_STEP_BYTES:
         limit = f"a step needs {step / 1e9:.0f} GB; at most {MAX_STEP_BYTES / 1e9:.0f}"
-        raise ValueError(f"batch_size = {cfg.batch_size}: {limit}; choose a smaller one")
+        remedy = "choose a smaller one, or a larger --accumulate"
+        raise ValueError(f"batch_size = {cfg.batch_size}: {limit}; {remedy}")
+
+
+def compile_network(network: UNet) -> None:
+    """Compile a network when it is first called, for a GPU into CUDA graphs. Raises ValueError if
+    torch cannot compile here."""
+    on_gpu = next(network.parameters()).device.type == "cuda"
+    network.compile(mode="reduce-overhead" if on_gpu else None)
 
 
 def pick_device(name: str) -> torch.device:
-    """The torch device for Config.device. Raises ValueError if it cannot be used here."""
+    """The torch device for Config.device; if torchrun started several processes, each has a GPU of
+    its own. Raises ValueError if the device cannot be used here."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cpu":
+        return torch.device("cpu")
+    if distributed.processes() > 1 and name.startswith("cuda"):
+        here, GPUs = distributed.from_torchrun("LOCAL_WORLD_SIZE", 1), torch.cuda.device_count()
+        if name != "cuda" or here > GPUs:
+            reason = f"{here} processes, each with a GPU of its own, but {GPUs} GPUs"
+            remedy = f"use --device cuda or cpu, and torchrun --nproc_per_node={max(1, GPUs)}"
+            raise ValueError(f"device = {name!r}: {reason}; {remedy}")
+        name = f"cuda:{distributed.from_torchrun('LOCAL_RANK', 0)}"
     try:
         one = torch.ones(1, device=name)
         if one.item() == 1:  # raises on "meta"

@@ -7,6 +7,8 @@ import copy
 import functools
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -14,30 +16,39 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import checkpoint
+import distributed
 from checkpoint import Progress, TrainState, load_model
 from config import Config, parse_digits
 from data import fingerprint, load_split, to_model_range, to_uint8
 from diffusion import Diffusion, Model, seeded_generator
 from distill import Distillation
 from interface import folder, runs
-from interface.cli import Parser, add_settings, expanded_path, given_settings, run_script
+from interface.cli import (
+    Parser,
+    add_model_size,
+    add_settings,
+    expanded_path,
+    given_settings,
+    run_script,
+)
 from interface.picture import image_grid, save_png
 from interface.runs import Plan, Run, make_plan
 from interface.terminal import sampling_bar
-from model import pick_device, pick_precision
+from model import compile_network, pick_device, pick_precision
 
 # Every random number of training is a function of (seed, stream, epoch or step): a resumed run
 # draws what an uninterrupted one would have drawn, and previews cannot disturb training.
 ORDER_STREAM, NOISE_STREAM = 1, 2
 
-Loss = Callable[[Model, Tensor, Tensor, torch.Generator], Tensor]  # (model, x_0, y, generator)
+# (model, x_0, y, generator, part of the batch) -> the mean loss of that part
+Loss = Callable[[Model, Tensor, Tensor, torch.Generator, slice], Tensor]
 
 
-def train(plan: Plan, began: float) -> int:
+def train(plan: Plan, device: torch.device, began: float) -> int:
     """Train as planned; time counts from `began` (of time.perf_counter). Returns the exit code: 0,
     or 128 + the signal that stopped the run. Raises ValueError for settings that do not fit the
     data or the machine, FloatingPointError if training diverges."""
-    cfg, device = plan.cfg, pick_device(plan.cfg.device)
+    cfg = plan.cfg
     images, labels = load_split(cfg, train=True, device=device)
     diffusion, state = Diffusion(cfg), TrainState.initial(cfg, device)
     if plan.start:
@@ -53,13 +64,20 @@ def train(plan: Plan, began: float) -> int:
             for network in (state.model, state.ema):
                 network.load_state_dict(teacher.model.state_dict())
     runs.check_data(plan, state, data)
+    if cfg.compile:
+        compile_network(state.model)
+    state.network = distributed.wrapped(state.model)
     run = Run(plan, state, len(images), began)
-    if run.done and folder.is_complete(cfg.output_dir):
+    if run.done and distributed.from_first(lambda: folder.is_complete(cfg.output_dir)):
         print("nothing left to do: starting up took the rest of the budget")
         return 0
     size = sum(parameter.numel() for parameter in state.model.parameters())
-    precision = pick_precision(cfg.precision, device)
-    print(f"U-Net of {size:,} parameters on {device}, {precision}; {len(images):,} images")
+    precision, processes = pick_precision(cfg.precision, device), distributed.processes()
+    where = f"{device}" if processes == 1 else f"{processes} processes ({device.type})"
+    if device.type == "cuda" and processes == 1 < torch.cuda.device_count():
+        command = f"torchrun --standalone --nproc_per_node={torch.cuda.device_count()} train.py"
+        print(f"this uses one of {torch.cuda.device_count()} GPUs; {command} uses all")
+    print(f"U-Net of {size:,} parameters on {where}, {precision}; {len(images):,} images")
     run.open()
 
     while not run.done and not run.stopped_by:
@@ -70,6 +88,8 @@ def train(plan: Plan, began: float) -> int:
         run.update_clock()
         keep_guide(cfg, state, run.fraction)
         run.show_progress()
+        if run.epoch_done or run.done or run.stopped_by:
+            distributed.average(state.totals)  # each process has added the loss of its own part
         if run.epoch_done or run.done:
             run.log_epoch()
         if run.epoch_done:
@@ -78,13 +98,14 @@ def train(plan: Plan, began: float) -> int:
             run.save()
             draw_preview(run, diffusion, state)
             run.draw_curves()
+            run.heed_signals()
 
     if run.stopped_by and not run.done:
         run.save()
         run.draw_curves()
         command = runs.train_command(cfg, "--resume")
         print(f"stopped at {state.progress}; to continue: {command}")
-        return 128 + run.stopped_by[0]
+        return 128 + run.stopped_by
     draw_missing_previews(run, diffusion)
     run.retry_figures()
     if state.guide is None and not cfg.is_student:
@@ -111,14 +132,24 @@ def training_step(
     cfg: Config, loss: Loss, state: TrainState, x_0: Tensor, y: Tensor, fraction: float
 ) -> None:
     """Take one optimizer step on the loss of x_0 (B, C, H, W) in [-1, 1] and labels y int64 (B,),
-    when `fraction` of the run is done. Updates all of `state` but its times and its guide."""
-    device, progress = x_0.device, state.progress
-    generator = seeded_generator(cfg.seed, NOISE_STREAM, progress.step, device=device)
-    if state.guide is None and cfg.guide_fraction > 0:  # also while a long warm-up delays the guide
-        y = randomize_labels(y, cfg, generator)
-    value = loss(state.model, x_0, y, generator)
+    when `fraction` of the run is done. Updates all of `state` but its times and its guide.
+
+    The batch is computed in parts, some by each process. All of them draw the random numbers of
+    the whole batch, so that the parts add up to the same step however many there are."""
+    B, progress = len(y), state.progress
     state.model.zero_grad()
-    value.backward()
+    total, parts = torch.zeros((), device=x_0.device), distributed.my_parts(B, cfg.accumulate)
+    for part in parts:
+        generator = seeded_generator(cfg.seed, NOISE_STREAM, progress.step, device=x_0.device)
+        labels = y
+        if state.guide is None and cfg.guide_fraction > 0:  # also while warm-up delays the guide
+            labels = randomize_labels(y, cfg, generator)
+        # DistributedDataParallel takes the mean over processes, so that theirs count as one each
+        weight = (part.stop - part.start) * distributed.processes() / B
+        with distributed.averaging(state.network, part == parts[-1]):
+            value = weight * loss(state.network, x_0, labels, generator, part)
+            value.backward()
+        total += value.detach()
     parameters = list(state.model.parameters())
     grad_norm = nn.utils.clip_grad_norm_(parameters, cfg.grad_clip)
     making_guide = state.guide is None and fraction < cfg.guide_fraction
@@ -131,7 +162,7 @@ def training_step(
     ema_decay = (1 - 1 / progress.step) ** (ema_gamma(cfg.ema_sigma_rel) + 1)
     with torch.no_grad():
         torch._foreach_lerp_(list(state.ema.parameters()), parameters, 1 - ema_decay)
-    state.totals += torch.stack([value.detach(), grad_norm])
+    state.totals += torch.stack([total, grad_norm])
 
 
 def learning_rate(cfg: Config, step: int, fraction: float, making_guide: bool = False) -> float:
@@ -165,17 +196,18 @@ def ema_gamma(sigma_rel: float) -> float:
     return float(np.roots([1, 7, 16 - sigma_rel**-2, 12 - sigma_rel**-2]).real.max())
 
 
+@distributed.first_only
 def draw_preview(run: Run, diffusion: Diffusion, state: TrainState) -> None:
     """Write a grid with a row for each digit, always from the same noise, to compare epochs. A stop
     signal ends it."""
     cfg, path = run.cfg, folder.grid_path(run.cfg.output_dir, state.progress)
     digits = torch.tensor(parse_digits(cfg.preview_digits, cfg.num_classes))
     y = digits.repeat_interleave(cfg.preview_columns).to(state.totals.device)
-    with run.side_output(path), sampling_bar(cfg, len(y)) as advance:
+    with run.side_output(path), sampling_bar(cfg, diffusion.batches(len(y))) as advance:
 
         def on_state(x: Tensor) -> None:
             advance(x)
-            if run.stopped_by:
+            if run.signals:
                 raise InterruptedError("stopped by a signal")
 
         x_0 = diffusion.draw(diffusion.guided(state.ema, state.guide), y, on_state)
@@ -184,10 +216,11 @@ def draw_preview(run: Run, diffusion: Diffusion, state: TrainState) -> None:
         tqdm.write(f"wrote {path}")
 
 
+@distributed.first_only
 def draw_missing_previews(run: Run, diffusion: Diffusion) -> None:
     """Draw the previews that a kill or a full disk prevented, from their checkpoints."""
     for path, grid in folder.without_grid(run.cfg.output_dir):
-        if not run.stopped_by:
+        if not run.signals:
             state = TrainState.initial(run.cfg, run.state.totals.device)
             with run.side_output(grid):
                 checkpoint.restore(path, state)
@@ -206,6 +239,7 @@ def main() -> int:
     add_settings(length, Config.names("length"))
     groups = ("machine", "model", "student", "training", "sampling", "picture")
     add_settings(parser, Config.names(*groups))
+    add_model_size(parser)
     parser.needs("--continue_training_epochs", "--load_checkpoint_path")
     parser.needs("--student_steps", "--teacher")
     counts_all = "--epochs counts from scratch; give --continue_training_epochs instead"
@@ -219,8 +253,14 @@ def main() -> int:
     if args.load_checkpoint_path and not more and "budget" not in given:
         print(runs.describe(make_plan(given, load=args.load_checkpoint_path)))
         return 0
-    with folder.own_folder(given.get("output_dir", Config().output_dir)):
-        plan = make_plan(given, args.resume, args.load_checkpoint_path, more)
+    here = replace(Config(), **{n: given[n] for n in Config.names("machine") if n in given})
+    device, out = pick_device(here.device), here.output_dir
+    with distributed.joined(device), ExitStack() as stack:
+        distributed.from_first(lambda: stack.enter_context(folder.own_folder(out)))
+        start = args.resume, args.load_checkpoint_path, more
+        if distributed.is_restart() and distributed.from_first(lambda: folder.holds_this_run(out)):
+            start = True, None, 0
+        plan = distributed.from_first(lambda: make_plan(given, *start))
         if plan.action == "finished":
             print(f"nothing left to do. {runs.describe(plan)}")
             return 0
@@ -228,7 +268,7 @@ def main() -> int:
             print(f"nothing to resume in {plan.cfg.output_dir}: starting from scratch")
         for note in plan.notes:
             print(note)
-        return train(plan, began)
+        return train(plan, device, began)
 
 
 if __name__ == "__main__":

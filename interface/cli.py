@@ -6,15 +6,17 @@ import re
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Collection, Iterable
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
-from config import Config
+import distributed
+from config import MODEL_SIZES, Config
 from files import first_line
 
 
@@ -78,6 +80,13 @@ def add_settings(parser: Any, names: Collection[str]) -> None:
         parser.add_argument(f"--{f.metadata.get('flag', f.name)}", **options)
 
 
+def add_model_size(parser: argparse.ArgumentParser) -> None:
+    """Add a flag that stands for several settings of the network; each has a flag of its own too,
+    which wins."""
+    sizes = "1.7, 6 or 20 million parameters, for a GPU (default: 1.3 million)"
+    parser.add_argument("--model_size", choices=MODEL_SIZES, help=sizes)
+
+
 def comma_numbers(text: str) -> tuple[int, ...]:
     if not re.fullmatch(r"\d{1,9}(,\d{1,9})*", text, re.ASCII):
         raise argparse.ArgumentTypeError(f"{text!r}: write whole numbers such as 32,64")
@@ -96,7 +105,22 @@ def quote(words: Iterable[object]) -> str:
 
 def given_settings(args: argparse.Namespace) -> dict[str, Any]:
     """The settings that the user gave as flags."""
-    return {f.name: getattr(args, f.name) for f in fields(Config) if hasattr(args, f.name)}
+    size = MODEL_SIZES.get(getattr(args, "model_size", None), {})
+    return size | {f.name: getattr(args, f.name) for f in fields(Config) if hasattr(args, f.name)}
+
+
+def as_flags(settings: dict[str, Any]) -> list[str]:
+    """The flags that give these settings: the inverse of given_settings."""
+    words: list[str] = []
+    for f in fields(Config):
+        if f.name in settings:
+            name, value = f.metadata.get("flag", f.name), settings[f.name]
+            if f.type is bool:
+                words.append(f"--{name}" if value else f"--no-{name}")
+            else:
+                text = ",".join(map(str, value)) if f.type is tuple else str(value)
+                words += [f"--{name}", text]
+    return words
 
 
 def settings_for_training(
@@ -166,24 +190,30 @@ def run_script(name: str, main: Callable[[], int]) -> None:
     """Run a script's main() and exit. A user's mistake becomes one line and exit code 2, training
     that diverged or a bug one line and 1, Ctrl-C 130. TRACEBACK=1 shows where an error arose."""
     torch.set_flush_denormal(True)  # denormals are slow; to be set before any thread starts
+    torch.backends.cudnn.allow_tf32 = False  # float32 means just that; bf16 is there for speed
     nothing = open(os.devnull, "r+")  # noqa: SIM115 (stands in for streams that the shell closed)
     sys.stdin = sys.stdin or nothing
-    out, err = Output(sys.stdout or nothing), Output(sys.stderr or nothing)
-    with redirect_stdout(out), redirect_stderr(err):
-        code = exit_code(name, main)
+    errors = Output(sys.stderr or nothing)
+    silent = distributed.rank() > 0  # the first of several processes speaks for all
+    out = Output(nothing if silent else sys.stdout or nothing)
+    with redirect_stdout(out), redirect_stderr(Output(nothing) if silent else errors):
+        code = exit_code(name, main, errors)
         out.flush()
+    if silent and code:
+        time.sleep(1)  # when one process ends, torchrun ends the others: let the first speak
     sys.exit(code)
 
 
-def exit_code(name: str, main: Callable[[], int]) -> int:
-    """The exit code of main(), after one line on stderr if it raised an error."""
+def exit_code(name: str, main: Callable[[], int], errors: TextIO) -> int:
+    """The exit code of main(), after one line on `errors` if it raised an error."""
     try:
         return main()
-    except SystemExit as stop:  # argparse has said why
+    except SystemExit as stop:  # argparse, or the first process, has said why
         return int(stop.code or 0)
-    except KeyboardInterrupt:
-        line, code = "stopped", 130
-    except Exception as error:
+    except KeyboardInterrupt as interrupt:
+        error, line, code = interrupt, "stopped", 130
+    except Exception as exception:
+        error = exception
         if os.environ.get("TRACEBACK"):
             raise
         kind, line, code = type(error).__name__, first_line(error), 2
@@ -192,7 +222,12 @@ def exit_code(name: str, main: Callable[[], int]) -> int:
             line = f"{reason}; use smaller batches, or draw fewer images"
         elif isinstance(error, FloatingPointError):
             code = 1
+        elif distributed.lost_others(error):
+            line, code = f"lost the connection to another process ({line[:80]})", 1
         elif not isinstance(error, (ValueError, OSError)):
             line, code = f"{kind}: {line}; a bug, please report it with TRACEBACK=1's output", 1
-    print(f"{name}: {line}", file=sys.stderr)
+    if distributed.processes() > 1:
+        name += f", process {distributed.rank()}"
+    if distributed.speaks_of(error):
+        print(f"{name}: {line}", file=errors)
     return code

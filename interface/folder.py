@@ -15,6 +15,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 import checkpoint
+import distributed
 from checkpoint import Progress
 from files import atomic_write, cannot_write, first_line, printable
 
@@ -106,6 +107,12 @@ def newest_of_run(models: Path) -> Path | None:
     return None
 
 
+def holds_this_run(output_dir: str) -> bool:
+    """Whether the files in a folder are those of this run, before torchrun restarted it."""
+    path = Path(output_dir, ".run")
+    return path.exists() and path.read_text("utf-8", "replace") == distributed.run_id()
+
+
 def prepare_folders(
     output_dir: str, start: Path | None, step: int, rewritten: Path | None
 ) -> list[dict[str, Any]]:
@@ -125,6 +132,8 @@ def prepare_folders(
             path.unlink()
         moved, copied, rows = what_to_set_aside(out, start, step, rewritten)
         set_aside(out / "earlier", moved, copied)
+        if distributed.processes() > 1:
+            Path(out, ".run").write_text(distributed.run_id(), "utf-8")
     except OSError as error:
         raise ValueError(f"{error.filename or out}: {cannot_write(error)}") from None
     return rows

@@ -12,12 +12,13 @@ from typing import Any
 from tqdm import tqdm
 
 import checkpoint
+import distributed
 from checkpoint import Progress, TrainState
 from config import Config, parse_duration
 from distill import student_settings
 from files import first_line, sha256
 from interface import folder
-from interface.cli import quote, settings_for_training
+from interface.cli import as_flags, quote, settings_for_training
 from interface.requests import find_model, model_with_hash
 
 
@@ -141,12 +142,13 @@ def train_command(cfg: Config, *flags: object) -> str:
     """The command that trains with `flags`, and with the settings of this computer that differ from
     config.py, which a run never takes from a checkpoint."""
     usual = Config().select("machine")
-    changed = [(f"--{n}", v) for n, v in cfg.select("machine").items() if v != usual[n]]
-    return quote(["python", "train.py", *flags, *sum(changed, ())])
+    changed = {n: v for n, v in cfg.select("machine").items() if v != usual[n]}
+    return quote(["python", "train.py", *flags, *as_flags(changed)])
 
 
 class Run:
-    """A run under way: its clock, log and checkpoints."""
+    """A run under way: its clock, log and checkpoints. All processes agree on the time and on when
+    to stop; the first one alone logs and writes."""
 
     def __init__(self, plan: Plan, state: TrainState, images: int, began: float) -> None:
         """`began` (of time.perf_counter) is when the run's time starts to count. Raises ValueError
@@ -163,7 +165,8 @@ class Run:
         self.bar: tqdm | None = None
         self.rows: list[dict[str, Any]] = []  # of metrics.csv
         self.warned: set[str] = set()  # kinds of files that could not be written
-        self.stopped_by: list[int] = []  # signals
+        self.signals: list[int] = []  # that this process has received
+        self.stopped_by = 0  # the signal by which all processes stop
         # Reading the loss makes the CPU wait for a GPU, so that is done seldom
         self.log_every = 1 if state.totals.device.type == "cpu" else 50
         spent = state.progress.seconds - state.progress.budget_from
@@ -174,7 +177,16 @@ class Run:
             raise ValueError(f"budget = {self.cfg.budget!r}: {fault}")
 
     def update_clock(self) -> None:
-        self.state.progress.seconds = time.perf_counter() - self.began
+        """Take the first process's time, and heed signals."""
+        seconds = time.perf_counter() - self.began if distributed.rank() == 0 else 0.0
+        self.state.progress.seconds, stop = distributed.largest(
+            seconds, max(self.signals, default=0)
+        )
+        self.stopped_by = int(stop)
+
+    def heed_signals(self) -> None:
+        """Stop if any process has received a signal."""
+        self.stopped_by = int(*distributed.largest(max(self.signals, default=0)))
 
     @property
     def fraction(self) -> float:
@@ -201,14 +213,17 @@ class Run:
         path = folder.checkpoint_path(cfg.output_dir, progress)
         saves_plan = start is not None and (self.plan.changed or start.resolve() != path.resolve())
         rewritten = path if saves_plan else None
-        self.rows = folder.prepare_folders(cfg.output_dir, start, progress.step, rewritten)
+        self.rows = distributed.from_first(
+            lambda: folder.prepare_folders(cfg.output_dir, start, progress.step, rewritten)
+        )
         self.write_rows()
         until = f"until {cfg.budget} are spent" if cfg.budget else f"to epoch {cfg.epochs}"
         print(f"training from {progress} {until}; results in {cfg.output_dir}", flush=True)
         if saves_plan:
             self.save()
-        self.stopped_by = note_stop_signals()
+        self.signals = note_stop_signals()
 
+    @distributed.first_only
     def show_progress(self) -> None:
         """Show the running loss on the progress bar, if it is time to. Raises FloatingPointError
         if the loss is no longer finite."""
@@ -226,6 +241,7 @@ class Run:
         self.bar.set_postfix_str(f"loss {loss:.4f}, {self.time_left()}")
         self.bar.update(progress.images - self.bar.n)
 
+    @distributed.first_only
     def log_epoch(self) -> None:
         """Add the epoch, or the part of it that was trained, to metrics.csv and print it."""
         self.close_bar()
@@ -238,6 +254,7 @@ class Run:
         self.write_rows()
         tqdm.write(f"epoch {epoch}: loss {loss:.4f}, {rate:.0f} images/s, {self.time_left()}")
 
+    @distributed.first_only
     def write_rows(self) -> None:
         path = Path(self.cfg.output_dir, "metrics.csv")
         if self.rows:
@@ -249,6 +266,7 @@ class Run:
             self.bar.close()
             self.bar = None
 
+    @distributed.first_only
     def save(self) -> None:
         """Write a checkpoint. Raises ValueError if it fails, FloatingPointError if training did."""
         self.close_bar()  # still open where a signal stops the run inside an epoch
@@ -274,6 +292,7 @@ class Run:
                 tqdm.write(f"{path} not written: {first_line(error)}")
             self.warned.add(kind)
 
+    @distributed.first_only
     def draw_curves(self) -> None:
         """Plot the rows of metrics.csv, if there is one, as images/training.png."""
         path = Path(self.cfg.output_dir, "images", "training.png")
@@ -285,6 +304,7 @@ class Run:
             plot_training(self.rows, path)
             tqdm.write(f"wrote {path}")
 
+    @distributed.first_only
     def retry_figures(self) -> None:
         """Write metrics.csv and its curves if that failed before."""
         if "metrics" in self.warned:
@@ -310,7 +330,9 @@ class Run:
 def note_stop_signals() -> list[int]:
     """From now on the first Ctrl-C, SIGTERM or SIGHUP is only appended to the returned list, so
     that the current step can finish. A second Ctrl-C or SIGTERM ends the process at once; SIGHUP
-    does not, because a terminal that closes may send it twice, or after SIGTERM."""
+    does not, because a terminal that closes may send it twice, or after SIGTERM. Under torchrun,
+    which passes on a signal that its processes have received too, no second one does: it kills
+    them itself if they take too long."""
     noted: list[int] = []
     after = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
     if hasattr(signal, "SIGHUP"):  # not on Windows
@@ -320,7 +342,7 @@ def note_stop_signals() -> list[int]:
     def note(signum: int, frame: object) -> None:
         noted.append(signum)
         for each, handler in after.items():
-            signal.signal(each, handler)
+            signal.signal(each, signal.SIG_IGN if distributed.processes() > 1 else handler)
 
     for signum in after:
         signal.signal(signum, note)

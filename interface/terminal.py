@@ -33,10 +33,11 @@ def log(message: str) -> None:
 
 
 @contextmanager
-def sampling_bar(cfg: Config, images: int) -> Iterator[Callable[[Tensor], object]]:
+def sampling_bar(cfg: Config, batches: int) -> Iterator[Callable[[Tensor], object]]:
     """A progress bar for Diffusion.draw, as its `on_state`; shows nothing without a terminal."""
-    states = -(-images // cfg.sample_batch_size) * (cfg.steps + 1)
-    with tqdm(total=states, desc="sampling", unit="step", leave=False, disable=None) as bar:
+    with tqdm(
+        total=batches * (cfg.steps + 1), desc="sampling", unit="step", leave=False, disable=None
+    ) as bar:
         yield lambda _: bar.update()
 
 

@@ -1,0 +1,247 @@
+"""Several processes train one model: as one process would, whatever happens to one of them."""
+
+import csv
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import REPO, TINY, as_words, assert_one_line, assert_same, unix
+from PIL import Image
+
+import checkpoint
+import distributed
+from interface import folder
+
+# 33 images are not a multiple of 2 processes
+FLAGS = TINY | {"batch_size": 33, "max_images": 1000, "epochs": 7, "save_every": 2}
+
+pytestmark = unix
+
+
+def torchrun(script: str, flags: dict, *options: str, processes: int = 2) -> subprocess.Popen:
+    """Start a script in several processes; stdout and stderr come as one text."""
+    how = [f"--nproc_per_node={processes}", *(options or ["--standalone"])]
+    command = [sys.executable, "-m", "torch.distributed.run", *how, str(REPO / script)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen([*command, *as_words(flags)], env=environment, **pipes)
+
+
+def finished(process: subprocess.Popen, code: int = 0) -> str:
+    out, _ = process.communicate(timeout=300)
+    assert (process.returncode == 0) == (code == 0), out
+    return out
+
+
+def wait_for(path: Path, process: subprocess.Popen) -> None:
+    while not path.exists():
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.01)
+
+
+def newest(out: Path) -> Path:
+    return folder.newest_of_run(out / "models")
+
+
+def losses(out: Path) -> list[float]:
+    with open(out / "metrics.csv") as file:
+        return [float(row["loss"]) for row in csv.DictReader(file)]
+
+
+def workers(process: subprocess.Popen) -> list[int]:
+    """The processes that torchrun started."""
+    found = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    commands = {int(pid): Path(f"/proc/{pid}/cmdline").read_text() for pid in found}
+    return [pid for pid, command in commands.items() if "train.py" in command]
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run by two processes."""
+    out = tmp_path_factory.mktemp("pair")
+    said = finished(torchrun("train.py", FLAGS | {"output_dir": out}))
+    assert "2 processes (cpu)" in said
+    assert said.count("epoch 7: loss") == 1  # only one of them speaks
+    return out
+
+
+def assert_close(out: Path, reference: Path) -> None:
+    """Two runs differ by no more than the order in which they add up."""
+    np.testing.assert_allclose(losses(out), losses(reference), rtol=1e-4)
+    a, b = (checkpoint.load(newest(each)) for each in (out, reference))
+    assert a.keys() == b.keys()
+    assert a["progress"]["step"] == b["progress"]["step"] == 210
+    one, other = (torch.cat([w.flatten() for w in each["ema"].values()]) for each in (a, b))
+    assert (one - other).norm() < 1e-3 * one.norm(), (one - other).norm() / one.norm()
+    grids = [
+        np.asarray(Image.open(each / "images" / "samples_epoch_7.png")) for each in (out, reference)
+    ]
+    assert (np.abs(grids[0].astype(int) - grids[1]) > 2).mean() < 0.002
+
+
+def test_processes_train_as_one(run, pair, tmp_path):
+    """210 steps by two processes, by one, and by one that divides each batch into four parts."""
+    for name, flags in {"one": {}, "parts": {"accumulate": 4}}.items():
+        assert run("train.py", **FLAGS, **flags, output_dir=tmp_path / name).code == 0
+        assert_close(tmp_path / name, pair)
+
+
+def test_sigterm_stops_all_at_one_step_and_one_process_goes_on(run, pair, tmp_path):
+    process = torchrun("train.py", FLAGS | {"output_dir": tmp_path})
+    wait_for(tmp_path / "images" / "samples_epoch_2.png", process)
+    process.terminate()
+    out = finished(process, code=1)
+    assert "stopped at epoch" in out
+    assert newest(tmp_path).name != "model_epoch_7.pth"
+    assert run("train.py", resume=True, output_dir=tmp_path, data_dir=FLAGS["data_dir"]).code == 0
+    assert_close(tmp_path, pair)
+
+
+def test_two_processes_go_on_where_one_stopped(run, pair, tmp_path):
+    flags = FLAGS | {"output_dir": tmp_path}
+    assert run("train.py", **(flags | {"epochs": 2})).code == 0
+    finished(torchrun("train.py", flags | {"resume": True}))
+    assert len(losses(tmp_path)) == 7
+
+
+def test_a_killed_process_is_started_again(pair, tmp_path):
+    """torchrun --max-restarts goes on from the newest checkpoint of the same run, not of an earlier
+    one, and ends with the bits of a run that nothing disturbed."""
+    (tmp_path / "models").mkdir()
+    earlier = tmp_path / "models" / "model_epoch_7.pth"
+    earlier.write_bytes(newest(pair).read_bytes())
+    process = torchrun(
+        "train.py", FLAGS | {"output_dir": tmp_path}, "--standalone", "--max-restarts=1"
+    )
+    wait_for(tmp_path / "images" / "samples_epoch_4.png", process)
+    os.kill(workers(process)[1], signal.SIGKILL)
+    out = finished(process)
+    assert "training from epoch 4 " in out
+    assert "exitcode: -9" in out
+    states = [checkpoint.load(newest(each)) for each in (tmp_path, pair)]
+    for name in ("model", "ema", "guide", "optimizers"):
+        assert_same(states[0][name], states[1][name])
+
+
+def test_a_run_that_dies_before_it_begins_does_not_continue_an_earlier_one(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "mine")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert distributed.is_restart()
+    assert not folder.holds_this_run(str(tmp_path))
+    (tmp_path / ".run").write_text("another")
+    assert not folder.holds_this_run(str(tmp_path))
+    (tmp_path / ".run").write_text(distributed.run_id())
+    assert folder.holds_this_run(str(tmp_path))
+
+
+def test_without_restarts_a_killed_process_ends_the_run(tmp_path):
+    process = torchrun("train.py", FLAGS | {"output_dir": tmp_path, "epochs": 500})
+    wait_for(tmp_path / "images" / "samples_epoch_2.png", process)
+    os.kill(workers(process)[0], signal.SIGKILL)
+    out = finished(process, code=1)
+    assert "process 1: lost the connection to another process" in out
+    assert "SIGKILL" in out
+
+
+def test_a_budget_is_one_clock(tmp_path):
+    flags = FLAGS | {"output_dir": tmp_path, "budget": "20s"}
+    del flags["epochs"]
+    out = finished(torchrun("train.py", flags))
+    assert f"wrote {newest(tmp_path)}" in out
+    assert checkpoint.load(newest(tmp_path))["progress"]["seconds"] >= 20
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"lr": -1}, r"train\.py, process 0: learning_rate = -1\.0: must be greater than 0"),
+        ({"batch_size": 1}, "batch_size = 1: cannot be divided among 2 parts; choose a larger one"),
+        ({"device": "cuda"}, "device = 'cuda': 2 processes, each with a GPU of its own, but "),
+    ],
+)
+def test_a_mistake_is_one_line(tmp_path, flags, message):
+    if "device" in flags and torch.cuda.device_count() > 1:
+        pytest.skip("enough GPUs")
+    out = finished(torchrun("train.py", FLAGS | {"output_dir": tmp_path / "x"} | flags), code=1)
+    assert len(re.findall(message, out)) == 1, out
+    assert not (tmp_path / "x" / "models").exists()
+
+
+def test_a_folder_in_use_ends_all(tmp_path):
+    with folder.own_folder(str(tmp_path)):
+        out = finished(torchrun("train.py", FLAGS | {"output_dir": tmp_path}), code=1)
+    assert out.count("is training there; wait for it, or choose another --output_dir") == 1
+
+
+def test_a_taken_port_is_named_and_nothing_written(tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        flags = FLAGS | {"output_dir": tmp_path / "x"}
+        out = finished(
+            torchrun("train.py", flags, f"--master_port={taken.getsockname()[1]}"), code=1
+        )
+    assert "EADDRINUSE" in out or "address already in use" in out.lower()
+    assert not (tmp_path / "x").exists()
+
+
+def test_processes_draw_the_same_images(run, pair, tmp_path):
+    """An .npz, a picture and a folder have the same bytes whether one or two processes draw."""
+    flags = {"model": newest(pair), "device": "cpu", "sample_batch_size": 4, "seed": 3, "steps": 2}
+    for name, what in {"a.npz": "mnist", "a.png": "205", "folder/": "all"}.items():
+        asked = flags | {"digits": what, "count": 3 if what != "mnist" else 30}
+        one, two = tmp_path / "one" / name, tmp_path / "two" / name
+        for path in (one, two):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        slash = "/" if name.endswith("/") else ""
+        alone = run("generate.py", **asked, output=f"{one}{slash}")
+        out = finished(torchrun("generate.py", asked | {"output": f"{two}{slash}"}))
+        for line in alone.out.splitlines():
+            other = line.replace(str(tmp_path / "one"), str(tmp_path / "two"))
+            assert other in out
+            assert Path(line).read_bytes() == Path(other).read_bytes()
+
+
+def test_processes_evaluate_the_same_images(run, tmp_path):
+    model = REPO / "results" / "models" / "student.pth"
+    flags = {"model": model, "samples": 150, "sample_batch_size": 40, "device": "cpu"}
+    flags |= {"data_dir": FLAGS["data_dir"]}
+    assert run("evaluate.py", **flags, output_dir=tmp_path / "one").code == 0
+    finished(torchrun("evaluate.py", flags | {"output_dir": tmp_path / "two"}))
+    one, two = (
+        json.loads(next((tmp_path / name / "metrics").glob("*.json")).read_text())
+        for name in ("one", "two")
+    )
+    assert one["samples"] == two["samples"]
+
+
+def test_several_processes_do_not_ask(monkeypatch, run):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    assert_one_line(run("generate.py"), "--digits")
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 7])
+@pytest.mark.parametrize("parts_each", [1, 4])
+def test_parts_cover_all_in_order(monkeypatch, processes, parts_each):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    found, sizes = [], []
+    for rank in range(processes):
+        monkeypatch.setenv("RANK", str(rank))
+        for part in distributed.my_parts(100, parts_each):
+            found += range(100)[part]
+            sizes.append(part.stop - part.start)
+    assert found == list(range(100))
+    assert len(sizes) == processes * parts_each
+    assert max(sizes) - min(sizes) <= 1
