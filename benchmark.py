@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import train
 from checkpoint import TrainState
@@ -53,9 +53,9 @@ PARTS = ("data", "forward", "backward", "optimizer", "average")
 
 
 class Training:
-    """Takes train.py's own training steps, and times their parts by PyTorch's hooks: "data" ends
-    when the network is called, "forward" when it returns, "backward", which includes the loss and
-    gradient clipping, when the first optimizer starts, "optimizer" when the last one is done."""
+    """Takes train.py's own training steps, and times their parts: "data" ends when the network is
+    called, "forward" when it returns, "backward", which includes the loss and gradient clipping,
+    when the first optimizer starts, "optimizer" when the last one is done."""
 
     def __init__(self, cfg: Config, device: torch.device) -> None:
         self.cfg, self.device, self.marks = cfg, device, []
@@ -65,13 +65,19 @@ class Training:
         self.loss, self.state = Diffusion(cfg).loss, TrainState.initial(cfg, device)
         if cfg.compile:
             compile_network(self.state.model)
-        self.state.model.register_forward_pre_hook(self.mark)
-        self.state.model.register_forward_hook(self.mark)
+        self.state.network = self.timed
         self.state.optimizers[0].register_step_pre_hook(self.mark)
         self.state.optimizers[-1].register_step_post_hook(self.mark)
 
     def mark(self, *_: object) -> None:
         self.marks.append(clock(self.device))
+
+    def timed(self, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """The network, between two marks."""
+        self.mark()
+        prediction = self.state.model(x_t, t, y)
+        self.mark()
+        return prediction
 
     def step(self) -> list[float]:
         """Take a step; returns the seconds of each of PARTS."""

@@ -6,14 +6,14 @@ state, because every random number of training is a function of the seed and the
 
 import copy
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from config import Config
 from files import first_line, read_tensors, sha256, write_tensors
@@ -60,7 +60,7 @@ class TrainState:
     optimizers: list[torch.optim.Optimizer]
     progress: Progress
     totals: Tensor  # (2,) sums over the current epoch's steps: loss, gradient norm
-    network: nn.Module  # the model as a training step calls it (distributed.wrapped)
+    network: Callable[..., Tensor]  # the model as a step calls it (distributed.wrapped)
     epoch_seconds: float = 0.0  # training time of the current epoch
     data: dict[str, Any] | None = None  # what is trained on, as data.fingerprint says
 

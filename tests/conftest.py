@@ -31,6 +31,17 @@ TINY = TINY_MODEL | {"data_dir": MNIST, "device": "cpu", "max_images": 320, "bat
 TINY |= {"steps": 2, "preview_columns": 2, "warmup_steps": 2}
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="no GPU"))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if not torch.cuda.is_available():
+        terminalreporter.write_line("NOT TESTED, as there is no GPU: whatever is marked gpu")
+
+
 STOP_SIGNALS = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]
 
 
