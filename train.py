@@ -38,7 +38,8 @@ from model import compile_network, pick_device, pick_precision
 
 # Every random number of training is a function of (seed, stream, epoch or step): a resumed run
 # draws what an uninterrupted one would have drawn, and previews cannot disturb training.
-ORDER_STREAM, NOISE_STREAM = 1, 2
+ORDER_STREAM, NOISE_STREAM, VALIDATION_STREAM = 1, 2, 3
+VALIDATION_IMAGES = 1000  # that is 0.6 % of an epoch's work; of a smaller data set, a sixtieth
 
 # (model, x_0, y, generator, part of the batch) -> the mean loss of that part
 Loss = Callable[[Model, Tensor, Tensor, torch.Generator, slice], Tensor]
@@ -50,6 +51,8 @@ def train(plan: Plan, device: torch.device, began: float) -> int:
     data or the machine, FloatingPointError if training diverges."""
     cfg = plan.cfg
     images, labels = load_split(cfg, train=True, device=device)
+    unseen = [x[:VALIDATION_IMAGES] for x in load_split(cfg, train=False, device=device)]
+    unseen = [x[: max(1, len(images) // 60)] for x in unseen]
     diffusion, state = Diffusion(cfg), TrainState.initial(cfg, device)
     if plan.start:
         checkpoint.restore(plan.start, state)
@@ -91,7 +94,7 @@ def train(plan: Plan, device: torch.device, began: float) -> int:
         if run.epoch_done or run.done or run.stopped_by:
             distributed.average(state.totals)  # each process has added the loss of its own part
         if run.epoch_done or run.done:
-            run.log_epoch()
+            run.log_epoch(validation_loss(cfg, loss, state, *unseen))
         if run.epoch_done:
             state.start_next_epoch()
         if run.save_due and (run.done or not run.stopped_by):
@@ -194,6 +197,21 @@ def ema_gamma(sigma_rel: float) -> float:
     """The gamma of the power-function average of relative width `sigma_rel`, whose decay at step k
     is (1 - 1/k)^(gamma + 1). Karras et al. 2024 (EDM2), section 3 and appendix C."""
     return float(np.roots([1, 7, 16 - sigma_rel**-2, 12 - sigma_rel**-2]).real.max())
+
+
+@torch.no_grad()
+def validation_loss(
+    cfg: Config, loss: Loss, state: TrainState, images: Tensor, labels: Tensor
+) -> float:
+    """The average's loss on images (N, C, H, W) that it was not trained on, always with the same
+    noise and timesteps: it rises when the model begins to learn its training images by heart."""
+    total = torch.zeros((), device=images.device)
+    for first in range(0, len(images), cfg.batch_size):
+        part = slice(first, first + cfg.batch_size)
+        x_0, y = to_model_range(images[part]), labels[part]
+        generator = seeded_generator(cfg.seed, VALIDATION_STREAM, first, device=images.device)
+        total += len(y) * loss(state.ema, x_0, y, generator, slice(None))
+    return float(total) / len(images)
 
 
 @distributed.first_only

@@ -2,6 +2,7 @@
 
 import gc
 import itertools
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,11 @@ def plot_training(rows: list[dict[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(12, 3.2))
     panels = figure.subplots(1, 3)
     for axes, name in zip(panels, ("loss", "learning_rate", "images_per_second"), strict=True):
-        axes.plot(steps, [float(row[name]) for row in rows], marker=".")
+        axes.plot(steps, [float(row[name]) for row in rows], marker=".", label="training")
+        unseen = [float(row.get("validation_loss") or "nan") for row in rows]
+        if name == "loss" and not all(map(math.isnan, unseen)):
+            axes.plot(steps, unseen, marker=".", label="validation")
+            axes.legend()
         axes.set(xlabel="step", title=name.replace("_", " "))
         axes.set_ylim(bottom=0)
     save(figure, path)

@@ -17,7 +17,7 @@ from evaluation.results import aligned
 from model import UNet
 
 GPUS = (8, 64, 512)
-BATCHES = (1024, 8192, 65_536)  # of all GPUs together
+BATCHES = (1024, 8192, 32_768)  # of all GPUs together; MNIST has 60,000 images
 
 
 @dataclass(frozen=True)

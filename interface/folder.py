@@ -20,7 +20,9 @@ from checkpoint import Progress
 from files import atomic_write, cannot_write, first_line, printable
 
 CHECKPOINTS = "model_epoch_*.pth"
-METRICS = ("epoch", "step", "loss", "learning_rate", "grad_norm", "images_per_second", "seconds")
+VALIDATION = "validation_loss"  # which older versions did not measure
+METRICS = ("epoch", "step", "loss", VALIDATION, "learning_rate", "grad_norm")
+METRICS += ("images_per_second", "seconds")
 
 
 @contextmanager
@@ -185,7 +187,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     with suppress(KeyError, TypeError, ValueError, csv.Error):
         rows = list(csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1])))
         steps = [int(row["step"]) for row in rows]
-        figures = [float(row[name]) for row in rows for name in METRICS]
+        expected = [(row, n) for row in rows for n in METRICS if n != VALIDATION or row.get(n)]
+        figures = [float(row[name]) for row, name in expected]
         if min(steps, default=0) >= 0 and all(map(math.isfinite, figures)):
             return rows
     raise ValueError("it does not hold rows of figures")

@@ -238,21 +238,24 @@ class Run:
         if not math.isfinite(float(self.state.totals.sum())):
             raise self.diverged("the loss or its gradient is no longer finite")
         loss = float(self.state.totals[0]) * cfg.batch_size / progress.images
-        self.bar.set_postfix_str(f"loss {loss:.4f}, {self.time_left()}")
+        validation = self.rows[-1].get(folder.VALIDATION) if self.rows else None
+        seen = f", validation {float(validation):.4f}" if validation else ""
+        self.bar.set_postfix_str(f"loss {loss:.4f}{seen}, {self.time_left()}")
         self.bar.update(progress.images - self.bar.n)
 
     @distributed.first_only
-    def log_epoch(self) -> None:
+    def log_epoch(self, validation: float) -> None:
         """Add the epoch, or the part of it that was trained, to metrics.csv and print it."""
         self.close_bar()
         state, progress = self.state, self.state.progress
         loss, grad_norm = (state.totals * self.cfg.batch_size / progress.images).tolist()
         epoch = f"{round(progress.epoch + progress.images / self.images_per_epoch, 2):g}"
         rate, lr = progress.images / state.epoch_seconds, state.optimizers[0].param_groups[0]["lr"]
-        row = (epoch, progress.step, loss, lr, grad_norm, rate, progress.seconds)
+        row = (epoch, progress.step, loss, validation, lr, grad_norm, rate, progress.seconds)
         self.rows.append(dict(zip(folder.METRICS, row, strict=True)))
         self.write_rows()
-        tqdm.write(f"epoch {epoch}: loss {loss:.4f}, {rate:.0f} images/s, {self.time_left()}")
+        losses = f"loss {loss:.4f}, validation {validation:.4f}"
+        tqdm.write(f"epoch {epoch}: {losses}, {rate:.0f} images/s, {self.time_left()}")
 
     @distributed.first_only
     def write_rows(self) -> None:
