@@ -74,6 +74,11 @@ class TrainState:
         ema, totals = copy.deepcopy(model).requires_grad_(False), torch.zeros(2, device=device)
         return cls(model, ema, None, make_optimizers(cfg, model), Progress(), totals, model)
 
+    def start_from(self, trained: "LoadedModel") -> None:
+        """Begin with the averaged weights of another model."""
+        for network in (self.model, self.ema):
+            network.load_state_dict(trained.model.state_dict())
+
     def start_next_epoch(self) -> None:
         self.progress.epoch, self.progress.images = self.progress.epoch + 1, 0
         self.totals.zero_()

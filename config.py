@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from typing import Any
 
+DATASETS = ("MNIST", "FashionMNIST", "KMNIST", "QMNIST", "EMNIST-digits", "EMNIST-letters")
+DATASETS += ("folder",)
 LARGEST = 1_000_000_000  # of a number that has no limit of its own
 
 
@@ -22,6 +24,7 @@ def setting(default: Any, help: str, **metadata: Any) -> Any:
 machine = partial(setting, group="machine")  # belongs to this computer: never from a checkpoint
 model = partial(setting, group="model")  # cannot change once a model has been trained with it
 student = partial(setting, group="student")  # cannot change either
+classes = partial(setting, group="classes")  # what the data set says of its labels: no flag
 training = partial(setting, group="training")
 length = partial(setting, group="length")  # how long a run is
 sampling = partial(setting, group="sampling")  # how to draw with a model: comes with its checkpoint
@@ -39,9 +42,11 @@ class Config:
     compile: bool = machine(False, "compile the network: a minute's wait, then faster on a GPU")
 
     # Images
+    dataset: str = training("MNIST", "data set; folder: data_dir/LABEL/*.png", choices=DATASETS)
     img_size: int = model(28, "image side in pixels", ge=4, le=256)
-    img_channels: int = model(1, "colour channels of an image (MNIST: 1)", ge=1, le=4)
-    num_classes: int = model(10, "number of labels (MNIST: 10)", ge=1, le=10)
+    img_channels: int = model(1, "1: grey, 3: colour (of a folder only)", ge=1, le=4)
+    num_classes: int = classes(10, "number of labels", ge=1, le=1000)
+    class_names: str = classes("", "their names, with / between them (none: digits)", le=30_000)
     max_images: int = training(0, "train on the first N images (0: all)", ge=0, fixed_in_epoch=True)
 
     # U-Net
@@ -68,9 +73,7 @@ class Config:
     # Training
     epochs: int = length(30, "epochs of the whole run", ge=1)
     budget: str = length("", "train for this long instead of --epochs: 90s, 10m, 1.5h")
-    batch_size: int = training(
-        128, "images per step, of all processes together", ge=1, le=65_536, fixed_in_epoch=True
-    )
+    batch_size: int = training(128, "images per step", ge=1, le=65_536, fixed_in_epoch=True)
     accumulate: int = training(1, "compute each batch in this many parts, to save memory", ge=1)
     learning_rate: float = training(4e-3, "peak learning rate", gt=0, flag="lr")
     warmup_steps: int = training(100, "steps in which the learning rate rises from zero", ge=0)
@@ -91,7 +94,7 @@ class Config:
     teacher: str = student("", "train a student of this model: path, name, number or newest")
     student_steps: int = student(4, "network calls of a student per image", ge=1, le=8)
     save_every: int = training(5, "epochs between checkpoints", ge=1)
-    preview_digits: str = training("0123456789", "digits in each checkpoint's sample grid")
+    preview_digits: str = training("0123456789", "labels in each checkpoint's sample grid, or all")
     preview_columns: int = training(10, "samples of each digit in that grid", ge=1, le=100)
 
     # Sampling, in the order in which pictures carry these settings
@@ -124,12 +127,22 @@ class Config:
             raise ValueError(f"steps = {self.steps}: must be at most timesteps = {self.timesteps}")
         if self.budget:
             parse_duration(self.budget)
-        parse_digits(self.preview_digits, self.num_classes, "preview_digits")
+        if self.class_names and len(self.label_names) != self.num_classes:
+            wrong = f"{len(self.label_names)} names for {self.num_classes} labels"
+            raise ValueError(f"class_names = {shortened(self.class_names)}: {wrong}")
+        if self.preview_digits != "all":
+            parse_labels(self.preview_digits, self.label_names, "preview_digits")
 
     @property
     def null_class(self) -> int:
         """The label that means "no label"."""
         return self.num_classes
+
+    @property
+    def label_names(self) -> list[str]:
+        """The name of each label: those of the data set, or its number."""
+        numbers = map(str, range(self.num_classes))
+        return self.class_names.split("/") if self.class_names else list(numbers)
 
     @property
     def is_student(self) -> bool:
@@ -212,8 +225,15 @@ def parse_duration(text: str) -> float:
     return seconds
 
 
-def parse_digits(text: str, num_classes: int = 10, name: str = "digits") -> list[int]:
-    """The labels in a string of digits ("707": [7, 0, 7]). Raises ValueError for other text."""
-    if not text or not all(c in "0123456789" and int(c) < num_classes for c in text):
-        raise ValueError(f"{name} = {shortened(text)}: use digits 0 to {num_classes - 1}")
-    return [int(c) for c in text]
+def parse_labels(text: str, names: list[str], setting: str = "digits") -> list[int]:
+    """The labels that a text names: one ("cat"), several with commas ("cat,dog,cat"), or without
+    them if each name is a single character ("707": [7, 0, 7]). Raises ValueError for others."""
+    if text in names:
+        return [names.index(text)]
+    parts = [part.strip() for part in text.split(",")] if "," in text else list(text)
+    if not parts or not set(parts) <= set(names):
+        known = ", ".join(names[:10]) + (" …" if len(names) > 10 else "")
+        if names == [str(number) for number in range(len(names))][:10]:
+            known = f"digits 0 to {len(names) - 1}"
+        raise ValueError(f"{setting} = {shortened(text)}: use {known}")
+    return [names.index(part) for part in parts]

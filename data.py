@@ -1,38 +1,44 @@
-"""MNIST as tensors, and the one way from pixels to the model's range and back."""
+"""Data sets as tensors, and the one way from pixels to the model's range and back."""
 
 import hashlib
+import string
+import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image, ImageOps
 from torch import Tensor
+from tqdm import tqdm
 
-from config import Config
-from files import MAX_BYTES, from_torchvision, read_idx
+from config import Config, shortened
+from files import MAX_BYTES, first_line, from_torchvision, read_idx
+
+PICTURES = (".png", ".jpg", ".jpeg")
+MAX_CLASSES = 1000
 
 # How often each digit occurs in MNIST's training split
 LABEL_COUNTS = (5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949)
 
 
 def load_split(cfg: Config, train: bool, device: torch.device) -> tuple[Tensor, Tensor]:
-    """A whole split: uint8 images (N, 1, img_size, img_size) and int64 labels (N,) on `device`.
+    """A whole split: uint8 images (N, C, img_size, img_size) and int64 labels (N,) on `device`.
 
-    Files that are missing in `data_dir` are downloaded. Raises ValueError with the folder and the
-    remedy where that fails, or where the files do not hold what the settings say.
+    MNIST's files that are missing in `data_dir` are downloaded. Raises ValueError with the folder
+    and the remedy where that fails, or where the files do not hold what the settings say.
     """
-    if cfg.img_channels != 1:
-        raise ValueError(f"img_channels = {cfg.img_channels}: MNIST has 1; use --img_channels 1")
-    if cfg.num_classes != 10:
-        raise ValueError(f"num_classes = {cfg.num_classes}: MNIST has 10; use --num_classes 10")
-    folder, name = Path(cfg.data_dir, "MNIST", "raw"), "train" if train else "t10k"
-    images = read_idx(folder, f"{name}-images-idx3-ubyte", dimensions=3)[:, None]  # (N, 1, H, W)
-    labels = read_idx(folder, f"{name}-labels-idx1-ubyte", dimensions=1).long()  # (N,)
-    if len(images) != len(labels):
-        raise ValueError(f"{folder}: {len(images)} {name} images but {len(labels)} labels")
-    if labels.max() >= cfg.num_classes:
-        digits = f"digits 0 to {cfg.num_classes - 1}"
-        raise ValueError(f"{folder}: {name} labels up to {labels.max()}, but {digits} are known")
+    if cfg.dataset != "folder" and cfg.img_channels != 1:
+        raise ValueError(f"img_channels = {cfg.img_channels}: {cfg.dataset} has 1; drop the flag")
+    names = class_names(cfg)
+    if names != cfg.label_names:
+        known = f"the model knows {shortened('/'.join(cfg.label_names))}"
+        raise ValueError(
+            f"{cfg.data_dir}: its labels are {shortened('/'.join(names))}, but {known}"
+        )
+    read = {"MNIST": read_mnist, "folder": read_folder}.get(cfg.dataset, read_relative)
+    images, labels = read(cfg, train)
     if train and cfg.max_images:
         images, labels = images[: cfg.max_images], labels[: cfg.max_images]
     size = [cfg.img_size, cfg.img_size]
@@ -44,6 +50,105 @@ def load_split(cfg: Config, train: bool, device: torch.device) -> tuple[Tensor, 
         resize = from_torchvision("transforms.v2.functional").resize
         images = torch.cat([resize(part, size) for part in images.split(4096)])
     return images.to(device), labels.to(device)
+
+
+def class_names(cfg: Config) -> list[str]:
+    """The names of the data set's labels; of a folder, those of its subfolders in order. Raises
+    ValueError if it has none, or too many."""
+    if cfg.dataset == "folder":
+        root = Path(cfg.data_dir)
+        found = sorted(p.name for p in root.glob("*") if p.is_dir() and not p.name.startswith("."))
+        if not 1 <= len(found) <= MAX_CLASSES:
+            kind = f"{len(found)} subfolders; it needs one for each label, at most {MAX_CLASSES}"
+            raise ValueError(f"data_dir = {cfg.data_dir!r}: {kind}, with its images")
+        return found
+    if cfg.dataset in ("FashionMNIST", "KMNIST"):
+        kind = getattr(from_torchvision("datasets"), cfg.dataset)
+        return [name.replace("/", " or ") for name in kind.classes]
+    return list(string.ascii_lowercase if cfg.dataset == "EMNIST-letters" else string.digits)
+
+
+def with_classes(cfg: Config) -> Config:
+    """The settings of a new run, with the number and the names of its data set's labels."""
+    names, usual = class_names(cfg), Config()
+    if names == usual.label_names:
+        return replace(cfg, **usual.select("classes"))
+    shown = "all" if cfg.preview_digits == usual.preview_digits else cfg.preview_digits
+    own = {"num_classes": len(names), "class_names": "/".join(names), "preview_digits": shown}
+    return replace(cfg, **own)
+
+
+def read_mnist(cfg: Config, train: bool) -> tuple[Tensor, Tensor]:
+    folder, name = Path(cfg.data_dir, "MNIST", "raw"), "train" if train else "t10k"
+    images = read_idx(folder, f"{name}-images-idx3-ubyte", dimensions=3)[:, None]  # (N, 1, H, W)
+    labels = read_idx(folder, f"{name}-labels-idx1-ubyte", dimensions=1).long()  # (N,)
+    if len(images) != len(labels):
+        raise ValueError(f"{folder}: {len(images)} {name} images but {len(labels)} labels")
+    if labels.max() >= cfg.num_classes:
+        digits = f"digits 0 to {cfg.num_classes - 1}"
+        raise ValueError(f"{folder}: {name} labels up to {labels.max()}, but {digits} are known")
+    return images, labels
+
+
+def read_relative(cfg: Config, train: bool) -> tuple[Tensor, Tensor]:
+    """A data set in MNIST's form, by torchvision, which downloads what is missing."""
+    name, _, split = cfg.dataset.partition("-")
+    options = {"split": split} if split else {}
+    try:
+        kind = getattr(from_torchvision("datasets"), name)
+        data = kind(cfg.data_dir, train=train, download=True, **options)
+    except (OSError, RuntimeError, ValueError) as error:
+        remedy = f"go online, or put its files where torchvision's {name} looks for them"
+        raise ValueError(
+            f"{cfg.dataset} in {cfg.data_dir}: {first_line(error)}; {remedy}"
+        ) from None
+    images, labels = data.data, torch.as_tensor(data.targets)
+    if name == "QMNIST":
+        labels = labels[:, 0]  # the other columns tell the writer
+    elif name == "EMNIST":
+        images, labels = images.transpose(1, 2), labels - (split == "letters")  # which begin at 1
+    return images[:, None].contiguous(), labels.long()
+
+
+def read_folder(cfg: Config, train: bool) -> tuple[Tensor, Tensor]:
+    """The pictures of data_dir/LABEL/, cropped to squares and resized. Every tenth of a label's is
+    for testing, none if it has fewer than two. Names those that cannot be read."""
+    files = [
+        (path, label)
+        for label, name in enumerate(class_names(cfg))
+        for path in sorted(Path(cfg.data_dir, name).iterdir())
+        if path.suffix.lower() in PICTURES
+    ]
+    images, labels, unread = [], [], []
+    seen = [0] * cfg.num_classes
+    side, mode = cfg.img_size, {1: "L", 3: "RGB"}.get(cfg.img_channels)
+    if mode is None:
+        raise ValueError(f"img_channels = {cfg.img_channels}: choose 1 (grey) or 3 (colour)")
+    warnings.simplefilter("error", Image.DecompressionBombWarning)
+    for path, label in tqdm(files, desc="reading pictures", leave=False, disable=None):
+        try:
+            # These formats alone: for others, Pillow may start programs such as Ghostscript
+            with Image.open(path, formats=["PNG", "JPEG"]) as image:
+                pixels = ImageOps.fit(image.convert(mode), (side, side))
+        except Exception as error:  # a damaged file can make Pillow raise anything
+            unread.append(f"{path} ({first_line(error)})")
+            continue
+        seen[label] += 1
+        if (seen[label] % 10 == 2) != train:
+            images.append(torch.from_numpy(np.array(pixels)).view(side, side, -1))
+            labels.append(label)
+        if len(images) * side**2 * cfg.img_channels > MAX_BYTES:
+            raise ValueError(f"{cfg.data_dir}: too many pictures; choose a smaller --img_size")
+    if unread and train:
+        print(f"left out {len(unread)} of {len(files)} pictures, which cannot be read:")
+        print(*unread[:5], *["…"][: len(unread) > 5], sep="\n")
+    if train and 0 in seen:
+        empty = class_names(cfg)[seen.index(0)]
+        raise ValueError(f"{Path(cfg.data_dir, empty)}: no .png or .jpg that can be read; add some")
+    if not images:
+        return read_folder(cfg, train=True)  # nothing is set aside from so few
+    order = torch.from_numpy(np.random.default_rng(0).permutation(len(images)))  # for max_images
+    return torch.stack(images)[order].permute(0, 3, 1, 2).contiguous(), torch.tensor(labels)[order]
 
 
 def fingerprint(images: Tensor, labels: Tensor) -> dict[str, Any]:

@@ -33,7 +33,8 @@ def student_settings(teacher: Config, student_steps: int) -> Config:
         raise ValueError(f"student_steps = {student_steps}: {choices}")
     drawing = {"sampler": "ddim", "steps": student_steps, "eta": 0.0, "guidance": 1.0}
     own = {"student_steps": student_steps, "guide_fraction": 0.0, "clip_x_0": teacher.clip_x_0}
-    return replace(Config(), **teacher.select("model") | drawing | own)
+    own |= {"dataset": teacher.dataset, "preview_digits": teacher.preview_digits}
+    return replace(Config(), **teacher.select("model", "classes") | drawing | own)
 
 
 def teacher_settings(cfg: Config) -> Config:

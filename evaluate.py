@@ -208,7 +208,8 @@ def main() -> int:
     else:
         file = find_model(args.model or "newest", Path(cfg.output_dir, "models"))
         loaded = load_model(file, pick_device(cfg.device), cfg.compile)
-        if (loaded.cfg.img_size, loaded.cfg.img_channels, loaded.cfg.num_classes) != (28, 1, 10):
+        shape = loaded.cfg.dataset, loaded.cfg.img_size, loaded.cfg.num_classes
+        if shape != ("MNIST", 28, 10):
             raise ValueError(f"{file}: does not draw MNIST's ten digits at 28 x 28; choose another")
         cfg = cli.settings_for_drawing(loaded.cfg, given)
         configs = [replace(cfg, **each) for each in parse_sweep(args.sweep or [])]

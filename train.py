@@ -18,7 +18,7 @@ from tqdm import tqdm
 import checkpoint
 import distributed
 from checkpoint import Progress, TrainState, load_model
-from config import Config, parse_digits
+from config import Config, parse_labels
 from data import fingerprint, load_split, to_model_range, to_uint8
 from diffusion import Diffusion, Model, seeded_generator
 from distill import Distillation
@@ -57,15 +57,16 @@ def train(plan: Plan, device: torch.device, began: float) -> int:
     if plan.start:
         checkpoint.restore(plan.start, state)
         state.progress = plan.progress
+    if plan.weights:
+        state.start_from(load_model(plan.weights, device))
     loss, data = diffusion.loss, fingerprint(images, labels)
     if cfg.is_student:
         expected = (state.data or {}).get("teacher")
         teacher = load_model(runs.find_teacher(cfg, expected), device)
         print(f"a student of {teacher.path}")
         loss, data["teacher"] = Distillation(cfg, teacher).loss, teacher.sha256
-        if not plan.start:
-            for network in (state.model, state.ema):
-                network.load_state_dict(teacher.model.state_dict())
+        if not plan.start and not plan.weights:
+            state.start_from(teacher)
     runs.check_data(plan, state, data)
     if cfg.compile:
         compile_network(state.model)
@@ -219,8 +220,10 @@ def draw_preview(run: Run, diffusion: Diffusion, state: TrainState) -> None:
     """Write a grid with a row for each digit, always from the same noise, to compare epochs. A stop
     signal ends it."""
     cfg, path = run.cfg, folder.grid_path(run.cfg.output_dir, state.progress)
-    digits = torch.tensor(parse_digits(cfg.preview_digits, cfg.num_classes))
-    y = digits.repeat_interleave(cfg.preview_columns).to(state.totals.device)
+    labels = list(range(min(10, cfg.num_classes)))  # which "all" means, as a grid has to be short
+    if cfg.preview_digits != "all":
+        labels = parse_labels(cfg.preview_digits, cfg.label_names)
+    y = torch.tensor(labels).repeat_interleave(cfg.preview_columns).to(state.totals.device)
     with run.side_output(path), sampling_bar(cfg, diffusion.batches(len(y))) as advance:
 
         def on_state(x: Tensor) -> None:

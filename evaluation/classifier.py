@@ -109,8 +109,8 @@ def accuracy(net: Classifier, images: Tensor, labels: Tensor) -> float:
 
 def full_mnist(cfg: Config) -> Config:
     """MNIST complete and at its own size, whatever the settings of a model are."""
-    own = {"img_size": 28, "img_channels": 1, "num_classes": 10, "max_images": 0}
-    return replace(cfg, **own, patch_size=1, widths=(8,))
+    own = {"img_size": 28, "img_channels": 1, "max_images": 0, "patch_size": 1, "widths": (8,)}
+    return replace(cfg, **own, dataset="MNIST", **Config().select("classes"))
 
 
 def train_and_save(cfg: Config, path: Path = PATH) -> float:

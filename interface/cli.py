@@ -134,7 +134,7 @@ def settings_for_training(
     way (`mid_epoch`).
     """
     defaults, notes = Config(), []
-    fixed = {"model", "student"} | ({"sampling"} if trained.is_student else set())
+    fixed = {"model", "student", "classes"} | ({"sampling"} if trained.is_student else set())
     silent = {"machine", "length"} | (fixed - {"model"})
     cfg = replace(trained, **{**defaults.select("machine"), **given})
     for f in fields(Config):

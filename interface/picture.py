@@ -46,7 +46,8 @@ def arrange(images: Tensor, digits: str, count: int) -> tuple[Tensor, int]:
     variants = images.unflatten(0, (count, -1))  # (count, n, C, H, W)
     if digits == "all":
         return variants.transpose(0, 1).flatten(0, 1), count
-    return torch.cat(list(variants.unbind(1)), dim=-1), max(1, round((count / len(digits)) ** 0.5))
+    columns = max(1, round((count / variants.shape[1]) ** 0.5))
+    return torch.cat(list(variants.unbind(1)), dim=-1), columns
 
 
 def save_png(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from checkpoint import Progress, list_checkpoints
-from config import Config, parse_digits, shortened
+from config import Config, parse_labels, shortened
 from data import draw_labels
 from files import check_writable, make_folder, printable, sha256
 from interface.cli import settings_for_drawing
@@ -59,8 +59,8 @@ def choose_model(folder: Path) -> Path:
 
 @dataclass
 class Request:
-    """One file to write: `count` variants of `digits`, which is a number such as 2026, "all" (every
-    digit) or "mnist" (`count` digits in total, in MNIST's proportions).
+    """One file to write: `count` variants of `digits`, which is a number such as 2026 or names of
+    labels, "all" (every label) or "mnist" (`count` digits in total, in MNIST's proportions).
 
     Raises ValueError if it cannot be drawn.
     """
@@ -72,14 +72,15 @@ class Request:
     if_taken: str = "replace"  # if `output` exists: "replace", "renumber" or "refuse"
 
     def __post_init__(self) -> None:
-        classes = self.cfg.num_classes
-        if self.digits == "mnist" and classes != 10:
-            raise ValueError(f"digits = 'mnist': this model knows {classes} digits, MNIST has 10")
-        if self.digits not in ("all", "mnist"):
-            parse_digits(self.digits, classes)
+        names = self.cfg.label_names
+        if self.digits == "mnist" and names != list("0123456789"):
+            raise ValueError("digits = 'mnist': this model was not trained on MNIST; use all")
+        numbers = {"all": len(names), "mnist": 1}
+        if self.digits not in numbers:
+            numbers[self.digits] = len(parse_labels(self.digits, names))
         if type(self.count) is not int or self.count < 1:
             raise ValueError(f"count = {shortened(self.count)}: must be a whole number, at least 1")
-        images = self.count * {"all": classes, "mnist": 1}.get(self.digits, len(self.digits))
+        images = self.count * numbers[self.digits]
         largest = MAX_ANIMATED if self.animated else MAX_IMAGES
         if images > largest:
             most = f"{largest:,}{f' in {self.output.suffix}' if self.animated else ''}"
@@ -109,14 +110,15 @@ class Request:
         """The label of each image, int64 (N,)."""
         if self.digits == "mnist":
             return draw_labels(self.count, self.cfg.seed)
-        every = list(range(self.cfg.num_classes))
-        number = every if self.digits == "all" else parse_digits(self.digits, len(every))
-        return torch.tensor(number * self.count)
+        names = self.cfg.label_names
+        all_ = self.digits == "all"
+        labels = list(range(len(names))) if all_ else parse_labels(self.digits, names)
+        return torch.tensor(labels * self.count)
 
 
-def usual_count(digits: str) -> int:
-    """How many variants to draw by default: 16 images, but 16 of each digit of "all"."""
-    return 16 if digits in ("all", "mnist") else max(1, 16 // max(1, len(digits)))
+def usual_count(digits: str, names: list[str]) -> int:
+    """How many variants to draw by default: 16 images, but 16 of each label of "all"."""
+    return 16 if digits in ("all", "mnist") else max(1, 16 // len(parse_labels(digits, names)))
 
 
 def free_name(cfg: Config, digits: str) -> Path:
@@ -147,16 +149,18 @@ def output_name(text: str) -> str:
 def requests_from_flags(args: Namespace, cfg: Config) -> list[Request]:
     """What --digits, --count and --output ask for: one file, or for a folder one for each image.
     Image i of a folder has seed `seed + i`. Raises ValueError if one of its files exists."""
-    count = usual_count(args.digits) if args.count is None else args.count
+    usual = usual_count(args.digits, cfg.label_names)
+    count = usual if args.count is None else args.count
     output = Path(args.output) if args.output else free_name(cfg, args.digits)
     whole = Request(args.digits, count, cfg, output, "replace" if args.output else "renumber")
     if not is_folder(args.output):
         check_writable(output)
         return [whole]
     requests = []
-    for seed, digit in enumerate(whole.labels.tolist(), cfg.seed):
-        path = output / f"{digit}_seed{seed}.png"
-        requests.append(Request(str(digit), 1, replace(cfg, seed=seed), path, "refuse"))
+    for seed, label in enumerate(whole.labels.tolist(), cfg.seed):
+        name = cfg.label_names[label]
+        path = output / f"{name}_seed{seed}.png"
+        requests.append(Request(name, 1, replace(cfg, seed=seed), path, "refuse"))
         if path.exists():
             raise ValueError(f"{path}: {TAKEN}")
     make_folder(output)
@@ -169,9 +173,9 @@ def requests_from_answers(cfg: Config, seed: int | None) -> Iterator[Request]:
 
     def digits_or_all(text: str) -> str:
         if text != "all":
-            parse_digits(text, cfg.num_classes)
-        if len(text) > 20:
-            raise ValueError(f"{text!r} is too long: 20 digits at most")
+            labels = parse_labels(text, cfg.label_names)
+            if len(labels) > 20:
+                raise ValueError(f"{text!r} is too long: 20 digits at most")
         return text
 
     def guidance_value(text: str) -> float:
@@ -180,10 +184,16 @@ def requests_from_answers(cfg: Config, seed: int | None) -> Iterator[Request]:
         except ValueError:
             raise ValueError(f"{text!r} is not a number such as 1 or 1.5") from None
 
+    question = "Digits to draw, such as 7, 2026 or all"
+    if cfg.class_names:
+        names = cfg.label_names
+        some = ", ".join(names[:20]) + (" …" if len(names) > 20 else "")
+        question = f"What to draw: {some}, several with commas, or all"
     log("? for help, q to quit.")
     while True:
-        digits = ask("Digits to draw, such as 7, 2026 or all", None, digits_or_all)
-        count = ask("How many", count or usual_count(digits), whole_number(MAX_IMAGES // 20))
+        digits = ask(question, None, digits_or_all)
+        usual = count or usual_count(digits, cfg.label_names)
+        count = ask("How many", usual, whole_number(MAX_IMAGES // 20))
         guidance = cfg.guidance if cfg.is_student else ask("Guidance", cfg.guidance, guidance_value)
         picture_seed = secrets.randbelow(2**31) if seed is None else seed
         cfg = replace(cfg, guidance=guidance, seed=picture_seed)

@@ -15,6 +15,7 @@ import checkpoint
 import distributed
 from checkpoint import Progress, TrainState
 from config import Config, parse_duration
+from data import with_classes
 from distill import student_settings
 from files import first_line, sha256
 from interface import folder
@@ -33,6 +34,7 @@ class Plan:
     trainable: bool = True  # whether `start` has what training needs
     changed: bool = False  # whether the settings or the budget are not those of `start`
     notes: list[str] = field(default_factory=list)  # what the user should know of the settings
+    weights: Path | None = None  # the model whose weights a new run begins with
 
 
 def make_plan(
@@ -61,13 +63,23 @@ def make_plan(
     if not load and given.get("teacher"):
         plan.cfg = student_of(given)
     elif not load:
-        plan.cfg = replace(cfg, **given)
+        plan.cfg = with_classes(replace(cfg, **given))
     elif plan.action == "train":
-        plan.cfg, plan.notes = settings_for_training(cfg, given, progress.images > 0)
+        plan.cfg, plan.notes = settings_for_training(
+            cfg, given, mid_epoch=plan.trainable and progress.images > 0
+        )
+        if "dataset" in given:
+            plan.cfg = with_classes(plan.cfg)
+            if plan.cfg.num_classes != trained.num_classes:
+                fit = f"has {plan.cfg.num_classes} labels, the model {trained.num_classes}"
+                raise ValueError(f"dataset = {given['dataset']!r}: {fit}; train a new one")
         plan.changed |= replace(trained, **plan.cfg.select("machine")) != plan.cfg
         done = fraction_done(plan.cfg, progress, images_per_epoch=math.inf) >= 1
         if done and folder.is_complete(plan.cfg.output_dir):
             plan.action = "finished"
+        if not plan.trainable:  # a new run, which begins with the weights of this model
+            plan.weights, plan.start, plan.progress = load, None, Progress()
+            plan.cfg = replace(plan.cfg, epochs=max(1, more_epochs))
     return plan
 
 
@@ -121,7 +133,7 @@ def describe(plan: Plan) -> str:
     length = f"a budget of {cfg.budget}" if cfg.budget else f"{cfg.epochs} epochs"
     stands = f"{plan.start}: {progress}, {length} planned, {progress.seconds / 60:.1f} min trained."
     if not plan.trainable:
-        return f"{stands}\nIt was reduced to what drawing needs and cannot be trained further."
+        stands += "\nIt holds only what drawing needs, but a new run can begin with its weights."
     flags = ("--load_checkpoint_path", plan.start, "--continue_training_epochs", "K")
     return f"{stands}\nTo train it for K more epochs: {train_command(cfg, *flags)}"
 

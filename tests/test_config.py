@@ -6,9 +6,9 @@ from dataclasses import fields
 import pytest
 from conftest import REPO, start_script
 
-from config import ALIASES, FAST, Config, parse_digits, parse_duration
+from config import ALIASES, FAST, Config, parse_duration, parse_labels
 
-GROUPS = ("machine", "model", "student", "training", "length", "sampling", "picture")
+GROUPS = ("machine", "model", "student", "classes", "training", "length", "sampling", "picture")
 SOURCE = (REPO / "config.py").read_text(encoding="utf-8")
 
 
@@ -119,7 +119,7 @@ def test_every_setting_belongs_to_exactly_one_known_group():
 
 def test_the_names_of_several_groups_are_in_the_order_of_the_settings():
     assert Config.names(*GROUPS) == tuple(f.name for f in fields(Config))
-    assert Config.names("machine") == ("data_dir", "output_dir", "device")
+    assert Config.names("machine") == ("data_dir", "output_dir", "device", "compile")
     assert Config.names("length") == ("epochs", "budget")
     of_pictures = "sampler steps guidance guidance_low guidance_high eta precision seed clip_x_0"
     assert Config.names("picture", "sampling") == (*of_pictures.split(), "sample_batch_size")
@@ -130,6 +130,7 @@ def test_select_gives_the_values_of_groups():
     assert cfg.select("length") == {"epochs": 3, "budget": "5m"}
     assert cfg.select("length", "machine") == {
         **{"data_dir": "mnist_data", "output_dir": "results", "device": "cpu"},
+        "compile": False,
         **{"epochs": 3, "budget": "5m"},
     }
 
@@ -191,12 +192,13 @@ def test_other_text_is_no_duration(text):
 
 
 def test_digits_are_the_labels_of_the_model_and_nothing_else():
-    assert parse_digits("707") == [7, 0, 7]
+    digits = Config().label_names
+    assert parse_labels("707", digits) == [7, 0, 7]
     for text in ("", "7x", "-1", "٣", "7 7"):
         with pytest.raises(ValueError, match="digits 0 to 9"):
-            parse_digits(text)
+            parse_labels(text, digits)
     with pytest.raises(ValueError, match="0 to 4"):
-        parse_digits("5", num_classes=5)
+        parse_labels("5", digits[:5])
 
 
 def test_config_needs_only_the_standard_library():

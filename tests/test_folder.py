@@ -84,7 +84,7 @@ def test_checkpoints_that_cannot_be_read_are_never_overwritten(tmp_path):
 
 def row(step: int) -> dict[str, Any]:
     """A row of metrics.csv in which every number has several digits."""
-    numbers = (step / 10, step, 0.5 / step, 0.001, 1.25, 1234.5, step + 0.25)
+    numbers = (step / 10, step, 0.5 / step, 0.6 / step, 0.001, 1.25, 1234.5, step + 0.25)
     return dict(zip(METRICS, numbers, strict=True))
 
 

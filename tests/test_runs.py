@@ -211,8 +211,7 @@ def test_a_description_says_where_a_checkpoint_stands(tmp_path):
     checkpoint.slim(saved, tmp_path / "slim.pth")
     plan = plan_of(tmp_path, load=tmp_path / "slim.pth")
     assert not plan.trainable
-    assert "cannot be trained further" in describe(plan)
-    assert "--continue_training_epochs" not in describe(plan)
+    assert "a new run can begin with its weights" in describe(plan)
 
 
 # ---- how much is done

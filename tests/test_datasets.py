@@ -1,0 +1,186 @@
+"""Data sets other than MNIST: one's own pictures, and MNIST's relatives by torchvision."""
+
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import MNIST, REPO, TINY, assert_one_line
+from PIL import Image
+
+import checkpoint
+from config import Config, parse_labels
+from data import class_names, load_split, with_classes
+
+CPU = torch.device("cpu")
+NETWORK = {"widths": "8,8", "embedding_size": 8, "batch_size": 8, "preview_columns": 2, "steps": 2}
+NETWORK |= {"dataset": "folder", "device": "cpu"}
+
+
+def make_folder(root: Path, names: list[str], count: int = 11, mode: str = "L", **sizes) -> Path:
+    """Pictures of one brightness for each label, of several sizes and formats."""
+    for index, name in enumerate(names):
+        (root / name).mkdir(parents=True)
+        for i in range(count):
+            side = sizes.get("side", 20 + 7 * i)
+            level = round(255 * (index + 1) / len(names))
+            colour = level if mode == "L" else (level, 0, 255 - level)
+            ending = "png" if i % 2 else "jpg"
+            Image.new(mode, (side, side + 3), colour).save(root / name / f"{i}.{ending}")
+    return root
+
+
+def folder(root: Path, **settings) -> Config:
+    return with_classes(Config(dataset="folder", data_dir=str(root), **settings))
+
+
+NAMES = ["cat", "dog with hat", "七"]
+
+
+def test_a_folder_becomes_images_and_labels(tmp_path):
+    cfg = folder(make_folder(tmp_path, NAMES), img_size=32)
+    assert cfg.label_names == NAMES
+    assert (cfg.num_classes, cfg.null_class) == (3, 3)
+    images, labels = load_split(cfg, train=True, device=CPU)
+    assert (images.shape, images.dtype) == ((30, 1, 32, 32), torch.uint8)
+    for label, level in enumerate((85, 170, 255)):
+        assert (labels == label).sum() == 10
+        assert (images[labels == label].int() - level).abs().max() <= 2  # JPEG rounds
+    _, their_labels = load_split(cfg, train=False, device=CPU)
+    assert their_labels.sort()[0].tolist() == [0, 1, 2]  # a tenth is set aside
+    _, few_labels = load_split(folder(tmp_path, img_size=32, max_images=15), True, CPU)
+    assert set(few_labels.tolist()) == {0, 1, 2}  # not the first label alone
+
+
+def test_colour(tmp_path):
+    cfg = folder(make_folder(tmp_path, NAMES, mode="RGB"), img_channels=3)
+    images, labels = load_split(cfg, train=True, device=CPU)
+    assert images.shape == (30, 3, 28, 28)
+    mean = images[labels == 0].float().mean(dim=(0, 2, 3))
+    torch.testing.assert_close(mean, torch.tensor([85.0, 0.0, 170.0]), atol=3, rtol=0)
+
+
+@pytest.mark.parametrize(("count", "per_label"), [(1, 3), (200, 1)])
+def test_one_label_and_many(tmp_path, count, per_label):
+    cfg = folder(make_folder(tmp_path, [f"kind {i:03d}" for i in range(count)], per_label))
+    assert cfg.num_classes == count
+    _, labels = load_split(cfg, train=True, device=CPU)
+    assert set(labels.tolist()) == set(range(count))
+    assert len(load_split(cfg, train=False, device=CPU)[0]) > 0
+
+
+def test_what_cannot_be_read_is_named_and_counted(tmp_path, capsys):
+    make_folder(tmp_path, NAMES)
+    whole = (tmp_path / "cat" / "0.jpg").read_bytes()
+    (tmp_path / "cat" / "0.jpg").write_bytes(whole[: len(whole) // 2])  # cut off
+    (tmp_path / "cat" / "broken.png").write_bytes(b"not a picture")
+    (tmp_path / "cat" / "notes.txt").write_text("is no picture, and not meant to be one")
+    images, _ = load_split(folder(tmp_path), train=True, device=CPU)
+    said = capsys.readouterr().out
+    assert "left out 2 of 34 pictures" in said
+    for name in ("0.jpg", "broken.png"):
+        assert str(tmp_path / "cat" / name) in said
+    assert len(images) == 29
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda root: root.mkdir(), "0 subfolders; it needs one for each label"),
+        (lambda root: (root / "cat").mkdir(parents=True), "no .png or .jpg that can be read"),
+        (lambda root: make_folder(root, ["cat"]) and (root / "dog").mkdir(), "dog"),
+    ],
+)
+def test_a_folder_without_pictures(run, tmp_path, make, words):
+    make(tmp_path / "pictures")
+    flags = NETWORK | {"data_dir": tmp_path / "pictures", "output_dir": tmp_path / "out"}
+    assert_one_line(run("train.py", **flags, epochs=1), words)
+    assert not (tmp_path / "out" / "models").exists()
+
+
+def test_a_run_on_own_pictures_from_training_to_drawing_by_name(run, tmp_path):
+    pictures, out = make_folder(tmp_path / "pictures", NAMES), tmp_path / "out"
+    flags = NETWORK | {"data_dir": pictures, "output_dir": out}
+    trained = run("train.py", **flags, epochs=2)
+    assert trained.code == 0, trained
+    grid = Image.open(out / "images" / "samples_epoch_2.png")
+    assert grid.size == (2 * 30 + 2, 3 * 30 + 2)  # a row for each label
+    drawing = {"output_dir": out, "device": "cpu", "count": 2}
+    for asked, size in {"七": (32, 62), "cat,七,cat": (3 * 28 + 4, 62), "all": (62, 92)}.items():
+        drawn = run("generate.py", **drawing, digits=asked)
+        assert drawn.code == 0, drawn
+        assert Image.open(drawn.out.strip()).size == size
+        again = run("generate.py", reproduce=drawn.out.strip(), output_dir=out)
+        assert again.code == 0, again
+    drawn = run("generate.py", **drawing, digits="dog with hat", output=f"{tmp_path}/files/")
+    assert sorted(p.name for p in (tmp_path / "files").iterdir()) == [
+        "dog with hat_seed0.png",
+        "dog with hat_seed1.png",
+    ]
+    assert_one_line(run("generate.py", **drawing, digits="bird"), "bird", "cat, dog with hat, 七")
+    assert_one_line(run("generate.py", **drawing, digits="mnist"), "not trained on MNIST")
+    assert_one_line(run("evaluate.py", output_dir=out), "MNIST")
+
+    make_folder(pictures, ["bird"])  # a label more than the model knows
+    result = run("train.py", **flags, resume=True, epochs=3)
+    assert_one_line(result, "bird/cat/dog with hat/七", "the model knows")
+
+
+def test_the_shipped_model_is_trained_on_with_other_pictures_of_its_shape(run, tmp_path):
+    names = [f"kind {i}" for i in range(10)]
+    flags = {"data_dir": make_folder(tmp_path / "pictures", names, 2), "dataset": "folder"}
+    flags |= {"load_checkpoint_path": REPO / "results" / "models" / "pretrained.pth"}
+    flags |= {"continue_training_epochs": 1, "output_dir": tmp_path, "batch_size": 8}
+    flags |= {"device": "cpu", "preview_columns": 1, "lr": 1e-9}
+    result = run("train.py", **flags)
+    assert result.code == 0, result
+    contents = checkpoint.load(tmp_path / "models" / "model_epoch_1.pth")
+    shipped = checkpoint.load(flags["load_checkpoint_path"])
+    assert Config.from_dict(contents["config"]).label_names == names
+    for name, weight in shipped["ema"].items():
+        torch.testing.assert_close(contents["ema"][name], weight.float(), atol=1e-5, rtol=0)
+    make_folder(tmp_path / "pictures", ["one more"])
+    assert_one_line(run("train.py", **flags), "has 11 labels, the model 10")
+
+
+@pytest.mark.parametrize("name", ["FashionMNIST", "KMNIST"])
+def test_relatives_of_mnist_are_read_by_torchvision(tmp_path, name):
+    raw = tmp_path / name / "raw"
+    raw.mkdir(parents=True)
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 28, 28), dtype=np.uint8)
+    labels = np.arange(20, dtype=np.uint8) % 10
+    for split in ("train", "t10k"):
+        images = struct.pack(">4I", 0x803, *pixels.shape) + pixels.tobytes()
+        (raw / f"{split}-images-idx3-ubyte").write_bytes(images)
+        answers = struct.pack(">2I", 0x801, 20) + labels.tobytes()
+        (raw / f"{split}-labels-idx1-ubyte").write_bytes(answers)
+    cfg = with_classes(Config(dataset=name, data_dir=str(tmp_path)))
+    assert len(cfg.label_names) == 10
+    assert not any("/" in each for each in cfg.label_names)
+    images, found = load_split(cfg, train=True, device=CPU)
+    assert np.array_equal(images[:, 0], pixels)
+    assert found.tolist() == labels.tolist()
+
+
+def test_a_relative_that_is_not_there(run, tmp_path):
+    flags = TINY | {"dataset": "QMNIST", "data_dir": tmp_path / "no", "output_dir": tmp_path}
+    (tmp_path / "no").write_text("")  # where a folder has to be made
+    assert_one_line(run("train.py", **flags, epochs=1), "QMNIST", "torchvision")
+
+
+def test_letters_are_labels_too():
+    cfg = with_classes(Config(dataset="EMNIST-letters"))
+    assert (cfg.num_classes, cfg.label_names[0], cfg.label_names[-1]) == (26, "a", "z")
+    assert parse_labels("cab", cfg.label_names) == [2, 0, 1]
+    assert class_names(Config(data_dir=MNIST)) == list("0123456789")
+    assert with_classes(cfg := Config(data_dir=MNIST)) == cfg
+
+
+def test_labels_by_name():
+    assert parse_labels("707", list("0123456789")) == [7, 0, 7]
+    assert parse_labels("cat, dog,cat", ["cat", "dog"]) == [0, 1, 0]
+    assert parse_labels("a,b", ["a,b", "a", "b"]) == [0]  # a name with a comma
+    for wrong in ("", "cow", "cat,", "catdog"):
+        with pytest.raises(ValueError, match="use cat, dog"):
+            parse_labels(wrong, ["cat", "dog"])
