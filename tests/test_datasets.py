@@ -124,7 +124,11 @@ def test_a_run_on_own_pictures_from_training_to_drawing_by_name(run, tmp_path):
 
     make_folder(pictures, ["bird"])  # a label more than the model knows
     result = run("train.py", **flags, resume=True, epochs=3)
-    assert_one_line(result, "bird/cat/dog with hat/七", "the model knows")
+    assert_one_line(result, "has 4 labels, the model 3")
+    (pictures / "cat").rename(tmp_path / "cat")
+    del flags["dataset"]
+    result = run("train.py", **flags, resume=True, epochs=3)
+    assert_one_line(result, "bird/dog with hat/七", "the model knows")
 
 
 def test_the_shipped_model_is_trained_on_with_other_pictures_of_its_shape(run, tmp_path):

@@ -171,7 +171,7 @@ def test_the_sampling_bar_counts_every_state_of_every_batch(monkeypatch):
             updates.append(1)
 
     monkeypatch.setattr(terminal, "tqdm", Bar)
-    with terminal.sampling_bar(Config(steps=5, sample_batch_size=4), 9) as on_state:
+    with terminal.sampling_bar(Config(steps=5), batches=3) as on_state:
         on_state(torch.zeros(4, 1, 28, 28))
-    assert totals == [3 * 6]  # three batches from the noise over five steps
+    assert totals == [3 * 6]  # from the noise over five steps, three times
     assert updates == [1]

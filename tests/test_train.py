@@ -345,14 +345,19 @@ def test_checkpoints_that_cannot_be_read_stop_a_resume(run, tmp_path):
     assert_one_line(result, str(tmp_path / "models"), "can be read")
 
 
-def test_a_checkpoint_for_sampling_alone_cannot_be_trained_on(whole, run, tmp_path):
+def test_a_checkpoint_for_sampling_alone_begins_a_new_run(whole, run, tmp_path):
     whole_file, path = whole / "models" / "model_epoch_4.pth", tmp_path / "small.pth"
     checkpoint.slim(whole_file, path)
     assert path.stat().st_size < 0.4 * whole_file.stat().st_size
     start = {"load_checkpoint_path": path, "continue_training_epochs": 1}
-    result = run("train.py", **TINY, **start, output_dir=tmp_path)
-    assert_one_line(result, str(path), "reduced to what drawing needs")
-    assert "cannot be trained further" in run("train.py", load_checkpoint_path=path).out
+    assert "a new run can begin with its weights" in run("train.py", load_checkpoint_path=path).out
+    result = run("train.py", **TINY, **start, output_dir=tmp_path, lr=1e-9)
+    assert "training from epoch 0 (step 0) to epoch 1" in result.out
+    begun, ended = (
+        checkpoint.load(each)["ema"] for each in (path, newest_of_run(tmp_path / "models"))
+    )
+    for name, weight in ended.items():
+        torch.testing.assert_close(weight, begun[name].float(), rtol=0, atol=1e-5)
     assert run("generate.py", digits=1, model=path, output_dir=tmp_path).code == 0
 
 
@@ -488,9 +493,10 @@ def test_labels_are_randomized_until_the_guide_is_made_and_the_guide_draws_the_p
     seen, networks = [], []
     loss, guided = Diffusion.loss, Diffusion.guided
 
-    def recorded_loss(self, model, x_0, y, generator):
-        seen.append(y)
-        return loss(self, model, x_0, y, generator)
+    def recorded_loss(self, model, x_0, y, *rest):
+        if torch.is_grad_enabled():  # in training, not for the validation loss
+            seen.append(y)
+        return loss(self, model, x_0, y, *rest)
 
     def recorded_guided(self, model, guide=None):
         networks.extend([model, guide])
@@ -706,3 +712,29 @@ def test_a_student_keeps_its_teacher_and_its_number_of_steps(whole, tmp_path, ru
     model = tmp_path / "models" / "model_epoch_1.pth"
     result = run("generate.py", model=model, digits=7, guidance=2, output=tmp_path / "7.png")
     assert_one_line(result, "guidance = 2.0", "a student learned 1.0", "drop the flag")
+
+
+def test_the_validation_loss_is_that_of_the_average_on_fixed_test_images(run, tmp_path):
+    """Recomputed from the checkpoint and the data; the same for a run of other seeds of noise."""
+    assert run("train.py", **TINY, epochs=1, output_dir=tmp_path, seed=4).code == 0
+    written = float(metrics(tmp_path)[0]["validation_loss"])
+    loaded = checkpoint.load_model(newest_of_run(tmp_path / "models"), torch.device("cpu"))
+    images, labels = load_split(loaded.cfg, train=False, device=torch.device("cpu"))
+    x_0, y = to_model_range(images[:5]), labels[:5]  # a sixtieth of 320 training images
+    generator = seeded_generator(4, train.VALIDATION_STREAM, 0)
+    with torch.no_grad():
+        expected = Diffusion(loaded.cfg).loss(loaded.model, x_0, y, generator)
+    assert written == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_a_log_without_validation_losses_is_continued(run, tmp_path):
+    """As older versions wrote it."""
+    assert run("train.py", **TINY, epochs=1, output_dir=tmp_path, save_every=1).code == 0
+    file = tmp_path / "metrics.csv"
+    rows = [line.split(",") for line in file.read_text().splitlines()]
+    file.write_text("".join(",".join(row[:3] + row[4:]) + "\n" for row in rows))
+    assert run("train.py", **TINY, epochs=2, output_dir=tmp_path, resume=True).code == 0
+    first, second = metrics(tmp_path)
+    assert first["validation_loss"] == ""
+    assert float(second["validation_loss"]) > 0
+    assert (tmp_path / "images" / "training.png").exists()
