@@ -17,6 +17,7 @@ from config import Config, shortened
 from files import MAX_BYTES, first_line, from_torchvision, read_idx
 
 PICTURES = (".png", ".jpg", ".jpeg")
+MODES = {1: "L", 3: "RGB"}  # Pillow's, by the number of channels
 MAX_CLASSES = 1000
 
 # How often each digit occurs in MNIST's training split
@@ -121,23 +122,19 @@ def read_folder(cfg: Config, train: bool) -> tuple[Tensor, Tensor]:
     ]
     images, labels, unread = [], [], []
     seen = [0] * cfg.num_classes
-    side, mode = cfg.img_size, {1: "L", 3: "RGB"}.get(cfg.img_channels)
-    if mode is None:
+    if cfg.img_channels not in MODES:
         raise ValueError(f"img_channels = {cfg.img_channels}: choose 1 (grey) or 3 (colour)")
-    warnings.simplefilter("error", Image.DecompressionBombWarning)
     for path, label in tqdm(files, desc="reading pictures", leave=False, disable=None):
         try:
-            # These formats alone: for others, Pillow may start programs such as Ghostscript
-            with Image.open(path, formats=["PNG", "JPEG"]) as image:
-                pixels = ImageOps.fit(image.convert(mode), (side, side))
+            pixels = read_picture(path, cfg)
         except Exception as error:  # a damaged file can make Pillow raise anything
             unread.append(f"{path} ({first_line(error)})")
             continue
         seen[label] += 1
         if (seen[label] % 10 == 2) != train:
-            images.append(torch.from_numpy(np.array(pixels)).view(side, side, -1))
+            images.append(pixels)
             labels.append(label)
-        if len(images) * side**2 * cfg.img_channels > MAX_BYTES:
+        if len(images) * pixels.numel() > MAX_BYTES:
             raise ValueError(f"{cfg.data_dir}: too many pictures; choose a smaller --img_size")
     if unread and train:
         print(f"left out {len(unread)} of {len(files)} pictures, which cannot be read:")
@@ -148,7 +145,18 @@ def read_folder(cfg: Config, train: bool) -> tuple[Tensor, Tensor]:
     if not images:
         return read_folder(cfg, train=True)  # nothing is set aside from so few
     order = torch.from_numpy(np.random.default_rng(0).permutation(len(images)))  # for max_images
-    return torch.stack(images)[order].permute(0, 3, 1, 2).contiguous(), torch.tensor(labels)[order]
+    return torch.stack(images)[order], torch.tensor(labels)[order]
+
+
+def read_picture(path: Path, cfg: Config) -> Tensor:
+    """A .png or .jpg, cropped to a square and resized: uint8 (C, img_size, img_size). Whatever
+    Pillow raises passes through."""
+    warnings.simplefilter("error", Image.DecompressionBombWarning)
+    # These formats alone: for others, Pillow may start programs such as Ghostscript
+    with Image.open(path, formats=["PNG", "JPEG"]) as image:
+        fitted = ImageOps.fit(image.convert(MODES[cfg.img_channels]), (cfg.img_size, cfg.img_size))
+    pixels = torch.from_numpy(np.array(fitted))  # (H, W) or (H, W, 3)
+    return pixels.view(cfg.img_size, cfg.img_size, -1).permute(2, 0, 1).contiguous()
 
 
 def fingerprint(images: Tensor, labels: Tensor) -> dict[str, Any]:

@@ -199,14 +199,32 @@ class Diffusion:
         w = [self.guidance_at(t) for t in self.sampling_times()[:-1]]
         return sum(1 if each in (0, 1) else 2 for each in w)
 
-    def sampling_times(self) -> list[int]:
-        """T = t_0 > t_1 > … > t_steps = 0, evenly spaced."""
-        steps = self.cfg.steps
-        return [(self.T * i + steps // 2) // steps for i in range(steps, -1, -1)]
+    def sampling_times(self, strength: float = 1.0) -> list[int]:
+        """T = t_0 > t_1 > … > t_steps = 0, evenly spaced; or those below strength · T, after it."""
+        steps, first = self.cfg.steps, max(1, round(strength * self.T))
+        times = [(self.T * i + steps // 2) // steps for i in range(steps, -1, -1)]
+        return [first, *(t for t in times if t < first)]
 
-    def sample(self, denoiser: Denoiser, y: Tensor, noise: "ImageNoise") -> Iterator[Tensor]:
-        """Yield the states x_t (B, C, H, W), from pure noise to the images of the labels y."""
-        return self.trajectory(denoiser, noise.draw(), y, self.sampling_times(), noise)
+    def sample(
+        self,
+        denoiser: Denoiser,
+        y: Tensor,
+        noise: "ImageNoise",
+        original: Tensor | None = None,
+        strength: float = 1.0,
+    ) -> Iterator[Tensor]:
+        """Yield the states x_t (B, C, H, W) to the images of the labels y: from pure noise, or from
+        an original (C, H, W) with noise up to strength · T (SDEdit, Meng et al. 2022)."""
+        times, x = self.sampling_times(strength), noise.draw()
+        if original is not None:
+            x = self.add_noise(original.expand_as(x), torch.full_like(y, times[0]), x)
+        return self.trajectory(denoiser, x, y, times, noise)
+
+    def completing(self, denoiser: Denoiser, x_0: Tensor, known: Tensor) -> Denoiser:
+        """A denoiser that knows a part of the image, x_0 (C, H, W) where `known` (H, W), so that
+        the sampler keeps it and draws the rest to fit. The idea of RePaint (Lugmayr et al. 2022),
+        which adds noise to the known part itself, and repeats steps."""
+        return lambda x, t, y: torch.where(known, x_0, denoiser(x, t, y))
 
     @torch.no_grad()
     def trajectory(
@@ -270,9 +288,10 @@ class Diffusion:
         y: Tensor,
         on_state: Callable[[Tensor], object] | None = None,
         parts: slice = slice(None),
+        **start: Any,
     ) -> Tensor:
         """Draw an image for each label in y int64 (N,): (N, C, H, W), in [-1, 1] if clamped; or
-        only those of some of the batches (`parts` of all of them).
+        only those of some of the batches (`parts` of all of them). `start` is for `sample`.
 
         Image i is the same picture, up to rounding, for any N, batch size and device. Every state
         of every batch is passed to `on_state`.
@@ -284,7 +303,7 @@ class Diffusion:
             batch = y[first : first + cfg.sample_batch_size]
             indices = range(first, first + len(batch))
             noise = ImageNoise(cfg.seed, indices, shape, device=y.device)
-            for x in self.sample(denoiser, batch, noise):
+            for x in self.sample(denoiser, batch, noise, **start):
                 if on_state:
                     on_state(x)
             images.append(x)

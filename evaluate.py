@@ -38,7 +38,7 @@ def sample(loaded: LoadedModel, cfg: Config, count: int) -> tuple[Tensor, Tensor
     batches = range(diffusion.batches(count))
     [mine] = distributed.my_parts(len(batches))
     began = time.perf_counter()
-    with sampling_bar(cfg, len(batches[mine])) as on_state:
+    with sampling_bar(cfg.steps, len(batches[mine])) as on_state:
         x_0 = diffusion.draw(diffusion.guided(loaded.model, loaded.guide), labels, on_state, mine)
     images = distributed.gather([to_uint8(x_0)])  # which waits until a GPU is done
     seconds = time.perf_counter() - began

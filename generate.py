@@ -17,9 +17,10 @@ import checkpoint
 import distributed
 from checkpoint import PRETRAINED, STUDENT, LoadedModel
 from config import FAST, Config, shortened
-from data import to_uint8
+from data import to_model_range, to_uint8
 from diffusion import Diffusion
 from interface import cli, picture, requests
+from interface.original import KEEP
 from interface.requests import Request
 from interface.terminal import log, sampling_bar, show
 from model import pick_device, pick_precision
@@ -47,6 +48,8 @@ def draw_all(loaded: LoadedModel, wanted: list[Request], show_digits: bool) -> N
     for request in wanted[mine.stop :] if mine.stop else ():
         print(request.output, flush=True)
     cfg = wanted[0].cfg
+    if cfg.class_names and wanted[0].digits == "all":
+        log(f"the rows from the top: {', '.join(cfg.label_names)}")
     eta = "" if cfg.sampler == "ddpm" else f", eta {cfg.eta:g}"
     how = f"{cfg.sampler}{eta}, {cfg.steps} steps, guidance {cfg.guidance:g}, seed {cfg.seed}"
     log(f"{count} images in {seconds:.2f} s with {loaded.path}: {how}")
@@ -56,20 +59,28 @@ def draw(loaded: LoadedModel, request: Request, together: bool = True) -> list[T
     """The images of a request, uint8 (N, C, H, W) on the CPU: for an animation one such tensor for
     each state, from noise to the images, otherwise a single one. With `together` all processes
     draw them, each some of the batches."""
-    cfg, y = request.cfg, request.labels.to(loaded.device)
+    cfg, y, original = request.cfg, request.labels.to(loaded.device), request.original
     diffusion, count = Diffusion(cfg), itertools.count()
+    denoiser, start = diffusion.guided(loaded.model, loaded.guide), {}
+    if original:
+        x_0 = to_model_range(original.pixels).to(loaded.device)
+        if original.known is None:
+            start = {"original": x_0, "strength": original.strength}
+        else:
+            denoiser = diffusion.completing(denoiser, x_0, original.known.to(loaded.device))
+    steps = len(diffusion.sampling_times(original.strength if original else 1.0)) - 1
     batches = range(diffusion.batches(len(y)))
     [mine] = distributed.my_parts(len(batches)) if together else [slice(None)]
-    states: dict[int, list[Tensor]] = {number: [] for number in request.kept_states}
-    with sampling_bar(cfg, len(batches[mine])) as advance:
+    states: dict[int, list[Tensor]] = {number: [] for number in request.kept_states(steps)}
+    with sampling_bar(steps, len(batches[mine])) as advance:
 
         def on_state(x: Tensor) -> None:
             advance(x)
-            number = next(count) % (cfg.steps + 1)
+            number = next(count) % (steps + 1)
             if number in states:
                 states[number].append(to_uint8(x).cpu())
 
-        diffusion.draw(diffusion.guided(loaded.model, loaded.guide), y, on_state, mine)
+        diffusion.draw(denoiser, y, on_state, mine, **start)
     return [distributed.gather(p) if together else torch.cat(p) for p in states.values()]
 
 
@@ -99,7 +110,8 @@ def provenance(loaded: LoadedModel, request: Request) -> dict[str, Any]:
         what["labels"] = "exact"  # older versions drew them at random
     how = {"version": VERSION} | request.cfg.select("sampling", "picture")
     how["precision"] = pick_precision(request.cfg.precision, loaded.device)  # of "auto", what it is
-    return what | how | {"made with": picture.made_with(loaded.device)}
+    start = request.original.record() if request.original else {}
+    return what | how | start | {"made with": picture.made_with(loaded.device)}
 
 
 def reproduce(
@@ -144,10 +156,23 @@ def parse_flags() -> Namespace:
     parser.add_argument(
         "--fast", action="store_true", help="in 4 network calls with the shipped student, else in 6"
     )
+    begin = parser.add_mutually_exclusive_group()
+    file = {"type": cli.expanded_path, "metavar": "PICTURE"}
+    begin.add_argument("--complete", **file, help="draw the rest of a picture (white on black)")
+    begin.add_argument("--edit", **file, help="draw a picture anew, from a noisy version of it")
+    known = parser.add_mutually_exclusive_group()
+    known.add_argument("--keep", choices=KEEP, default="top", help="the half that --complete keeps")
+    known.add_argument("--mask", **file, help="or: white where --complete keeps the pixels")
+    strength = {"type": float, "default": 0.6, "metavar": "FLOAT"}
+    parser.add_argument("--strength", **strength, help="noise of --edit, 0 to 1 (default: 0.6)")
     in_terminal = {"action": BooleanOptionalAction, "default": sys.stderr.isatty()}
     parser.add_argument("--show", **in_terminal, help="show the digits in the terminal too")
     cli.add_settings(parser, set(Config.names("machine", "sampling", "picture")) - {"data_dir"})
-    parser.needs("--count", "--digits")
+    for flag in ("--count", "--complete", "--edit"):
+        parser.needs(flag, "--digits")
+    parser.needs("--keep", "--complete")
+    parser.needs("--mask", "--complete")
+    parser.needs("--strength", "--edit")
     parser.needs("--output", "--digits", "--reproduce")
     with_it = ("--output", "--output_dir", "--device", "--show", "--no-show")
     parser.allows_only("--reproduce", *with_it)

@@ -224,7 +224,7 @@ def draw_preview(run: Run, diffusion: Diffusion, state: TrainState) -> None:
     if cfg.preview_digits != "all":
         labels = parse_labels(cfg.preview_digits, cfg.label_names)
     y = torch.tensor(labels).repeat_interleave(cfg.preview_columns).to(state.totals.device)
-    with run.side_output(path), sampling_bar(cfg, diffusion.batches(len(y))) as advance:
+    with run.side_output(path), sampling_bar(cfg.steps, diffusion.batches(len(y))) as advance:
 
         def on_state(x: Tensor) -> None:
             advance(x)

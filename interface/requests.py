@@ -17,7 +17,9 @@ from checkpoint import Progress, list_checkpoints
 from config import Config, parse_labels, shortened
 from data import draw_labels
 from files import check_writable, make_folder, printable, sha256
+from interface import original
 from interface.cli import settings_for_drawing
+from interface.original import Original
 from interface.picture import ANIMATIONS, ENDINGS, MAX_ANIMATED, MAX_FRAMES
 from interface.terminal import ask, log, whole_number
 
@@ -70,6 +72,7 @@ class Request:
     cfg: Config
     output: Path
     if_taken: str = "replace"  # if `output` exists: "replace", "renumber" or "refuse"
+    original: Original | None = None  # the picture to complete or to edit
 
     def __post_init__(self) -> None:
         names = self.cfg.label_names
@@ -78,6 +81,8 @@ class Request:
         numbers = {"all": len(names), "mnist": 1}
         if self.digits not in numbers:
             numbers[self.digits] = len(parse_labels(self.digits, names))
+        if self.original and numbers[self.digits] != 1:
+            raise ValueError(f"digits = {shortened(self.digits)}: a picture has one; give one")
         if type(self.count) is not int or self.count < 1:
             raise ValueError(f"count = {shortened(self.count)}: must be a whole number, at least 1")
         images = self.count * numbers[self.digits]
@@ -97,11 +102,9 @@ class Request:
     def animated(self) -> bool:
         return self.output.suffix in ANIMATIONS
 
-    @property
-    def kept_states(self) -> list[int]:
+    def kept_states(self, steps: int) -> list[int]:
         """Which of the states 0…steps to keep: of an animation at most MAX_FRAMES, evenly spaced;
         otherwise the last."""
-        steps = self.cfg.steps
         last = min(steps, MAX_FRAMES - 1) if self.animated else 0
         return [steps - round(i * steps / max(1, last)) for i in range(last, -1, -1)]
 
@@ -152,7 +155,8 @@ def requests_from_flags(args: Namespace, cfg: Config) -> list[Request]:
     usual = usual_count(args.digits, cfg.label_names)
     count = usual if args.count is None else args.count
     output = Path(args.output) if args.output else free_name(cfg, args.digits)
-    whole = Request(args.digits, count, cfg, output, "replace" if args.output else "renumber")
+    if_taken, start = "replace" if args.output else "renumber", original.from_flags(args, cfg)
+    whole = Request(args.digits, count, cfg, output, if_taken, start)
     if not is_folder(args.output):
         check_writable(output)
         return [whole]
@@ -160,7 +164,7 @@ def requests_from_flags(args: Namespace, cfg: Config) -> list[Request]:
     for seed, label in enumerate(whole.labels.tolist(), cfg.seed):
         name = cfg.label_names[label]
         path = output / f"{name}_seed{seed}.png"
-        requests.append(Request(name, 1, replace(cfg, seed=seed), path, "refuse"))
+        requests.append(Request(name, 1, replace(cfg, seed=seed), path, "refuse", start))
         if path.exists():
             raise ValueError(f"{path}: {TAKEN}")
     make_folder(output)
@@ -221,6 +225,7 @@ def request_from_picture(
         provenance = {"precision": "float32"} | provenance  # older pictures knew no other
         known = {name: provenance[name] for name in Config.names("sampling", "picture")}
         cfg = settings_for_drawing(trained, given | known)
-        return Request(provenance["digits"], provenance["count"], cfg, picture)
+        start = Original.from_record(provenance, cfg)
+        return Request(provenance["digits"], provenance["count"], cfg, picture, original=start)
     except (LookupError, TypeError, ValueError):
         raise ValueError(f"{picture}: not a PNG that generate.py wrote") from None

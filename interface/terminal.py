@@ -12,8 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from config import Config
-
 with suppress(ImportError):
     import readline  # noqa: F401  gives input() arrow keys and a history, where available
 
@@ -33,10 +31,10 @@ def log(message: str) -> None:
 
 
 @contextmanager
-def sampling_bar(cfg: Config, batches: int) -> Iterator[Callable[[Tensor], object]]:
+def sampling_bar(steps: int, batches: int) -> Iterator[Callable[[Tensor], object]]:
     """A progress bar for Diffusion.draw, as its `on_state`; shows nothing without a terminal."""
     with tqdm(
-        total=batches * (cfg.steps + 1), desc="sampling", unit="step", leave=False, disable=None
+        total=batches * (steps + 1), desc="sampling", unit="step", leave=False, disable=None
     ) as bar:
         yield lambda _: bar.update()
 

@@ -23,7 +23,7 @@ from PIL import Image
 
 import checkpoint
 from checkpoint import TrainState
-from config import Config, parse_digits, parse_duration
+from config import Config, parse_duration, parse_labels
 from evaluation import results
 from files import read_idx
 from interface import terminal
@@ -100,7 +100,7 @@ def test_any_stored_settings(stored):
 
 @given(text=odd_text)
 def test_any_duration_and_any_digits(text):
-    for parse in (parse_duration, parse_digits):
+    for parse in (parse_duration, lambda text: parse_labels(text, Config().label_names)):
         try:
             parse(text)
         except ValueError as error:

@@ -7,7 +7,6 @@ import re
 import pytest
 import torch
 
-from config import Config
 from interface import terminal
 
 
@@ -171,7 +170,7 @@ def test_the_sampling_bar_counts_every_state_of_every_batch(monkeypatch):
             updates.append(1)
 
     monkeypatch.setattr(terminal, "tqdm", Bar)
-    with terminal.sampling_bar(Config(steps=5), batches=3) as on_state:
+    with terminal.sampling_bar(steps=5, batches=3) as on_state:
         on_state(torch.zeros(4, 1, 28, 28))
     assert totals == [3 * 6]  # from the noise over five steps, three times
     assert updates == [1]

@@ -1,0 +1,48 @@
+"""For torch.hub: model = torch.hub.load(".", "mnist_diffusion", source="local")."""
+
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # the modules lie beside this file
+
+# isort: split
+from checkpoint import PRETRAINED, STUDENT, LoadedModel, load_model
+from config import parse_labels
+from data import to_uint8
+from diffusion import Diffusion
+
+dependencies = ["torch", "numpy", "PIL", "tqdm"]  # which torch.hub looks for
+
+
+class Sampler(torch.nn.Module):
+    """A trained model that draws: `model.sample("2026")`. Its `network` and, if it has one, its
+    `guide` are UNets, and `cfg` holds its settings."""
+
+    def __init__(self, loaded: LoadedModel) -> None:
+        super().__init__()
+        self.cfg, self.network, self.guide = loaded.cfg, loaded.model, loaded.guide
+
+    def sample(self, digits: str, **settings: object) -> torch.Tensor:
+        """Draw uint8 images (N, C, H, W), one for each digit of "2026", or for each name of
+        "cat,dog". `settings` are those of config.py, such as seed, steps or guidance. Raises
+        ValueError for unknown labels or settings that cannot be."""
+        cfg = replace(self.cfg, **settings)
+        labels = parse_labels(digits, cfg.label_names)
+        y = torch.tensor(labels, device=next(self.network.parameters()).device)
+        diffusion = Diffusion(cfg)
+        return to_uint8(diffusion.draw(diffusion.guided(self.network, self.guide), y))
+
+
+def mnist_diffusion(path: str = PRETRAINED, device: str = "cpu") -> Sampler:
+    """The pretrained model, or that of a checkpoint's `path`."""
+    shipped = Path(__file__).parent / "results" / "models" / path
+    return Sampler(load_model(shipped if shipped.is_file() else path, torch.device(device)))
+
+
+def mnist_diffusion_student(device: str = "cpu") -> Sampler:
+    """Its student, which draws in four network calls."""
+    return mnist_diffusion(STUDENT, device)

@@ -1,0 +1,90 @@
+"""The picture that generate.py --complete and --edit begin with, and how a PNG records it."""
+
+import base64
+from argparse import Namespace
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from config import Config
+from data import read_picture
+from files import first_line
+
+KEEP = ("top", "bottom", "left", "right")
+
+
+@dataclass(frozen=True)
+class Original:
+    """A picture to complete or to edit."""
+
+    pixels: Tensor  # uint8 (C, H, W)
+    known: Tensor | None = None  # bool (H, W): what to keep of it; None: nothing exactly
+    strength: float = 1.0  # how far it is turned into noise, as a fraction of all timesteps
+
+    def record(self) -> dict[str, Any]:
+        """Plain values from which from_record makes it again."""
+        known = None if self.known is None else encoded(np.packbits(self.known.numpy()))
+        return {"original": encoded(self.pixels.numpy()), "known": known, "strength": self.strength}
+
+    @classmethod
+    def from_record(cls, record: dict[str, Any], cfg: Config) -> "Original | None":
+        """The original that a PNG's text chunks record; None if there is none. Raises ValueError or
+        TypeError for values of another kind."""
+        if "original" not in record:
+            return None
+        side = cfg.img_size
+        pixels = decoded(record["original"]).reshape(cfg.img_channels, side, side)
+        known = None
+        if record["known"] is not None:
+            bits = np.unpackbits(decoded(record["known"]), count=side**2)
+            known = torch.from_numpy(bits.astype(bool).reshape(side, side))
+        return cls(torch.from_numpy(pixels), known, checked_strength(record["strength"]))
+
+
+def encoded(array: np.ndarray) -> str:
+    return base64.b64encode(array.tobytes()).decode()
+
+
+def decoded(text: str) -> np.ndarray:
+    return np.frombuffer(base64.b64decode(text, validate=True), np.uint8).copy()
+
+
+def checked_strength(value: float) -> float:
+    if not 0 < value <= 1:
+        raise ValueError(f"strength = {value}: choose a number above 0 and at most 1")
+    return float(value)
+
+
+def from_flags(args: Namespace, cfg: Config) -> Original | None:
+    """What --complete and --edit, with the flags that belong to them, ask for. Raises ValueError
+    for a picture that cannot be read, or a mask that leaves nothing to keep or to draw."""
+    path = args.complete or args.edit
+    if path is None:
+        return None
+    pixels = read(path, cfg)
+    if args.edit:
+        return Original(pixels, strength=checked_strength(args.strength))
+    if args.mask:
+        known = read(args.mask, cfg).float().mean(dim=0) > 127
+    else:
+        half, known = cfg.img_size // 2, torch.zeros(cfg.img_size, cfg.img_size, dtype=torch.bool)
+        rows = {"top": slice(half), "bottom": slice(half, None)}.get(args.keep, slice(None))
+        columns = {"left": slice(half), "right": slice(half, None)}.get(args.keep, slice(None))
+        known[rows, columns] = True
+    if known.all() or not known.any():
+        raise ValueError(f"{args.mask}: needs white pixels, to keep, and black ones, to draw")
+    return Original(pixels, known)
+
+
+def read(path: Path, cfg: Config) -> Tensor:
+    """The pixels of a .png or .jpg in the model's size and colours, uint8 (C, H, W)."""
+    if not path.is_file():
+        raise ValueError(f"{path}: no such picture")
+    try:
+        return read_picture(path, cfg)
+    except Exception as error:  # a damaged file can make Pillow raise anything
+        raise ValueError(f"{path}: not a .png or .jpg ({first_line(error)})") from None

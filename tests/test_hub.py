@@ -1,0 +1,38 @@
+"""The models by torch.hub."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import REPO
+
+
+def test_the_hub_draws_what_generate_draws(run, tmp_path):
+    """From another folder, in a process of its own, as a user would."""
+    out = tmp_path / "hub.pt"
+    program = f"""
+import torch
+model = torch.hub.load({str(REPO)!r}, "mnist_diffusion", source="local")
+images = model.sample("2026", seed=3, precision="float32")
+student = torch.hub.load({str(REPO)!r}, "mnist_diffusion_student", source="local")
+torch.save([images, student.sample("7")], {str(out)!r})
+"""
+    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True, timeout=120)
+    images, seven = torch.load(out)
+    assert (images.shape, images.dtype) == ((4, 1, 28, 28), torch.uint8)
+    assert seven.shape == (1, 1, 28, 28)
+    flags = {"model": "pretrained", "digits": 2026, "count": 1, "seed": 3, "precision": "float32"}
+    assert run("generate.py", **flags, device="cpu", output=tmp_path / "same.npz").code == 0
+    import numpy as np
+
+    drawn = torch.from_numpy(np.load(tmp_path / "same.npz")["arr_0"])
+    assert (drawn.int() - images[:, 0].int()).abs().max() <= 1  # other threads round differently
+
+
+def test_a_wrong_label_is_named(monkeypatch):
+    monkeypatch.syspath_prepend(str(REPO))
+    import hubconf
+
+    with pytest.raises(ValueError, match="use digits 0 to 9"):
+        hubconf.mnist_diffusion_student().sample("x")

@@ -1,0 +1,158 @@
+"""Completing and editing pictures: by the command line, and against what must come out exactly."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import REPO, assert_one_line
+from PIL import Image
+from test_diffusion import GaussianData
+
+from config import Config
+from data import load_split, to_model_range
+from diffusion import Diffusion, ImageNoise, seeded_generator
+from interface.original import Original
+
+MODEL = {"model": REPO / "results" / "models" / "pretrained.pth", "device": "cpu", "count": 4}
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def seven(tmp_path_factory) -> Path:
+    """A real 7 of the test split."""
+    images, labels = load_split(Config(data_dir=str(REPO / "mnist_data")), False, CPU)
+    path = tmp_path_factory.mktemp("original") / "seven.png"
+    Image.fromarray(images[labels == 7][0, 0].numpy()).save(path)
+    return path
+
+
+def tiles(path: Path) -> np.ndarray:
+    """The images of a grid of 2 x 2, uint8 (4, 28, 28)."""
+    grid = np.asarray(Image.open(path))
+    return np.stack([grid[r : r + 28, c : c + 28] for r in (2, 32) for c in (2, 32)])
+
+
+@pytest.mark.parametrize(
+    ("half", "kept"),
+    [
+        ("top", np.s_[:14]),
+        ("bottom", np.s_[14:]),
+        ("left", np.s_[:, :14]),
+        ("right", np.s_[:, 14:]),
+    ],
+)
+def test_the_kept_half_is_exactly_that_of_the_picture(run, tmp_path, seven, half, kept):
+    out = tmp_path / "completed.png"
+    assert run("generate.py", **MODEL, digits=7, complete=seven, keep=half, output=out).code == 0
+    original, drawn = np.asarray(Image.open(seven)), tiles(out)
+    rest = np.ones((28, 28), bool)
+    rest[kept] = False
+    for image in drawn:
+        assert np.array_equal(image[kept], original[kept])
+        assert not np.array_equal(image[rest], original[rest])
+    assert len({image.tobytes() for image in drawn}) == 4  # every completion is another
+
+
+def test_a_mask_says_what_is_kept(run, tmp_path, seven):
+    mask = np.zeros((28, 28), np.uint8)
+    mask[::2] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    flags = MODEL | {"digits": 7, "complete": seven, "mask": tmp_path / "mask.png"}
+    assert run("generate.py", **flags, output=tmp_path / "out.png").code == 0
+    original = np.asarray(Image.open(seven))
+    for image in tiles(tmp_path / "out.png"):
+        assert np.array_equal(image[::2], original[::2])
+        # every second row is enough to tell the others
+        assert np.abs(image.astype(int) - original)[original > 200].mean() < 60
+
+
+def test_an_edited_picture_is_nearer_to_the_original_the_weaker_the_noise(run, tmp_path, seven):
+    original, distance = np.asarray(Image.open(seven)).astype(int), {}
+    for strength in (0.05, 0.4, 1.0):
+        out = tmp_path / f"{strength}.png"
+        flags = MODEL | {"digits": 7, "edit": seven, "strength": strength}
+        assert run("generate.py", **flags, output=out).code == 0
+        distance[strength] = np.abs(tiles(out) - original).mean()
+    assert distance[0.05] < distance[0.4] < distance[1.0]
+    assert distance[0.05] < 3
+
+
+def test_at_full_strength_nothing_but_its_faintest_trace_is_left_of_the_original():
+    cfg = Config(img_size=8, guidance=1.0, eta=0.0, sampler="ddim", steps=10)
+    process, y = Diffusion(cfg), torch.arange(4)
+    denoiser = process.guided(GaussianData(process, 0.5))
+    noise = [ImageNoise(0, range(4), (1, 8, 8)) for _ in range(2)]
+    original = torch.rand(1, 8, 8, generator=seeded_generator(0)) * 2 - 1
+    *_, plain = process.sample(denoiser, y, noise[0])
+    *_, edited = process.sample(denoiser, y, noise[1], original, 1.0)
+    assert (plain - edited).abs().max() < 0.02  # sqrt(alpha_bar_T) is 0.0064
+
+
+def test_the_first_state_of_an_edit_is_the_noisy_original():
+    process, y = Diffusion(Config(img_size=8, steps=10, guidance=1.0)), torch.arange(3)
+    original = torch.full((1, 8, 8), 0.25)
+    noise, same = (ImageNoise(0, range(3), (1, 8, 8)) for _ in range(2))
+    states = process.sample(lambda x, t, y: x * 0, y, noise, original, 0.35)
+    assert process.sampling_times(0.35) == [350, 300, 200, 100, 0]
+    a = process.alpha_bar[350]
+    expected = a.sqrt() * original + (1 - a).sqrt() * same.draw()
+    torch.testing.assert_close(next(states), expected.float())
+
+
+def test_a_completion_of_gaussian_data_keeps_what_is_known_and_draws_the_rest():
+    """With pixels independent of each other, the rest is distributed as if nothing were known."""
+    cfg = Config(img_size=8, guidance=1.0, clip_x_0=False, sampler="ddpm", steps=100)
+    process, y = Diffusion(cfg), torch.full((300,), 3)
+    known = torch.zeros(8, 8, dtype=torch.bool)
+    known[:4] = True
+    plain = process.guided(GaussianData(process, 0.5))
+    drawn = process.draw(process.completing(plain, torch.full((1, 8, 8), 0.9), known), y)
+    free = process.draw(plain, y)
+    assert (drawn[:, :, :4] == 0.9).all()
+    torch.testing.assert_close(drawn[:, :, 4:], free[:, :, 4:])
+
+
+@pytest.mark.parametrize("kind", [{"complete": None, "keep": "left"}, {"edit": None}])
+def test_it_can_be_drawn_again_without_the_original_file(run, tmp_path, seven, kind):
+    copy = tmp_path / "copy.png"
+    copy.write_bytes(seven.read_bytes())
+    flags = {name: value or copy for name, value in kind.items()}
+    first = tmp_path / "first.png"
+    assert run("generate.py", **MODEL, digits=7, **flags, output=first).code == 0
+    copy.unlink()
+    again = run("generate.py", reproduce=first, output=tmp_path / "again.png")
+    assert again.code == 0, again
+    assert first.read_bytes() == (tmp_path / "again.png").read_bytes()
+
+
+def test_a_record_holds_the_original():
+    known = torch.rand(28, 28, generator=seeded_generator(1)) > 0.5
+    pixels = torch.randint(0, 256, (1, 28, 28), dtype=torch.uint8, generator=seeded_generator(2))
+    again = Original.from_record(Original(pixels, known, 0.3).record(), Config())
+    assert torch.equal(again.pixels, pixels)
+    assert torch.equal(again.known, known)
+    assert again.strength == 0.3
+    assert Original.from_record({}, Config()) is None
+    assert to_model_range(again.pixels).abs().max() <= 1
+
+
+def test_bad_originals_are_one_line(run, tmp_path, seven):
+    (tmp_path / "text.png").write_text("no picture")
+    Image.new("L", (28, 28)).save(tmp_path / "black.png")
+    for flags, *words in (
+        ({"complete": tmp_path / "none.png"}, "none.png", "no such picture"),
+        ({"complete": tmp_path / "text.png"}, "text.png", "not a .png or .jpg"),
+        ({"complete": seven, "mask": tmp_path / "black.png"}, "black.png", "white pixels"),
+        ({"edit": seven, "strength": 0}, "strength = 0.0"),
+        ({"edit": seven, "strength": "nan"}, "strength = nan"),
+        ({"edit": seven, "digits": 26}, "digits = '26'", "give one"),
+        ({"keep": "left"}, "--keep needs --complete"),
+        ({"mask": seven}, "--mask needs --complete"),
+        ({"strength": 0.5}, "--strength needs --edit"),
+        ({"edit": seven, "complete": seven}, "not allowed with"),
+    ):
+        asked = MODEL | {"digits": 7, "output": tmp_path / "out.png"} | flags
+        assert_one_line(run("generate.py", **asked), *words)
+    assert_one_line(run("generate.py", complete=seven), "--complete needs --digits")
+    assert not (tmp_path / "out.png").exists()
