@@ -103,8 +103,9 @@ def flags(tmp_path_factory) -> dict[str, Any]:
     raw.mkdir(parents=True)
     images, labels = load_split(Config(data_dir=MNIST, max_images=96), train=True, device=CPU)
     sizes = struct.pack(">4I", 0x803, *images[:, 0].shape), struct.pack(">2I", 0x801, len(labels))
-    (raw / "train-images-idx3-ubyte").write_bytes(sizes[0] + images.numpy().tobytes())
-    (raw / "train-labels-idx1-ubyte").write_bytes(sizes[1] + labels.byte().numpy().tobytes())
+    for split in ("train", "t10k"):
+        (raw / f"{split}-images-idx3-ubyte").write_bytes(sizes[0] + images.numpy().tobytes())
+        (raw / f"{split}-labels-idx1-ubyte").write_bytes(sizes[1] + labels.byte().numpy().tobytes())
     small = {"dense_size": 8, "batch_size": 16, "steps": 1, "warmup_steps": 1, "device": "cpu"}
     preview = {"preview_digits": "01", "preview_columns": 2}
     run = {"epochs": 2, "save_every": 1, "data_dir": raw.parents[1]}
