@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import distributed
 import train
 from checkpoint import TrainState
 from config import Config
@@ -59,6 +60,8 @@ class Training:
 
     def __init__(self, cfg: Config, device: torch.device) -> None:
         self.cfg, self.device, self.marks = cfg, device, []
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
         self.images, self.labels = load_split(cfg, train=True, device=device)
         if cfg.batch_size > len(self.images):
             raise ValueError(f"batch_size = {cfg.batch_size}: choose at most {len(self.images)}")
@@ -299,7 +302,7 @@ def measured_cluster(cfg: Config, device: torch.device) -> scaling.Cluster:
         Training(replace(cfg, batch_size=size), device).measure() for size in (32, many)
     )
     flops = scaling.cost_of(cfg).flops * large["images_per_second"]
-    return scaling.Cluster(flops=flops, start=32 / small["images_per_second"])
+    return scaling.Cluster(flops=flops, launch=32 / small["images_per_second"])
 
 
 def parse_flags() -> Namespace:
@@ -309,10 +312,15 @@ def parse_flags() -> Namespace:
     what.add_argument("--scaling", action="store_true", help="estimate the speed of many GPUs")
     parser.add_argument("--json", type=expanded_path, metavar="FILE", help="write the figures too")
     names = Config.names("machine", "model", "training", "sampling", "picture")
-    add_settings(parser, set(names) - {"accumulate"})  # a step is measured as a whole
+    add_settings(parser, set(names) - {"accumulate", "dataset"})  # steps are measured as a whole
     add_model_size(parser)
-    parser.excludes("--scaling", "--json", message="--scaling prints a table; drop --json")
-    return parser.parse_args()
+    parser.allows_only("--scaling", "--device", "--data_dir")
+    args = parser.parse_args()
+    if distributed.processes() > 1:
+        raise ValueError("benchmark.py measures a single process; start it without torchrun")
+    if args.gpu and getattr(args, "img_size", 28) != 28:
+        raise ValueError(f"img_size = {args.img_size}: --gpu evaluates models, which needs 28")
+    return args
 
 
 def main() -> int:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from config import Config
 from files import first_line, read_tensors, sha256, write_tensors
-from model import UNet, check_size, compile_network, pick_precision
+from model import UNet, check_size, check_step, compile_network, pick_precision
 from optimizer import make_optimizers, split_parameters
 
 FORMAT = 4  # format 3 is still read: config.ALIASES fills in the settings that it lacks
@@ -60,15 +60,16 @@ class TrainState:
     optimizers: list[torch.optim.Optimizer]
     progress: Progress
     totals: Tensor  # (2,) sums over the current epoch's steps: loss, gradient norm
-    network: Callable[..., Tensor]  # the model as a step calls it (distributed.wrapped)
+    network: Callable[..., Tensor]  # the model as a step calls it (distributed.data_parallel)
     epoch_seconds: float = 0.0  # training time of the current epoch
     data: dict[str, Any] | None = None  # what is trained on, as data.fingerprint says
 
     @classmethod
     def initial(cls, cfg: Config, device: torch.device) -> "TrainState":
         """The state before the first step; the random weights depend on cfg.seed alone. Raises
-        ValueError for a network that is too large."""
+        ValueError for a network or a batch that is too large."""
         check_size(cfg)
+        check_step(cfg)
         torch.manual_seed(cfg.seed)
         model = UNet(cfg).to(device)
         ema, totals = copy.deepcopy(model).requires_grad_(False), torch.zeros(2, device=device)

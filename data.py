@@ -13,6 +13,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
+import distributed
 from config import Config, shortened
 from files import MAX_BYTES, first_line, from_torchvision, read_idx
 
@@ -34,11 +35,11 @@ def load_split(cfg: Config, train: bool, device: torch.device) -> tuple[Tensor, 
         raise ValueError(f"img_channels = {cfg.img_channels}: {cfg.dataset} has 1; drop the flag")
     names = class_names(cfg)
     if names != cfg.label_names:
-        known = f"the model knows {shortened('/'.join(cfg.label_names))}"
-        raise ValueError(
-            f"{cfg.data_dir}: its labels are {shortened('/'.join(names))}, but {known}"
-        )
-    read = {"MNIST": read_mnist, "folder": read_folder}.get(cfg.dataset, read_relative)
+        found, known = (shortened("/".join(each)) for each in (names, cfg.label_names))
+        remedy = "give it the data that it was trained on, or train a new model"
+        where = f"dataset = {cfg.dataset!r}, {cfg.data_dir}"
+        raise ValueError(f"{where}: labels {found}, but the model knows {known}; {remedy}")
+    read = {"MNIST": read_mnist, "folder": read_folder}.get(cfg.dataset, read_by_torchvision)
     images, labels = read(cfg, train)
     if train and cfg.max_images:
         images, labels = images[: cfg.max_images], labels[: cfg.max_images]
@@ -62,6 +63,9 @@ def class_names(cfg: Config) -> list[str]:
         if not 1 <= len(found) <= MAX_CLASSES:
             kind = f"{len(found)} subfolders; it needs one for each label, at most {MAX_CLASSES}"
             raise ValueError(f"data_dir = {cfg.data_dir!r}: {kind}, with its images")
+        for name in found:
+            if name in ("all", "mnist") or "," in name or name != name.strip():
+                raise ValueError(f"{root / name}: a label cannot have this name; rename the folder")
         return found
     if cfg.dataset in ("FashionMNIST", "KMNIST"):
         kind = getattr(from_torchvision("datasets"), cfg.dataset)
@@ -69,14 +73,17 @@ def class_names(cfg: Config) -> list[str]:
     return list(string.ascii_lowercase if cfg.dataset == "EMNIST-letters" else string.digits)
 
 
-def with_classes(cfg: Config) -> Config:
-    """The settings of a new run, with the number and the names of its data set's labels."""
-    names, usual = class_names(cfg), Config()
-    if names == usual.label_names:
-        return replace(cfg, **usual.select("classes"))
-    shown = "all" if cfg.preview_digits == usual.preview_digits else cfg.preview_digits
-    own = {"num_classes": len(names), "class_names": "/".join(names), "preview_digits": shown}
-    return replace(cfg, **own)
+def with_classes(cfg: Config, given: dict[str, Any]) -> Config:
+    """`cfg` with the settings that are `given`, and with the number and the names of its data set's
+    labels."""
+    usual = Config()
+    shown = given.get("preview_digits", cfg.preview_digits)
+    cfg = replace(cfg, **given | {"preview_digits": "all"})  # until the labels are known
+    names, own = class_names(cfg), usual.select("classes")
+    if names != usual.label_names:
+        own = {"num_classes": len(names), "class_names": "/".join(names)}
+        shown = "all" if shown == usual.preview_digits else shown
+    return replace(replace(cfg, **own), preview_digits=shown)
 
 
 def read_mnist(cfg: Config, train: bool) -> tuple[Tensor, Tensor]:
@@ -91,13 +98,15 @@ def read_mnist(cfg: Config, train: bool) -> tuple[Tensor, Tensor]:
     return images, labels
 
 
-def read_relative(cfg: Config, train: bool) -> tuple[Tensor, Tensor]:
+def read_by_torchvision(cfg: Config, train: bool) -> tuple[Tensor, Tensor]:
     """A data set in MNIST's form, by torchvision, which downloads what is missing."""
     name, _, split = cfg.dataset.partition("-")
     options = {"split": split} if split else {}
     try:
         kind = getattr(from_torchvision("datasets"), name)
-        data = kind(cfg.data_dir, train=train, download=True, **options)
+        # Several processes must not download to one place
+        distributed.from_first(lambda: kind(cfg.data_dir, download=True, **options) and None)
+        data = kind(cfg.data_dir, train=train, **options)
     except (OSError, RuntimeError, ValueError) as error:
         remedy = f"go online, or put its files where torchvision's {name} looks for them"
         raise ValueError(
@@ -112,8 +121,8 @@ def read_relative(cfg: Config, train: bool) -> tuple[Tensor, Tensor]:
 
 
 def read_folder(cfg: Config, train: bool) -> tuple[Tensor, Tensor]:
-    """The pictures of data_dir/LABEL/, cropped to squares and resized. Every tenth of a label's is
-    for testing, none if it has fewer than two. Names those that cannot be read."""
+    """The pictures of data_dir/LABEL/, cropped to squares and resized. Every tenth picture of a
+    label is set aside for testing, beginning with its second. Prints what cannot be read."""
     files = [
         (path, label)
         for label, name in enumerate(class_names(cfg))
@@ -153,7 +162,13 @@ def read_picture(path: Path, cfg: Config) -> Tensor:
     Pillow raises passes through."""
     warnings.simplefilter("error", Image.DecompressionBombWarning)
     # These formats alone: for others, Pillow may start programs such as Ghostscript
-    with Image.open(path, formats=["PNG", "JPEG"]) as image:
+    with Image.open(path, formats=["PNG", "JPEG"]) as file:
+        image = ImageOps.exif_transpose(file)  # as a camera was held
+        if image.mode.startswith("I"):  # 16 bits a pixel
+            image = Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
+        if image.has_transparency_data:
+            black = Image.new("RGBA", image.size, "black")
+            image = Image.alpha_composite(black, image.convert("RGBA"))
         fitted = ImageOps.fit(image.convert(MODES[cfg.img_channels]), (cfg.img_size, cfg.img_size))
     pixels = torch.from_numpy(np.array(fitted))  # (H, W) or (H, W, 3)
     return pixels.view(cfg.img_size, cfg.img_size, -1).permute(2, 0, 1).contiguous()

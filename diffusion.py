@@ -200,7 +200,8 @@ class Diffusion:
         return sum(1 if each in (0, 1) else 2 for each in w)
 
     def sampling_times(self, strength: float = 1.0) -> list[int]:
-        """T = t_0 > t_1 > … > t_steps = 0, evenly spaced; or those below strength · T, after it."""
+        """T = t_0 > t_1 > … > t_steps = 0, evenly spaced. With a strength below 1, strength · T and
+        those of the times that lie below it."""
         steps, first = self.cfg.steps, max(1, round(strength * self.T))
         times = [(self.T * i + steps // 2) // steps for i in range(steps, -1, -1)]
         return [first, *(t for t in times if t < first)]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 T = TypeVar("T")
-PATIENCE = datetime.timedelta(hours=2)  # for a process that draws a preview, or an evaluation
+TIMEOUT = datetime.timedelta(hours=2)  # how long the others wait while one draws or evaluates
 
 
 def from_torchrun(name: str, default: int) -> int:
@@ -36,7 +36,7 @@ def processes() -> int:
     return from_torchrun("WORLD_SIZE", 1)
 
 
-def speaks_of(error: BaseException) -> bool:
+def should_report(error: BaseException) -> bool:
     """Whether this process should report an error. A user's mistake is the same in all processes of
     a machine, and one of them is enough."""
     return not isinstance(error, ValueError) or from_torchrun("LOCAL_RANK", 0) == 0
@@ -70,14 +70,14 @@ def joined(device: torch.device) -> Iterator[None]:
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
     group = {"rank": rank(), "world_size": processes(), "store": meeting_point()}
-    dist.init_process_group(backend, timeout=PATIENCE, **group)
+    dist.init_process_group(backend, timeout=TIMEOUT, **group)
     try:
         yield
     finally:
         dist.destroy_process_group()
 
 
-def meeting_point() -> dist.Store | None:
+def meeting_point() -> "dist.Store | None":
     """Where the processes find one another, if not by torch's own means. After a restart,
     torchrun's store may still hold the addresses of processes that have died (PyTorch's issue
     135712), so the first process opens a new store, and the others try until they reach it."""
@@ -125,6 +125,11 @@ def from_first(work: Callable[[], T]) -> T:
     return result[1]
 
 
+def barrier() -> None:
+    """Wait until all processes have come here."""
+    largest()
+
+
 def largest(*values: float) -> list[float]:
     """The largest of each value over all processes."""
     if not is_joined():
@@ -158,12 +163,12 @@ def my_parts(count: int, parts_each: int = 1) -> list[slice]:
     return [slice(*ends) for ends in itertools.pairwise(edges)]
 
 
-def wrapped(model: nn.Module) -> nn.Module:
+def data_parallel(model: nn.Module) -> nn.Module:
     """The model as training should call it: with several processes, backward() averages gradients
     over them."""
     return DistributedDataParallel(model, gradient_as_bucket_view=True) if is_joined() else model
 
 
 def averaging(network: nn.Module, now: bool) -> AbstractContextManager:
-    """Whether backward() inside a `with` block averages gradients, or only adds them up."""
+    """A `with` block in which backward() averages gradients (`now`), or only adds them up."""
     return nullcontext() if now or not is_joined() else network.no_sync()

@@ -40,14 +40,15 @@ def draw_all(loaded: LoadedModel, wanted: list[Request], show_digits: bool) -> N
         if not together or distributed.rank() == 0:
             write(loaded, request, states)
         if show_digits:
-            side, margin = request.cfg.img_size, request.cfg.img_size // 14  # margins are empty
+            side = request.cfg.img_size
+            margin = 0 if request.cfg.class_names else side // 14  # MNIST's are empty
             inside = states[-1][..., margin : side - margin, margin : side - margin]
             show(picture.arrange(inside, request.digits, request.count)[0])
         print(request.output, flush=True)
-    distributed.largest()  # waits for the others
-    for request in wanted[mine.stop :] if mine.stop else ():
+    distributed.barrier()
+    for request in () if together else wanted[mine.stop :]:  # which other processes have written
         print(request.output, flush=True)
-    cfg = wanted[0].cfg
+    cfg, count = wanted[0].cfg, count if together else len(wanted)
     if cfg.class_names and wanted[0].digits == "all":
         log(f"the rows from the top: {', '.join(cfg.label_names)}")
     eta = "" if cfg.sampler == "ddpm" else f", eta {cfg.eta:g}"
@@ -111,7 +112,8 @@ def provenance(loaded: LoadedModel, request: Request) -> dict[str, Any]:
     how = {"version": VERSION} | request.cfg.select("sampling", "picture")
     how["precision"] = pick_precision(request.cfg.precision, loaded.device)  # of "auto", what it is
     start = request.original.record() if request.original else {}
-    return what | how | start | {"made with": picture.made_with(loaded.device)}
+    made_with = picture.made_with(loaded.device) + (", compiled" if request.cfg.compile else "")
+    return what | how | start | {"made with": made_with}
 
 
 def reproduce(

@@ -2,7 +2,6 @@
 
 import os
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,9 +10,10 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # the modules li
 
 # isort: split
 from checkpoint import PRETRAINED, STUDENT, LoadedModel, load_model
-from config import parse_labels
+from config import Config, parse_labels
 from data import to_uint8
 from diffusion import Diffusion
+from interface.cli import settings_for_drawing
 
 dependencies = ["torch", "numpy", "PIL", "tqdm"]  # which torch.hub looks for
 
@@ -29,8 +29,11 @@ class Sampler(torch.nn.Module):
     def sample(self, digits: str, **settings: object) -> torch.Tensor:
         """Draw uint8 images (N, C, H, W), one for each digit of "2026", or for each name of
         "cat,dog". `settings` are those of config.py, such as seed, steps or guidance. Raises
-        ValueError for unknown labels or settings that cannot be."""
-        cfg = replace(self.cfg, **settings)
+        ValueError for unknown labels, and for settings that this model cannot have."""
+        possible = Config.names("sampling", "picture")
+        if not set(settings) <= set(possible):
+            raise ValueError(f"settings: choose some of {', '.join(possible)}")
+        cfg = settings_for_drawing(self.cfg, settings)
         labels = parse_labels(digits, cfg.label_names)
         y = torch.tensor(labels, device=next(self.network.parameters()).device)
         diffusion = Diffusion(cfg)

@@ -163,8 +163,7 @@ def zero(layer: nn.Module) -> nn.Module:
 
 def check_size(cfg: Config) -> None:
     """Raise ValueError, before anything is built, if the network would have more than
-    MAX_PARAMETERS or a training step need more than MAX_STEP_BYTES. Counts the matrices and the
-    activations, which are almost all of both."""
+    MAX_PARAMETERS. Counts the matrices, which are almost all of them."""
     e, last, labels = cfg.embedding_size, cfg.widths[-1], cfg.num_classes + 1
     sides = [cfg.img_size // (cfg.patch_size * 2**level) for level in range(len(cfg.widths))]
     size = 2 * e**2 + labels * e + 18 * cfg.img_channels * cfg.patch_size**2 * cfg.widths[0]
@@ -175,6 +174,12 @@ def check_size(cfg: Config) -> None:
     if size > MAX_PARAMETERS:
         limit = f"at most {MAX_PARAMETERS:,}; choose smaller widths, fewer blocks or a smaller"
         raise ValueError(f"widths = {cfg.widths}: {size:,} parameters; {limit} dense_size")
+
+
+def check_step(cfg: Config) -> None:
+    """Raise ValueError if a batch cannot be divided among the processes, or if a training step of
+    one of them would need more than MAX_STEP_BYTES. Counts the activations."""
+    sides = [cfg.img_size // (cfg.patch_size * 2**level) for level in range(len(cfg.widths))]
     numbers = sum(w * side**2 for w, side in zip(cfg.widths, sides, strict=True))
     parts = distributed.processes() * cfg.accumulate
     if parts > cfg.batch_size:
@@ -189,8 +194,7 @@ def check_size(cfg: Config) -> None:
 
 
 def compile_network(network: UNet) -> None:
-    """Compile a network when it is first called, for a GPU into CUDA graphs. Raises ValueError if
-    torch cannot compile here."""
+    """Compile a network when it is first called; for a GPU into CUDA graphs."""
     on_gpu = next(network.parameters()).device.type == "cuda"
     network.compile(mode="reduce-overhead" if on_gpu else None)
 
@@ -204,10 +208,11 @@ def pick_device(name: str) -> torch.device:
         return torch.device("cpu")
     if distributed.processes() > 1 and name.startswith("cuda"):
         here, GPUs = distributed.from_torchrun("LOCAL_WORLD_SIZE", 1), torch.cuda.device_count()
-        if name != "cuda" or here > GPUs:
-            reason = f"{here} processes, each with a GPU of its own, but {GPUs} GPUs"
-            remedy = f"use --device cuda or cpu, and torchrun --nproc_per_node={max(1, GPUs)}"
-            raise ValueError(f"device = {name!r}: {reason}; {remedy}")
+        if name != "cuda":
+            raise ValueError(f"device = {name!r}: torchrun gives each process a GPU; use cuda")
+        if here > GPUs:
+            reason = f"{here} processes on this machine, but {GPUs} GPUs"
+            raise ValueError(f"device = 'cuda': {reason}; start fewer, or use --device cpu")
         name = f"cuda:{distributed.from_torchrun('LOCAL_RANK', 0)}"
     try:
         one = torch.ones(1, device=name)

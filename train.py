@@ -39,7 +39,7 @@ from model import compile_network, pick_device, pick_precision
 # Every random number of training is a function of (seed, stream, epoch or step): a resumed run
 # draws what an uninterrupted one would have drawn, and previews cannot disturb training.
 ORDER_STREAM, NOISE_STREAM, VALIDATION_STREAM = 1, 2, 3
-VALIDATION_IMAGES = 1000  # that is 0.6 % of an epoch's work; of a smaller data set, a sixtieth
+VALIDATION_IMAGES = 1000  # 0.6 % of an epoch's work; at most a sixtieth of the training images
 
 # (model, x_0, y, generator, part of the batch) -> the mean loss of that part
 Loss = Callable[[Model, Tensor, Tensor, torch.Generator, slice], Tensor]
@@ -70,7 +70,7 @@ def train(plan: Plan, device: torch.device, began: float) -> int:
     runs.check_data(plan, state, data)
     if cfg.compile:
         compile_network(state.model)
-    state.network = distributed.wrapped(state.model)
+    state.network = distributed.data_parallel(state.model)
     run = Run(plan, state, len(images), began)
     if run.done and distributed.from_first(lambda: folder.is_complete(cfg.output_dir)):
         print("nothing left to do: starting up took the rest of the budget")
@@ -250,7 +250,7 @@ def draw_missing_previews(run: Run, diffusion: Diffusion) -> None:
 
 def main() -> int:
     began = time.perf_counter() - time.process_time()  # imports count too, as CPU time
-    parser = Parser(prog="train.py", description="Train a class-conditional DDPM on MNIST.")
+    parser = Parser(prog="train.py", description="Train a class-conditional DDPM.")
     start, length = (parser.add_mutually_exclusive_group() for _ in range(2))
     start.add_argument("--resume", action="store_true", help="continue the newest checkpoint")
     load_help = "train it for --budget or K more epochs; with neither, describe it"

@@ -2,8 +2,9 @@
 
 One step takes max(compute, compute / 3 + communication), because gradients travel during the
 backward pass, which is two thirds of a step. Computing takes as long as the floating-point
-operations of a GPU's part of the batch, but never less than the start of all kernels. A ring
-all-reduce moves 2 (n - 1) / n times the gradient through each GPU (Patarasuk & Yuan 2009).
+operations of a GPU's part of the batch, but never less than launching all kernels. An all-reduce
+moves 2 (n - 1) / n times the gradient through each GPU, which is the least possible (Patarasuk &
+Yuan 2009), in 2 log2(n) rounds, as trees do.
 """
 
 import math
@@ -26,7 +27,7 @@ class Cluster:
     machine; only the first two can be measured on a single GPU (benchmark.py --scaling does)."""
 
     flops: float = 100e12  # that a GPU sustains on these small networks, a tenth of its bf16 peak
-    start: float = 2e-3  # seconds to start all kernels of a step, however small the batch
+    launch: float = 2e-3  # seconds to launch all kernels of a step, however small the batch
     inside: float = 300e9  # bytes/s of each GPU to others of its machine
     between: float = 40e9  # bytes/s of each GPU to other machines
     latency: float = 20e-6  # seconds of each round of an all-reduce
@@ -63,7 +64,7 @@ def cost_of(cfg: Config) -> Cost:
 
 def step_seconds(cost: Cost, cluster: Cluster, gpus: int, batch: int) -> float:
     """The time of one training step of `batch` images on `gpus` GPUs."""
-    compute = max(cluster.start, cost.flops * batch / gpus / cluster.flops)
+    compute = max(cluster.launch, cost.flops * batch / gpus / cluster.flops)
     if gpus == 1:
         return compute
     speed = cluster.inside if gpus <= cluster.per_machine else cluster.between
@@ -103,7 +104,8 @@ def report(cluster: Cluster) -> str:
 {aligned(rows)}
 
 Efficiency: the speed of n GPUs over n times that of one, by the formula in evaluation/scaling.py,
-with {cluster.flops / 1e12:.0f} TFLOP/s, {cluster.start * 1e3:.1f} ms to start a step, \
-{cluster.inside / 1e9:.0f} GB/s inside and {cluster.between / 1e9:.0f} GB/s between machines:
+with {cluster.flops / 1e12:.0f} TFLOP/s, {cluster.launch * 1e3:.1f} ms to launch a step, \
+{cluster.inside / 1e9:.0f} GB/s inside and {cluster.between / 1e9:.0f} GB/s
+between machines, and {cluster.latency * 1e6:.0f} microseconds a round:
 
 {aligned(table)}"""

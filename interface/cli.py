@@ -222,12 +222,14 @@ def exit_code(name: str, main: Callable[[], int], errors: TextIO) -> int:
             line = f"{reason}; use smaller batches, or draw fewer images"
         elif isinstance(error, FloatingPointError):
             code = 1
+        elif type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            line = f"the network cannot be compiled here ({line[:200]}); drop --compile"
         elif distributed.lost_others(error):
             line, code = f"lost the connection to another process ({line[:80]})", 1
         elif not isinstance(error, (ValueError, OSError)):
             line, code = f"{kind}: {line}; a bug, please report it with TRACEBACK=1's output", 1
     if distributed.processes() > 1:
         name += f", process {distributed.rank()}"
-    if distributed.speaks_of(error):
+    if distributed.should_report(error):
         print(f"{name}: {line}", file=errors)
     return code

@@ -110,9 +110,10 @@ def newest_of_run(models: Path) -> Path | None:
 
 
 def holds_this_run(output_dir: str) -> bool:
-    """Whether the files in a folder are those of this run, before torchrun restarted it."""
+    """Whether a folder has a checkpoint of this run, from before torchrun restarted it."""
     path = Path(output_dir, ".run")
-    return path.exists() and path.read_text("utf-8", "replace") == distributed.run_id()
+    same = path.exists() and path.read_text("utf-8", "replace") == distributed.run_id()
+    return same and any(Path(output_dir, "models").glob(CHECKPOINTS))
 
 
 def prepare_folders(

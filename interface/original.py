@@ -66,6 +66,8 @@ def from_flags(args: Namespace, cfg: Config) -> Original | None:
     if path is None:
         return None
     pixels = read(path, cfg)
+    if args.edit and cfg.is_student:
+        raise ValueError("--edit needs a model that is not a student; try --model pretrained")
     if args.edit:
         return Original(pixels, strength=checked_strength(args.strength))
     if args.mask:

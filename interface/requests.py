@@ -82,7 +82,7 @@ class Request:
         if self.digits not in numbers:
             numbers[self.digits] = len(parse_labels(self.digits, names))
         if self.original and numbers[self.digits] != 1:
-            raise ValueError(f"digits = {shortened(self.digits)}: a picture has one; give one")
+            raise ValueError(f"digits = {shortened(self.digits)}: name the one label to draw")
         if type(self.count) is not int or self.count < 1:
             raise ValueError(f"count = {shortened(self.count)}: must be a whole number, at least 1")
         images = self.count * numbers[self.digits]
@@ -179,7 +179,7 @@ def requests_from_answers(cfg: Config, seed: int | None) -> Iterator[Request]:
         if text != "all":
             labels = parse_labels(text, cfg.label_names)
             if len(labels) > 20:
-                raise ValueError(f"{text!r} is too long: 20 digits at most")
+                raise ValueError(f"{text!r} is too long: 20 labels at most")
         return text
 
     def guidance_value(text: str) -> float:

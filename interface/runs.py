@@ -63,13 +63,14 @@ def make_plan(
     if not load and given.get("teacher"):
         plan.cfg = student_of(given)
     elif not load:
-        plan.cfg = with_classes(replace(cfg, **given))
+        plan.cfg = with_classes(cfg, given)
     elif plan.action == "train":
-        plan.cfg, plan.notes = settings_for_training(
-            cfg, given, mid_epoch=plan.trainable and progress.images > 0
-        )
+        late = {n: given[n] for n in ("preview_digits",) if n in given and "dataset" in given}
+        now = {name: value for name, value in given.items() if name not in late}
+        inside = plan.trainable and progress.images > 0
+        plan.cfg, plan.notes = settings_for_training(cfg, now, mid_epoch=inside)
         if "dataset" in given:
-            plan.cfg = with_classes(plan.cfg)
+            plan.cfg = with_classes(plan.cfg, late)
             if plan.cfg.num_classes != trained.num_classes:
                 fit = f"has {plan.cfg.num_classes} labels, the model {trained.num_classes}"
                 raise ValueError(f"dataset = {given['dataset']!r}: {fit}; train a new one")

@@ -11,7 +11,7 @@ from PIL import Image
 
 import checkpoint
 from config import Config, parse_labels
-from data import class_names, load_split, with_classes
+from data import class_names, load_split, read_picture, with_classes
 
 CPU = torch.device("cpu")
 NETWORK = {"widths": "8,8", "embedding_size": 8, "batch_size": 8, "preview_columns": 2, "steps": 2}
@@ -32,7 +32,7 @@ def make_folder(root: Path, names: list[str], count: int = 11, mode: str = "L", 
 
 
 def folder(root: Path, **settings) -> Config:
-    return with_classes(Config(dataset="folder", data_dir=str(root), **settings))
+    return with_classes(Config(), {"dataset": "folder", "data_dir": str(root), **settings})
 
 
 NAMES = ["cat", "dog with hat", "七"]
@@ -149,7 +149,7 @@ def test_the_shipped_model_is_trained_on_with_other_pictures_of_its_shape(run, t
 
 
 @pytest.mark.parametrize("name", ["FashionMNIST", "KMNIST"])
-def test_relatives_of_mnist_are_read_by_torchvision(tmp_path, name):
+def test_mnists_relatives_are_read_by_torchvision(tmp_path, name):
     raw = tmp_path / name / "raw"
     raw.mkdir(parents=True)
     pixels = np.random.default_rng(0).integers(0, 256, (20, 28, 28), dtype=np.uint8)
@@ -159,7 +159,7 @@ def test_relatives_of_mnist_are_read_by_torchvision(tmp_path, name):
         (raw / f"{split}-images-idx3-ubyte").write_bytes(images)
         answers = struct.pack(">2I", 0x801, 20) + labels.tobytes()
         (raw / f"{split}-labels-idx1-ubyte").write_bytes(answers)
-    cfg = with_classes(Config(dataset=name, data_dir=str(tmp_path)))
+    cfg = with_classes(Config(), {"dataset": name, "data_dir": str(tmp_path)})
     assert len(cfg.label_names) == 10
     assert not any("/" in each for each in cfg.label_names)
     images, found = load_split(cfg, train=True, device=CPU)
@@ -174,11 +174,11 @@ def test_a_relative_that_is_not_there(run, tmp_path):
 
 
 def test_letters_are_labels_too():
-    cfg = with_classes(Config(dataset="EMNIST-letters"))
+    cfg = with_classes(Config(), {"dataset": "EMNIST-letters"})
     assert (cfg.num_classes, cfg.label_names[0], cfg.label_names[-1]) == (26, "a", "z")
     assert parse_labels("cab", cfg.label_names) == [2, 0, 1]
     assert class_names(Config(data_dir=MNIST)) == list("0123456789")
-    assert with_classes(cfg := Config(data_dir=MNIST)) == cfg
+    assert with_classes(cfg := Config(data_dir=MNIST), {}) == cfg
 
 
 def test_labels_by_name():
@@ -188,3 +188,28 @@ def test_labels_by_name():
     for wrong in ("", "cow", "cat,", "catdog"):
         with pytest.raises(ValueError, match="use cat, dog"):
             parse_labels(wrong, ["cat", "dog"])
+
+
+def test_the_preview_can_name_labels_and_odd_folder_names_are_refused(run, tmp_path):
+    pictures = make_folder(tmp_path / "pictures", NAMES)
+    flags = NETWORK | {"data_dir": pictures, "output_dir": tmp_path, "epochs": 1}
+    assert run("train.py", **flags, preview_digits="七,cat").code == 0
+    assert Image.open(tmp_path / "images" / "samples_epoch_1.png").size == (62, 62)
+    assert_one_line(run("train.py", **flags, preview_digits="cow"), "preview_digits = 'cow'", "cat")
+    make_folder(pictures, ["all"], 1)
+    assert_one_line(run("train.py", **flags), str(pictures / "all"), "rename the folder")
+
+
+def test_pictures_are_turned_as_the_camera_was_held_and_laid_on_black(tmp_path):
+    top_white = np.zeros((28, 28), np.uint8)
+    top_white[:14] = 255
+    upright, cfg = Image.fromarray(top_white), Config()
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: rotate by 90 degrees to the right
+    upright.rotate(90).save(tmp_path / "turned.png", exif=exif)
+    transparent = Image.new("LA", (28, 28), (255, 0))
+    transparent.paste(Image.new("LA", (28, 14), (255, 255)), (0, 0))
+    transparent.save(tmp_path / "transparent.png")
+    Image.fromarray(top_white.astype(np.uint16) * 257).save(tmp_path / "deep.png")
+    for name in ("turned", "transparent", "deep"):
+        assert np.array_equal(read_picture(tmp_path / f"{name}.png", cfg)[0], top_white), name

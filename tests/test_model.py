@@ -9,6 +9,7 @@ from model import (
     UNet,
     bf16_is_faster,
     check_size,
+    check_step,
     modulated_group_norm,
     pick_device,
     pick_precision,
@@ -190,9 +191,9 @@ def test_the_size_that_is_checked_beforehand_is_that_of_the_network(monkeypatch,
 
 
 def test_a_step_that_needs_too_much_memory_is_refused():
-    check_size(Config(batch_size=4096))
+    check_step(Config(batch_size=4096))
     with pytest.raises(ValueError, match=r"batch_size = 65536: a step needs \d+ GB; at most 64"):
-        check_size(Config(batch_size=65_536, widths=(256, 256)))
+        check_step(Config(batch_size=65_536, widths=(256, 256)))
 
 
 def test_a_device_that_does_not_compute_is_refused():

@@ -6,7 +6,7 @@ from config import MODEL_SIZES, Config
 from evaluation.scaling import Cluster, Cost, cost_of, efficiency, report, step_seconds
 from model import UNet
 
-CLUSTER = Cluster(flops=1e9, start=1.0, inside=100, between=10, latency=0.5, per_machine=8)
+CLUSTER = Cluster(flops=1e9, launch=1.0, inside=100, between=10, latency=0.5, per_machine=8)
 COST = Cost(parameters=25, flops=1e9, activations=1)  # a gradient of 100 bytes, a second an image
 
 
@@ -15,8 +15,8 @@ def test_one_gpu_computes_and_does_not_communicate():
     assert efficiency(COST, CLUSTER, gpus=1, batch=64) == 1
 
 
-def test_a_step_is_never_shorter_than_its_start():
-    free = Cluster(flops=1e9, start=1.0, inside=1e18, between=1e18, latency=0)
+def test_a_step_is_never_shorter_than_its_launch():
+    free = Cluster(flops=1e9, launch=1.0, inside=1e18, between=1e18, latency=0)
     assert step_seconds(COST, free, gpus=64, batch=8) == 1
 
 
