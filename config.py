@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from typing import Any
 
+VERSION = "1.1"  # of the program
+
 DATASETS = ("MNIST", "FashionMNIST", "KMNIST", "QMNIST", "EMNIST-digits", "EMNIST-letters")
 DATASETS += ("folder",)
 LARGEST = 1_000_000_000  # of a number that has no limit of its own
@@ -38,7 +40,7 @@ class Config:
     # Where things are
     data_dir: str = machine("mnist_data", "folder of the MNIST files; missing ones are downloaded")
     output_dir: str = machine("results", "folder for models, pictures and metrics")
-    device: str = machine("auto", "auto (CUDA if available, else CPU) or any torch device")
+    device: str = machine("auto", "auto (CUDA or Apple's MPS, else CPU) or a torch device")
     compile: bool = machine(False, "compile the network: a minute's wait, then faster on a GPU")
 
     # Images

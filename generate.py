@@ -25,7 +25,7 @@ from interface.requests import Request
 from interface.terminal import log, sampling_bar, show
 from model import pick_device, pick_precision
 
-VERSION = "1.0"  # of the text chunks of a PNG
+PNG_VERSION = "1.0"  # of a PNG's text chunks
 
 
 def draw_all(loaded: LoadedModel, wanted: list[Request], show_digits: bool) -> None:
@@ -109,7 +109,7 @@ def provenance(loaded: LoadedModel, request: Request) -> dict[str, Any]:
     what = {"model": loaded.sha256, "digits": request.digits, "count": request.count}
     if request.digits == "mnist":
         what["labels"] = "exact"  # older versions drew them at random
-    how = {"version": VERSION} | request.cfg.select("sampling", "picture")
+    how = {"version": PNG_VERSION} | request.cfg.select("sampling", "picture")
     how["precision"] = pick_precision(request.cfg.precision, loaded.device)  # of "auto", what it is
     start = request.original.record() if request.original else {}
     made_with = picture.made_with(loaded.device) + (", compiled" if request.cfg.compile else "")

@@ -203,7 +203,8 @@ def pick_device(name: str) -> torch.device:
     """The torch device for Config.device; if torchrun started several processes, each has a GPU of
     its own. Raises ValueError if the device cannot be used here."""
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        name = "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else name
     if name == "cpu":
         return torch.device("cpu")
     if distributed.processes() > 1 and name.startswith("cuda"):

@@ -13,7 +13,7 @@ GREY_EDGES = (0, 1, 64, 128, 192, 255, 256)  # of the histogram: black and white
 
 def moments(features: Tensor) -> dict[str, np.ndarray]:
     """Mean (D,) and covariance (D, D) of features (N, D), in float64."""
-    x = features.double().cpu().numpy()
+    x = features.cpu().double().numpy()  # in this order: Apple's MPS has no float64
     return {"mu": x.mean(axis=0), "sigma": np.cov(x, rowvar=False)}
 
 

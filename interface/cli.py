@@ -16,7 +16,7 @@ from typing import Any, TextIO
 import torch
 
 import distributed
-from config import MODEL_SIZES, Config
+from config import MODEL_SIZES, VERSION, Config
 from files import first_line
 
 
@@ -25,6 +25,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(allow_abbrev=False, **options)
+        self.add_argument("--version", action="version", version=VERSION)
         self._negative_number_matcher = re.compile(r"-\.?\d")  # argparse's own misses -1e-1
         self.rules: list[tuple[str, Callable[[set[str]], object], str]] = []
 

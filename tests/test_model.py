@@ -130,6 +130,16 @@ def test_the_default_network_is_small():
     assert sum(p.numel() for p in UNet(Config()).parameters()) < 4_000_000
 
 
+def test_auto_takes_apples_gpu_where_there_is_one(monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    asked = []
+    monkeypatch.setattr(torch, "ones", lambda *_, device: asked.append(device) or torch.tensor([1]))
+    pick_device("auto")
+    assert asked == ["mps"]
+    assert pick_precision("auto", torch.device("mps")) == "float32"
+
+
 def test_auto_takes_cuda_if_available_and_an_unusable_device_is_an_error():
     assert pick_device("cpu") == torch.device("cpu")
     assert pick_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
