@@ -278,7 +278,7 @@ def test_a_budget_ends_the_run_in_time_with_the_learning_rate_at_zero(tmp_path):
     process = start_script("train.py", flags)
     output = process.communicate()[0]
     assert process.returncode == 0, output
-    assert 11 < time.perf_counter() - began < 17
+    assert 11 < time.perf_counter() - began < 25  # the last grid and curves come after the 12 s
     rows = metrics(tmp_path)
     assert float(rows[-1]["learning_rate"]) < 0.05 * Config().learning_rate
     assert 11.9 < float(rows[-1]["seconds"]) < 14
