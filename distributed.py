@@ -21,9 +21,14 @@ T = TypeVar("T")
 TIMEOUT = datetime.timedelta(hours=2)  # how long the others wait while one draws or evaluates
 
 
+def is_torchrun() -> bool:
+    """Whether torchrun started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
 def from_torchrun(name: str, default: int) -> int:
     """A number that torchrun tells its processes, or the default where it did not start them."""
-    return int(os.environ.get(name, default)) if "TORCHELASTIC_RUN_ID" in os.environ else default
+    return int(os.environ.get(name, default)) if is_torchrun() else default
 
 
 def rank() -> int:

@@ -135,7 +135,7 @@ def prepare_folders(
             path.unlink()
         moved, copied, rows = what_to_set_aside(out, start, step, rewritten)
         set_aside(out / "earlier", moved, copied)
-        if distributed.processes() > 1:
+        if distributed.is_torchrun():
             Path(out, ".run").write_text(distributed.run_id(), "utf-8")
     except OSError as error:
         raise ValueError(f"{error.filename or out}: {cannot_write(error)}") from None

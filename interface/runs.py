@@ -358,7 +358,7 @@ def note_stop_signals() -> list[int]:
     def note(signum: int, frame: object) -> None:
         noted.append(signum)
         for each, handler in after.items():
-            signal.signal(each, signal.SIG_IGN if distributed.processes() > 1 else handler)
+            signal.signal(each, signal.SIG_IGN if distributed.is_torchrun() else handler)
 
     for signum in after:
         signal.signal(signum, note)
