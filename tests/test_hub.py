@@ -17,6 +17,8 @@ model = torch.hub.load({str(REPO)!r}, "mnist_diffusion", source="local")
 images = model.sample("2026", seed=3, precision="float32")
 student = torch.hub.load({str(REPO)!r}, "mnist_diffusion_student", source="local")
 torch.save([images, student.sample("7")], {str(out)!r})
+import sys
+assert sys.excepthook is sys.__excepthook__  # the user's errors stay the user's
 """
     subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True, timeout=120)
     images, seven = torch.load(out)
