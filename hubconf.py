@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 
-_hook = sys.excepthook
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # the modules lie beside this file
 
 # isort: split
@@ -16,7 +15,6 @@ from data import to_uint8
 from diffusion import Diffusion
 from interface.cli import settings_for_drawing
 
-sys.excepthook = _hook  # importing `interface` has replaced it, for the scripts
 dependencies = ["torch", "numpy", "PIL", "tqdm"]  # which torch.hub looks for
 
 

@@ -23,4 +23,5 @@ def _say(kind: type[BaseException], error: BaseException, where: TracebackType |
     print(f"{os.path.basename(sys.argv[0])}: {reason}", file=sys.stderr)
 
 
-sys.excepthook = _say
+if os.path.basename(sys.argv[0]) in ("train.py", "generate.py", "evaluate.py", "benchmark.py"):
+    sys.excepthook = _say  # not in programs that only import this, such as by torch.hub
