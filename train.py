@@ -51,8 +51,8 @@ def train(plan: Plan, device: torch.device, began: float) -> int:
     data or the machine, FloatingPointError if training diverges."""
     cfg = plan.cfg
     images, labels = load_split(cfg, train=True, device=device)
-    unseen = [x[:VALIDATION_IMAGES] for x in load_split(cfg, train=False, device=device)]
-    unseen = [x[: max(1, len(images) // 60)] for x in unseen]
+    few = min(VALIDATION_IMAGES, max(1, len(images) // 60))
+    unseen = [x[:few] for x in load_split(cfg, train=False, device=device)]
     diffusion, state = Diffusion(cfg), TrainState.initial(cfg, device)
     if plan.start:
         checkpoint.restore(plan.start, state)
@@ -75,13 +75,7 @@ def train(plan: Plan, device: torch.device, began: float) -> int:
     if run.done and distributed.from_first(lambda: folder.is_complete(cfg.output_dir)):
         print("nothing left to do: starting up took the rest of the budget")
         return 0
-    size = sum(parameter.numel() for parameter in state.model.parameters())
-    precision, processes = pick_precision(cfg.precision, device), distributed.processes()
-    where = f"{device}" if processes == 1 else f"{processes} processes ({device.type})"
-    if device.type == "cuda" and processes == 1 < torch.cuda.device_count():
-        command = f"torchrun --standalone --nproc_per_node={torch.cuda.device_count()} train.py"
-        print(f"this uses one of {torch.cuda.device_count()} GPUs; {command} uses all")
-    print(f"U-Net of {size:,} parameters on {where}, {precision}; {len(images):,} images")
+    announce(cfg, state, device, len(images))
     run.open()
 
     while not run.done and not run.stopped_by:
@@ -107,15 +101,31 @@ def train(plan: Plan, device: torch.device, began: float) -> int:
     if run.stopped_by and not run.done:
         run.save()
         run.draw_curves()
-        command = runs.train_command(cfg, "--resume")
-        print(f"stopped at {state.progress}; to continue: {command}")
+        print(f"stopped at {state.progress}; to continue: {runs.train_command(cfg, '--resume')}")
         return 128 + run.stopped_by
+    finish(run, diffusion)
+    return 0
+
+
+def announce(cfg: Config, state: TrainState, device: torch.device, images: int) -> None:
+    """Say what is trained, on what, and whether this machine could do more."""
+    size = sum(parameter.numel() for parameter in state.model.parameters())
+    precision, processes = pick_precision(cfg.precision, device), distributed.processes()
+    where = f"{device}" if processes == 1 else f"{processes} processes ({device.type})"
+    if device.type == "cuda" and processes == 1 < torch.cuda.device_count():
+        command = f"torchrun --standalone --nproc_per_node={torch.cuda.device_count()} train.py"
+        print(f"this uses one of {torch.cuda.device_count()} GPUs; {command} uses all")
+    print(f"U-Net of {size:,} parameters on {where}, {precision}; {images:,} images")
+
+
+def finish(run: Run, diffusion: Diffusion) -> None:
+    """Make up for what could not be drawn or written before, and say how to draw."""
+    cfg = run.cfg
     draw_missing_previews(run, diffusion)
     run.retry_figures()
-    if state.guide is None and not cfg.is_student:
+    if run.state.guide is None and not cfg.is_student:
         how = "1.5 (classifier-free guidance)" if cfg.label_dropout > 0 else "1 (no guidance)"
         print(f"this model has no guide: draw with --guidance {how}")
-    return 0
 
 
 def batch(cfg: Config, images: Tensor, labels: Tensor, progress: Progress) -> tuple[Tensor, Tensor]:

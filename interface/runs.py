@@ -78,7 +78,7 @@ def make_plan(
         done = fraction_done(plan.cfg, progress, images_per_epoch=math.inf) >= 1
         if done and folder.is_complete(plan.cfg.output_dir):
             plan.action = "finished"
-        if not plan.trainable:  # a new run, which begins with the weights of this model
+        if not plan.trainable and not resume:  # a new run, which begins with these weights
             plan.weights, plan.start, plan.progress = load, None, Progress()
             plan.cfg = replace(plan.cfg, epochs=max(1, more_epochs))
     return plan

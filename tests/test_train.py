@@ -359,6 +359,9 @@ def test_a_checkpoint_for_sampling_alone_begins_a_new_run(whole, run, tmp_path):
     for name, weight in ended.items():
         torch.testing.assert_close(weight, begun[name].float(), rtol=0, atol=1e-5)
     assert run("generate.py", digits=1, model=path, output_dir=tmp_path).code == 0
+    checkpoint.slim(whole_file, newest_of_run(tmp_path / "models"))
+    result = run("train.py", resume=True, epochs=9, output_dir=tmp_path, data_dir=MNIST)
+    assert_one_line(result, "reduced to what drawing needs")  # a resumed run does not begin anew
 
 
 @pytest.mark.parametrize(
