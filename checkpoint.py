@@ -5,6 +5,7 @@ state, because every random number of training is a function of the seed and the
 """
 
 import copy
+import json
 import math
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -16,11 +17,20 @@ import torch
 from torch import Tensor
 
 from config import Config
-from files import first_line, read_tensors, sha256, write_tensors
+from files import (
+    first_line,
+    read_safetensors,
+    read_tensors,
+    sha256,
+    write_safetensors,
+    write_tensors,
+)
+from levels import GreyLevels
 from model import UNet, check_size, check_step, compile_network, pick_precision
 from optimizer import make_optimizers, split_parameters
 
 FORMAT = 4  # format 3 is still read: config.ALIASES fills in the settings that it lacks
+PLAIN, TENSORS = ("format", "config", "progress"), ("ema", "guide", "levels")  # to draw with
 STUDENT, PRETRAINED = SHIPPED = ("student.pth", "pretrained.pth")  # the models in git
 
 
@@ -62,6 +72,7 @@ class TrainState:
     totals: Tensor  # (2,) sums over the current epoch's steps: loss, gradient norm
     network: Callable[..., Tensor]  # the model as a step calls it (distributed.data_parallel)
     epoch_seconds: float = 0.0  # training time of the current epoch
+    levels: GreyLevels | None = None  # how the average's samples get real grey levels
     data: dict[str, Any] | None = None  # what is trained on, as data.fingerprint says
 
     @classmethod
@@ -94,6 +105,7 @@ class LoadedModel:
     cfg: Config  # the settings that it was trained with
     model: UNet  # with the averaged weights
     guide: UNet | None
+    levels: GreyLevels | None
     progress: Progress
     device: torch.device
     sha256: str  # of the file
@@ -109,6 +121,7 @@ def save(path: Path, cfg: Config, state: TrainState) -> None:
         "model": state.model.state_dict(),
         "ema": state.ema.state_dict(),
         "guide": state.guide.state_dict() if state.guide else None,
+        "levels": state.levels and state.levels.to_dict(),
         "optimizers": [each.state_dict() for each in state.optimizers],
         "metrics": {"totals": state.totals.tolist(), "seconds": state.epoch_seconds},
         "data": state.data,
@@ -124,18 +137,42 @@ def slim(source: str | Path, target: str | Path) -> None:
     """Write only what drawing needs of a checkpoint, a quarter of its size: the averaged weights
     and the guide in half precision. Raises ValueError as load and save do."""
     contents = load(source)
-    kept = {name: contents[name] for name in ("format", "config", "progress")}
+    kept = {name: contents[name] for name in PLAIN}
     kept["config"] |= Config().select("machine")  # nothing of this computer
+    kept["levels"] = contents.get("levels")
     for name in ("ema", "guide"):
         weights = contents[name]
         kept[name] = weights and {key: weight.half() for key, weight in weights.items()}
     write_tensors(Path(target), kept)
 
 
+def save_safetensors(source: Path, target: Path) -> None:
+    """Write what drawing needs of a checkpoint as safetensors: the tensors of its average, its
+    guide and its grey levels, named ema.…, guide.… and levels.…, and the rest as JSON in the
+    metadata. Raises ValueError as load and files.write_safetensors do."""
+    contents, tensors = load(source), {}
+    contents["config"] |= Config().select("machine")  # nothing of this computer
+    for name in TENSORS:
+        parts = contents.get(name) or {}
+        tensors |= {f"{name}.{key}": tensor.contiguous() for key, tensor in parts.items()}
+    notes = {name: json.dumps(contents[name]) for name in PLAIN}
+    write_safetensors(target, tensors, notes)
+
+
+def _from_flat(tensors: dict[str, Tensor], notes: dict[str, str]) -> dict[str, Any]:
+    """The contents of a checkpoint that save_safetensors wrote."""
+    contents: dict[str, Any] = {name: json.loads(notes[name]) for name in PLAIN}
+    for name in TENSORS:
+        prefix = f"{name}."
+        mine = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        contents[name] = mine or None
+    return contents
+
+
 def load(path: str | Path, *, only_look: bool = False) -> dict[str, Any]:
-    """Read a checkpoint: {format, config, progress, ema, guide} and, unless it is slim, {model,
-    optimizers, metrics, data}. Raises ValueError with the path and the reason if it is not one, if
-    it is damaged, or if a tensor is not finite or does not fit the settings.
+    """Read a checkpoint: {format, config, progress, ema, guide, levels} and, unless it is slim,
+    {model, optimizers, metrics, data}. Raises ValueError with the path and the reason if it is not
+    one, if it is damaged, or if a tensor is not finite or does not fit the settings.
 
     With `only_look`, tensors are neither read nor checked: quick for looking at the rest.
     """
@@ -148,8 +185,12 @@ def _load(
     """A checkpoint, and the network that its tensors fit: a given one, or else a new one."""
     if not path.is_file():
         raise ValueError(f"{path}: no such checkpoint; python generate.py lists the models")
-    contents = read_tensors(path, "a checkpoint", only_look=only_look)
+    if path.suffix == ".safetensors":
+        tensors, notes = read_safetensors(path)
+    else:
+        tensors, notes = read_tensors(path, "a checkpoint", only_look=only_look), None
     try:
+        contents = tensors if notes is None else _from_flat(tensors, notes)
         if not isinstance(contents, dict):
             raise TypeError
         if contents["format"] not in (3, FORMAT):
@@ -162,12 +203,18 @@ def _load(
             check_size(cfg)
             network = network or UNet(cfg)
             _check_tensors(contents, network)
+            _levels(contents)
     except ValueError as error:
         reason = first_line(error)
         raise ValueError(f"{path}: {reason}; choose another checkpoint, or train one") from None
     except Exception:  # contents of another program or of a stranger can be anything
         raise ValueError(f"{path}: not a checkpoint of this program; choose another") from None
     return contents, network
+
+
+def _levels(contents: dict[str, Any]) -> GreyLevels | None:
+    """The grey levels of a checkpoint; files of older versions have none."""
+    return GreyLevels(**contents["levels"]) if contents.get("levels") else None
 
 
 def _check_tensors(contents: dict[str, Any], network: UNet) -> None:
@@ -225,6 +272,7 @@ def restore(path: Path, state: TrainState) -> None:
     state.progress = Progress(**contents["progress"])
     state.totals = state.totals.new_tensor(contents["metrics"]["totals"])
     state.epoch_seconds = contents["metrics"]["seconds"]
+    state.levels = _levels(contents)
     state.data = contents.get("data")  # missing in files of older versions
 
 
@@ -246,7 +294,8 @@ def load_model(path: str | Path, device: torch.device, compiled: bool = False) -
             network.load_state_dict(contents[name])
             if compiled:
                 compile_network(network)
-    return LoadedModel(Path(path), cfg, ema, guide, progress, device, sha256(Path(path)))
+    here = device, sha256(Path(path))
+    return LoadedModel(Path(path), cfg, ema, guide, _levels(contents), progress, *here)
 
 
 def list_checkpoints(folder: str | Path, pattern: str = "*.pth") -> list[tuple[Path, Progress]]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from config import Config
+from levels import GreyLevels
 from model import pick_precision
 
 Model = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x_t, t (B,), y) -> eps, v or x_0
@@ -45,15 +46,19 @@ def make_alpha_bar(schedule: str, T: int) -> Tensor:
 
 
 class Diffusion:
-    """The process that `cfg` describes. Its tables are float64, indexed by t = 0…T."""
+    """The process that `cfg` describes. Its tables are float64, indexed by t = 0…T. What it draws
+    gets the grey `levels` of a trained model, if it has some and `match_levels` says so."""
 
-    def __init__(self, cfg: Config) -> None:
+    def __init__(self, cfg: Config, levels: GreyLevels | None = None) -> None:
         self.cfg = cfg
+        self.levels = levels if cfg.match_levels else None
         self.T = cfg.timesteps
         self.eta = 1.0 if cfg.sampler == "ddpm" else cfg.eta
         self.alpha_bar = make_alpha_bar(cfg.schedule, self.T)
+        self._alpha_bar = self.alpha_bar.tolist()  # numbers, which torch.export can follow
         self.snr = self.alpha_bar / (1 - self.alpha_bar)  # infinite at t = 0
         self.log_snr = self.snr.log()
+        self._log_snr = self.log_snr.tolist()
         self.loss_weight = self._make_loss_weight()
         self._on_device: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
@@ -213,18 +218,31 @@ class Diffusion:
         noise: "ImageNoise",
         original: Tensor | None = None,
         strength: float = 1.0,
+        known: Tensor | None = None,
     ) -> Iterator[Tensor]:
-        """Yield the states x_t (B, C, H, W) to the images of the labels y: from pure noise, or from
-        an original (C, H, W) with noise up to strength · T (SDEdit, Meng et al. 2022)."""
+        """Yield the states x_t (B, C, H, W) to the images of the labels y, from pure noise.
+
+        With an original, (C, H, W) or one for each label, they begin with it under noise up to
+        strength · T (SDEdit, Meng et al. 2022). If a part of it is `known`, bool (H, W), they begin
+        with noise alone and keep that part, and the sampler draws the rest to fit.
+        """
         times, x = self.sampling_times(strength), noise.draw()
-        if original is not None:
+        if known is not None:
+            denoiser = self.completing(denoiser, original, known)
+        elif original is not None:
             x = self.add_noise(original.expand_as(x), torch.full_like(y, times[0]), x)
-        return self.trajectory(denoiser, x, y, times, noise)
+        states = self.trajectory(denoiser, x, y, times, noise)
+        for t, state in zip(times, states, strict=True):
+            if t == 0 and self.levels:
+                state = self.levels.match(state, noise.chance())
+                if known is not None:
+                    state = torch.where(known, original, state)
+            yield state
 
     def completing(self, denoiser: Denoiser, x_0: Tensor, known: Tensor) -> Denoiser:
-        """A denoiser that knows a part of the image, x_0 (C, H, W) where `known` (H, W), so that
-        the sampler keeps it and draws the rest to fit. The idea of RePaint (Lugmayr et al. 2022),
-        which adds noise to the known part itself, and repeats steps."""
+        """A denoiser that knows a part of the image, x_0 (C, H, W) where `known` (H, W). The idea
+        of RePaint (Lugmayr et al. 2022), which adds noise to the known part itself, and repeats
+        steps."""
         return lambda x, t, y: torch.where(known, x_0, denoiser(x, t, y))
 
     @torch.no_grad()
@@ -260,7 +278,7 @@ class Diffusion:
     ) -> Tensor:
         """x_s from x_t and x_0_hat. Song et al. 2021, eq. 12 and 16; with eta = 1 it is the
         posterior q(x_s | x_t, x_0) of Ho et al. 2020, eq. 6 and 7. At s = 0 no noise is added."""
-        a_t, a_s = float(self.alpha_bar[t]), float(self.alpha_bar[s])
+        a_t, a_s = self._alpha_bar[t], self._alpha_bar[s]
         variance = self.eta**2 * (1 - a_s) / (1 - a_t) * (1 - a_t / a_s)
         kept = math.sqrt(max(1 - a_s - variance, 0) / (1 - a_t))
         x_s = kept * x + (math.sqrt(a_s) - kept * math.sqrt(a_t)) * x_0_hat
@@ -268,7 +286,7 @@ class Diffusion:
 
     def x_0_between(self, x_t: Tensor, x_s: Tensor, t: int, s: int) -> Tensor:
         """The x_0_hat with which `step` goes from x_t to x_s if it adds no noise."""
-        a_t, a_s = float(self.alpha_bar[t]), float(self.alpha_bar[s])
+        a_t, a_s = self._alpha_bar[t], self._alpha_bar[s]
         kept = math.sqrt((1 - a_s) / (1 - a_t))
         return (x_s - kept * x_t) / (math.sqrt(a_s) - kept * math.sqrt(a_t))
 
@@ -280,8 +298,8 @@ class Diffusion:
     def multistep_coefficient(self, t_before: int, t: int, s: int) -> float:
         """How far dpmpp extrapolates the last change of x_0_hat: half the ratio of the steps'
         lengths in log_snr. DPM-Solver++, Lu et al. 2022, algorithm 2; with noise, its SDE form."""
-        log_snr = self.log_snr
-        return float((log_snr[s] - log_snr[t]) / (log_snr[t] - log_snr[t_before]) / 2)
+        before, now, after = (self._log_snr[each] for each in (t_before, t, s))
+        return (after - now) / (now - before) / 2
 
     def draw(
         self,
@@ -323,6 +341,10 @@ class ImageNoise:
         """`shape` is that of one image; `options` are device and dtype of the noise."""
         self.generators = [seeded_generator(seed, index) for index in indices]
         self.shape, self.options = shape, options
+
+    def chance(self) -> Tensor:
+        """For each image the next number between 0 and 1, (len(indices),)."""
+        return torch.stack([torch.rand((), generator=g) for g in self.generators])
 
     def draw(self) -> Tensor:
         """The next noise, (len(indices), *shape)."""

@@ -34,7 +34,7 @@ def sample(loaded: LoadedModel, cfg: Config, count: int) -> tuple[Tensor, Tensor
     """Draw `count` uint8 images with labels in MNIST's proportions, each process some batches of
     them. Returns all, the labels and what training and sampling have cost."""
     labels = draw_labels(count, cfg.seed).to(loaded.device)
-    diffusion = Diffusion(cfg)
+    diffusion = Diffusion(cfg, loaded.levels)
     batches = range(diffusion.batches(count))
     [mine] = distributed.my_parts(len(batches))
     began = time.perf_counter()

@@ -136,6 +136,28 @@ def read_tensors(path: Path, kind: str, *, only_look: bool = False) -> Any:
         raise ValueError(f"{path}: damaged, or not {kind} ({first_line(error)})") from None
 
 
+def write_safetensors(path: Path, tensors: dict[str, Tensor], notes: dict[str, str]) -> None:
+    """Write tensors and text in the format of Hugging Face's safetensors. Raises ValueError if that
+    is not installed, and what atomic_write raises."""
+    content = optional("safetensors.torch").save(tensors, notes)
+    with atomic_write(path) as file:
+        file.write(content)
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read what write_safetensors wrote. Raises ValueError if it is damaged or too large, or if the
+    package is not installed."""
+    library = optional("safetensors")
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise ValueError(f"it holds more than {MAX_BYTES / 1e6:.0f} MB")
+        with library.safe_open(path, "pt") as file:
+            names = file.keys()
+            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
+    except Exception as error:  # a damaged file can make the library raise kinds of its own
+        raise ValueError(f"{path}: damaged, or not safetensors ({first_line(error)})") from None
+
+
 def check_sizes(members: list[zipfile.ZipInfo]) -> None:
     """Raise ValueError if an archive's members unpack to more than MAX_BYTES."""
     if sum(member.file_size for member in members) > MAX_BYTES:
@@ -183,6 +205,15 @@ def download(path: Path) -> None:
             reason = first_line(error)
     remedy = "go online, choose another --data_dir, or restore it: git checkout mnist_data"
     raise ValueError(f"{path}: missing, and cannot be downloaded ({reason}); {remedy}")
+
+
+def optional(name: str) -> ModuleType:
+    """A module that only some features need. Raises ValueError if it is not installed."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        reason = f"{name} cannot be imported ({first_line(error)})"
+        raise ValueError(f"{reason}; pip install -r requirement-extra.txt") from None
 
 
 def from_torchvision(name: str) -> ModuleType:

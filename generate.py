@@ -61,14 +61,12 @@ def draw(loaded: LoadedModel, request: Request, together: bool = True) -> list[T
     each state, from noise to the images, otherwise a single one. With `together` all processes
     draw them, each some of the batches."""
     cfg, y, original = request.cfg, request.labels.to(loaded.device), request.original
-    diffusion, count = Diffusion(cfg), itertools.count()
+    diffusion, count = Diffusion(cfg, loaded.levels), itertools.count()
     denoiser, start = diffusion.guided(loaded.model, loaded.guide), {}
     if original:
+        known = None if original.known is None else original.known.to(loaded.device)
         x_0 = to_model_range(original.pixels).to(loaded.device)
-        if original.known is None:
-            start = {"original": x_0, "strength": original.strength}
-        else:
-            denoiser = diffusion.completing(denoiser, x_0, original.known.to(loaded.device))
+        start = {"original": x_0, "known": known, "strength": original.strength}
     steps = len(diffusion.sampling_times(original.strength if original else 1.0)) - 1
     batches = range(diffusion.batches(len(y)))
     [mine] = distributed.my_parts(len(batches)) if together else [slice(None)]

@@ -20,11 +20,12 @@ dependencies = ["torch", "numpy", "PIL", "tqdm"]  # which torch.hub looks for
 
 class Sampler(torch.nn.Module):
     """A trained model that draws: `model.sample("2026")`. Its `network` and, if it has one, its
-    `guide` are UNets, and `cfg` holds its settings."""
+    `guide` are UNets, `cfg` holds its settings, and `levels` its grey levels."""
 
     def __init__(self, loaded: LoadedModel) -> None:
         super().__init__()
-        self.cfg, self.network, self.guide = loaded.cfg, loaded.model, loaded.guide
+        self.cfg, self.levels = loaded.cfg, loaded.levels
+        self.network, self.guide = loaded.model, loaded.guide
 
     def sample(self, digits: str, **settings: object) -> torch.Tensor:
         """Draw uint8 images (N, C, H, W), one for each digit of "2026", or for each name of
@@ -36,7 +37,7 @@ class Sampler(torch.nn.Module):
         cfg = settings_for_drawing(self.cfg, settings)
         labels = parse_labels(digits, cfg.label_names)
         y = torch.tensor(labels, device=next(self.network.parameters()).device)
-        diffusion = Diffusion(cfg)
+        diffusion = Diffusion(cfg, self.levels)
         return to_uint8(diffusion.draw(diffusion.guided(self.network, self.guide), y))
 
 

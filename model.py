@@ -103,6 +103,9 @@ def modulated_group_norm(h: Tensor, scale: Tensor, shift: Tensor, groups: int = 
     """Group norm of h (B, C, H, W), then h * scale + shift with a scale and shift (B, C) for each
     image. Computed as the group norm of a single image with B·C channels, because one pass over
     memory instead of three makes a training step 8 % shorter."""
+    if torch.compiler.is_exporting():  # such a graph would only take batches of one size
+        normed = F.group_norm(h, groups)
+        return normed * scale[:, :, None, None] + shift[:, :, None, None]
     B, C, H, W = h.shape
     single = h.reshape(1, B * C, H, W)
     return F.group_norm(single, B * groups, scale.flatten(), shift.flatten()).view(B, C, H, W)

@@ -20,7 +20,7 @@ import distributed
 from checkpoint import Progress, TrainState, load_model
 from config import Config, parse_labels
 from data import fingerprint, load_split, to_model_range, to_uint8
-from diffusion import Diffusion, Model, seeded_generator
+from diffusion import Diffusion, ImageNoise, Model, seeded_generator
 from distill import Distillation
 from interface import folder, runs
 from interface.cli import (
@@ -34,11 +34,13 @@ from interface.cli import (
 from interface.picture import image_grid, save_png
 from interface.runs import Plan, Run, make_plan
 from interface.terminal import sampling_bar
+from levels import GreyLevels
 from model import compile_network, pick_device, pick_precision
 
 # Every random number of training is a function of (seed, stream, epoch or step): a resumed run
 # draws what an uninterrupted one would have drawn, and previews cannot disturb training.
 ORDER_STREAM, NOISE_STREAM, VALIDATION_STREAM = 1, 2, 3
+LEVEL_IMAGES = 256  # redrawn to compare their grey levels
 VALIDATION_IMAGES = 1000  # 0.6 % of an epoch's work; at most a sixtieth of the training images
 
 # (model, x_0, y, generator, part of the batch) -> the mean loss of that part
@@ -93,17 +95,19 @@ def train(plan: Plan, device: torch.device, began: float) -> int:
         if run.epoch_done:
             state.start_next_epoch()
         if run.save_due and (run.done or not run.stopped_by):
+            state.levels = measure_levels(cfg, state, images, labels)
             run.save()
-            draw_preview(run, diffusion, state)
+            draw_preview(run, state)
             run.draw_curves()
             run.heed_signals()
 
     if run.stopped_by and not run.done:
+        state.levels = measure_levels(cfg, state, images, labels)
         run.save()
         run.draw_curves()
         print(f"stopped at {state.progress}; to continue: {runs.train_command(cfg, '--resume')}")
         return 128 + run.stopped_by
-    finish(run, diffusion)
+    finish(run)
     return 0
 
 
@@ -118,10 +122,10 @@ def announce(cfg: Config, state: TrainState, device: torch.device, images: int) 
     print(f"U-Net of {size:,} parameters on {where}, {precision}; {images:,} images")
 
 
-def finish(run: Run, diffusion: Diffusion) -> None:
+def finish(run: Run) -> None:
     """Make up for what could not be drawn or written before, and say how to draw."""
     cfg = run.cfg
-    draw_missing_previews(run, diffusion)
+    draw_missing_previews(run)
     run.retry_figures()
     if run.state.guide is None and not cfg.is_student:
         how = "1.5 (classifier-free guidance)" if cfg.label_dropout > 0 else "1 (no guidance)"
@@ -226,13 +230,30 @@ def validation_loss(
 
 
 @distributed.first_only
-def draw_preview(run: Run, diffusion: Diffusion, state: TrainState) -> None:
+@torch.no_grad()
+def measure_levels(
+    cfg: Config, state: TrainState, images: Tensor, labels: Tensor
+) -> GreyLevels | None:
+    """How the grey levels that the average draws differ from real ones. The last steps settle them,
+    so a few training images are noised and drawn again from there: the same images differ in
+    nothing else, and it takes no longer than a few training steps."""
+    diffusion, few, y = Diffusion(cfg), images[:LEVEL_IMAGES], labels[:LEVEL_IMAGES]
+    start = min(t for t in diffusion.sampling_times() if t >= 0.2 * diffusion.T) / diffusion.T
+    noise = ImageNoise(cfg.seed, range(len(few)), few.shape[1:], device=few.device)
+    denoiser = diffusion.guided(state.ema, state.guide)
+    *_, drawn = diffusion.sample(denoiser, y, noise, to_model_range(few), strength=start)
+    return GreyLevels.measure(images, few, drawn)
+
+
+@distributed.first_only
+def draw_preview(run: Run, state: TrainState) -> None:
     """Write a grid with a row for each digit, always from the same noise, to compare epochs. A stop
     signal ends it."""
     cfg, path = run.cfg, folder.grid_path(run.cfg.output_dir, state.progress)
     labels = list(range(min(10, cfg.num_classes)))  # which "all" means, as a grid has to be short
     if cfg.preview_digits != "all":
         labels = parse_labels(cfg.preview_digits, cfg.label_names)
+    diffusion = Diffusion(cfg, state.levels)
     y = torch.tensor(labels).repeat_interleave(cfg.preview_columns).to(state.totals.device)
     with run.side_output(path), sampling_bar(cfg.steps, diffusion.batches(len(y))) as advance:
 
@@ -248,14 +269,14 @@ def draw_preview(run: Run, diffusion: Diffusion, state: TrainState) -> None:
 
 
 @distributed.first_only
-def draw_missing_previews(run: Run, diffusion: Diffusion) -> None:
+def draw_missing_previews(run: Run) -> None:
     """Draw the previews that a kill or a full disk prevented, from their checkpoints."""
     for path, grid in folder.without_grid(run.cfg.output_dir):
         if not run.signals:
             state = TrainState.initial(run.cfg, run.state.totals.device)
             with run.side_output(grid):
                 checkpoint.restore(path, state)
-                draw_preview(run, diffusion, state)
+                draw_preview(run, state)
 
 
 def main() -> int:

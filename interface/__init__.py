@@ -8,6 +8,8 @@ import os
 import sys
 from types import TracebackType
 
+SCRIPTS = ("train", "generate", "evaluate", "benchmark", "export", "app")
+
 
 def _say(kind: type[BaseException], error: BaseException, where: TracebackType | None) -> None:
     if os.environ.get("TRACEBACK"):
@@ -23,5 +25,5 @@ def _say(kind: type[BaseException], error: BaseException, where: TracebackType |
     print(f"{os.path.basename(sys.argv[0])}: {reason}", file=sys.stderr)
 
 
-if os.path.basename(sys.argv[0]) in ("train.py", "generate.py", "evaluate.py", "benchmark.py"):
+if os.path.basename(sys.argv[0]) in [f"{name}.py" for name in SCRIPTS]:
     sys.excepthook = _say  # not in programs that only import this, such as by torch.hub

@@ -1,7 +1,9 @@
 """Command lines: flags made from settings, rules between flags, which value wins, errors."""
 
 import argparse
+import ctypes
 import os
+import platform
 import re
 import shlex
 import subprocess
@@ -187,9 +189,22 @@ class Output:
             self.stream.flush()
 
 
+def keep_freed_memory() -> None:
+    """Have glibc keep the memory that each step frees for the next one. By default it goes back to
+    the system, which then zeroes thousands of pages a step: a tenth to a third of the time."""
+    if platform.libc_ver()[0] == "glibc":
+        with suppress(AttributeError, OSError):
+            trim_threshold, top_pad, mmap_max = -1, -2, -4  # from glibc's malloc.h
+            mallopt = ctypes.CDLL(None).mallopt
+            mallopt(mmap_max, 0)  # large blocks come from the heap too …
+            mallopt(trim_threshold, 2**31 - 1)  # … which keeps them
+            mallopt(top_pad, 64 << 20)
+
+
 def run_script(name: str, main: Callable[[], int]) -> None:
     """Run a script's main() and exit. A user's mistake becomes one line and exit code 2, training
     that diverged or a bug one line and 1, Ctrl-C 130. TRACEBACK=1 shows where an error arose."""
+    keep_freed_memory()
     torch.set_flush_denormal(True)  # denormals are slow; to be set before any thread starts
     torch.backends.cudnn.allow_tf32 = False  # float32 means just that; bf16 is there for speed
     nothing = open(os.devnull, "r+")  # noqa: SIM115 (stands in for streams that the shell closed)

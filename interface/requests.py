@@ -206,9 +206,9 @@ def requests_from_answers(cfg: Config, seed: int | None) -> Iterator[Request]:
 
 def model_with_hash(expected: str, output_dir: Path) -> Path | None:
     """The model with a SHA-256, among those of a run folder and of its earlier runs."""
-    for path in (*output_dir.glob("models/*.pth"), *output_dir.glob("earlier/*/*.pth")):
+    for path in (*output_dir.glob("models/*"), *output_dir.glob("earlier/*/*")):
         with suppress(OSError):  # one that cannot be read
-            if sha256(path) == expected:
+            if path.suffix in (".pth", ".safetensors") and sha256(path) == expected:
                 return path
     return None
 
@@ -222,7 +222,8 @@ def request_from_picture(
         reason = "an older version drew its labels at random, which this one does not"
         raise ValueError(f"{picture}: {reason}; draw a new one")
     try:
-        provenance = {"precision": "float32"} | provenance  # older pictures knew no other
+        # Older pictures knew no other
+        provenance = {"precision": "float32", "match_levels": False} | provenance
         known = {name: provenance[name] for name in Config.names("sampling", "picture")}
         cfg = settings_for_drawing(trained, given | known)
         start = Original.from_record(provenance, cfg)

@@ -393,7 +393,7 @@ def test_a_picture_carries_what_it_was_drawn_with_in_a_fixed_order(results, draw
     provenance = read_provenance(made)
     assert list(provenance) == list(Image.open(made).text)
     settings = ("sampler", "steps", "guidance", "guidance_low", "guidance_high", "eta")
-    rest = ("precision", "seed", "clip_x_0", "sample_batch_size")
+    rest = ("precision", "seed", "clip_x_0", "match_levels", "sample_batch_size")
     start = ("model", "digits", "count", "version")
     assert list(provenance) == [*start, *settings, *rest, "made with"]
     model = results / "models" / "model_epoch_2.pth"
@@ -401,7 +401,7 @@ def test_a_picture_carries_what_it_was_drawn_with_in_a_fixed_order(results, draw
     assert [provenance[name] for name in start[1:]] == ["026", 2, "1.0"]
     assert [provenance[name] for name in settings] == ["dpmpp", 3, 1.5, 0.4, 0.9, 0.6]
     assert provenance["precision"] in ("float32", "bf16")  # not auto, which differs by computer
-    assert [provenance[name] for name in rest[1:]] == [9, True, 128]
+    assert [provenance[name] for name in rest[1:]] == [9, True, True, 128]
     assert f"torch {torch.__version__}" in provenance["made with"]
 
 

@@ -515,7 +515,7 @@ def test_labels_are_randomized_until_the_guide_is_made_and_the_guide_draws_the_p
     assert torch.stack(right[:5]).mean() < 0.25
     assert right[5:] == [1.0] * 5
     saved = checkpoint.load(tmp_path / "models/model_epoch_1.pth")
-    for network, name in zip(networks, ("ema", "guide"), strict=True):
+    for network, name in zip(networks[-2:], ("ema", "guide"), strict=True):
         assert_same(dict(network.state_dict()), dict(saved[name]))
         # An average that tracked gradients would keep every step's weights in memory
         assert not any(p.requires_grad for p in network.parameters())
