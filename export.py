@@ -1,0 +1,169 @@
+"""Export a model for other programs: python export.py digits.onnx, or digits.safetensors."""
+
+import interface  # noqa: F401  (first, so that errors are one line while importing, too)
+
+# isort: split
+import contextlib
+import io
+import logging
+import time
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from checkpoint import LoadedModel, load_model, save_safetensors
+from config import Config
+from diffusion import Diffusion, seeded_generator
+from files import atomic_write, check_writable, optional
+from interface import cli
+from interface.requests import find_model
+
+FORMATS = (".onnx", ".safetensors")
+OPSET = 20  # of ONNX; onnxruntime has known it since 2023
+LARGEST_ERROR = 1e-4  # of the exported graph, in the range [-1, 1]
+TRIED = (1, 5)  # batch sizes
+
+
+class Sampler(nn.Module):
+    """The whole sampler as a network: noise (B, draws, C, H, W) and labels y, int64 (B,), become
+    pictures (B, C, H, W) in [-1, 1], as the model draws them before their grey levels are matched.
+    """
+
+    def __init__(self, loaded: LoadedModel, cfg: Config) -> None:
+        super().__init__()
+        self.model, self.guide = loaded.model, loaded.guide
+        self.diffusion = Diffusion(cfg)
+        adds_noise = self.diffusion.eta > 0
+        self.draws = cfg.steps if adds_noise else 1  # one to begin with; the last step adds none
+
+    def forward(self, noise: Tensor, y: Tensor) -> Tensor:
+        denoiser = self.diffusion.guided(self.model, self.guide)
+        *_, x_0 = self.diffusion.sample(denoiser, y, GivenNoise(noise))
+        return x_0
+
+    def example(self, B: int) -> dict[str, Tensor]:
+        """Inputs for B pictures."""
+        cfg, generator = self.diffusion.cfg, seeded_generator(0, B)
+        shape = (B, self.draws, cfg.img_channels, cfg.img_size, cfg.img_size)
+        y = torch.arange(B) % cfg.num_classes
+        return {"noise": torch.randn(shape, generator=generator), "y": y}
+
+
+class Network(nn.Module):
+    """The network alone: x_t (B, C, H, W), timesteps t and labels y, int64 (B,), become its
+    prediction (B, C, H, W)."""
+
+    def __init__(self, loaded: LoadedModel, cfg: Config) -> None:
+        super().__init__()
+        self.model, self.cfg = loaded.model, cfg
+
+    def forward(self, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        return self.model(x_t, t, y)
+
+    def example(self, B: int) -> dict[str, Tensor]:
+        """Inputs for B pictures."""
+        cfg, generator = self.cfg, seeded_generator(0, B)
+        x_t = torch.randn(B, cfg.img_channels, cfg.img_size, cfg.img_size, generator=generator)
+        t = 1 + torch.arange(B) * 99 % cfg.timesteps
+        return {"x_t": x_t, "t": t, "y": torch.arange(B) % cfg.num_classes}
+
+
+class GivenNoise:
+    """Noise (B, draws, C, H, W) in the place of diffusion.ImageNoise."""
+
+    def __init__(self, noise: Tensor) -> None:
+        self.draws = iter(noise.unbind(dim=1))
+
+    def draw(self) -> Tensor:
+        return next(self.draws)
+
+
+@torch.no_grad()
+def export_onnx(module: Sampler | Network, path: Path) -> None:
+    """Write a graph that takes batches of any size, and compare it with torch. Raises ValueError if
+    its results differ, or if a package is missing."""
+    optional("onnx"), optional("onnxscript")
+    runtime = optional("onnxruntime")
+    module.eval()
+    inputs = module.example(B=2)
+    batch = torch.export.Dim("batch", min=1, max=4096)
+    dynamic = {name: {0: batch} for name in inputs}
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings(action="ignore"):
+        program = torch.onnx.export(
+            module,
+            kwargs=inputs,
+            input_names=list(inputs),
+            output_names=["picture" if isinstance(module, Sampler) else "prediction"],
+            dynamic_shapes=dynamic,
+            opset_version=OPSET,
+            dynamo=True,
+        )
+    graph = program.model_proto.SerializeToString()
+    session = runtime.InferenceSession(graph, providers=["CPUExecutionProvider"])
+    for B in TRIED:
+        inputs = module.example(B)
+        arrays = {name: tensor.numpy() for name, tensor in inputs.items()}
+        found = torch.from_numpy(session.run(None, arrays)[0])
+        error = float((found - module(**inputs)).abs().max())
+        if not error <= LARGEST_ERROR:
+            raise ValueError(f"{path}: not written, as it differs from torch by {error:g}")
+    with atomic_write(path) as file:
+        file.write(graph)
+    inputs = module.example(B=1)
+    arrays = {name: tensor.numpy() for name, tensor in inputs.items()}
+    ours, theirs = (
+        milliseconds(lambda: module(**inputs)),
+        milliseconds(lambda: session.run(None, arrays)),
+    )
+    shapes = ", ".join(f"{name} {('batch', *x.shape[1:])}" for name, x in inputs.items())
+    print(f"takes {shapes}".replace("'", "").replace(",)", ")"))
+    print(f"one picture: {theirs:.1f} ms by onnxruntime, {ours:.1f} ms by torch; error {error:.1g}")
+
+
+def milliseconds(work) -> float:
+    """The shortest time of several calls."""
+    taken = []
+    for _ in range(20):
+        began = time.perf_counter()
+        work()
+        taken.append(time.perf_counter() - began)
+    return 1000 * min(taken)
+
+
+def main() -> int:
+    parser = cli.Parser(prog="export.py", description="Export a model for other programs.")
+    kinds = "FILE.onnx or FILE.safetensors, which generate.py --model reads too"
+    parser.add_argument("output", type=cli.expanded_path, metavar="FILE", help=kinds)
+    parser.add_argument(
+        "--model", default="newest", metavar="TEXT", help="path, name, number or newest (default)"
+    )
+    parser.add_argument(
+        "--network",
+        action="store_true",
+        help=".onnx: the network alone, instead of the whole sampler",
+    )
+    cli.add_settings(parser, {"output_dir", *Config.names("sampling")} - {"match_levels"})
+    args = parser.parse_args()
+    path, given = args.output, cli.given_settings(args)
+    if path.suffix not in FORMATS:
+        raise ValueError(f"{path}: choose a name that ends in {' or '.join(FORMATS)}")
+    if args.network and path.suffix != ".onnx":
+        raise ValueError(f"--network: {path} needs the settings too; drop the flag")
+    check_writable(path)
+    file = find_model(args.model, Path(given.get("output_dir", Config().output_dir), "models"))
+    if path.suffix == ".safetensors":
+        save_safetensors(file, path)
+    else:
+        loaded = load_model(file, torch.device("cpu"))
+        cfg = replace(cli.settings_for_drawing(loaded.cfg, given), precision="float32")
+        export_onnx((Network if args.network else Sampler)(loaded, cfg), path)
+    print(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB), exported from {file}")
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run_script("export.py", main)
