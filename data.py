@@ -3,6 +3,7 @@
 import hashlib
 import string
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -195,12 +196,12 @@ def to_uint8(x: Tensor) -> Tensor:
     return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-def draw_labels(count: int, seed: int) -> Tensor:
-    """int64 labels (count,) in random order, each digit as often as in MNIST's training split, to
-    within one: random frequencies would blur every comparison."""
+def draw_labels(count: int, seed: int, counts: Sequence[int] = LABEL_COUNTS) -> Tensor:
+    """int64 labels (count,) in random order, each as often as in `counts`, usually MNIST's training
+    split, to within one: random frequencies would blur every comparison."""
     random = np.random.default_rng(seed)
-    share = np.array(LABEL_COUNTS) / sum(LABEL_COUNTS)
+    share = np.array(counts) / sum(counts)
     # Evenly spaced points of the distribution, all shifted by one random number
     points = (np.arange(count) + random.random()) / count
-    labels = np.searchsorted(share.cumsum(), points).clip(max=9)
+    labels = np.searchsorted(share.cumsum(), points).clip(max=len(counts) - 1)
     return torch.from_numpy(random.permutation(labels))

@@ -1,4 +1,4 @@
-"""Measure samples against MNIST: python evaluate.py measures the newest model."""
+"""Measure samples against real images: python evaluate.py measures the newest model."""
 
 import interface  # noqa: F401  (first, so that errors are one line while importing, too)
 
@@ -19,7 +19,7 @@ from checkpoint import LoadedModel, load_model
 from config import Config
 from data import draw_labels, to_uint8
 from diffusion import Diffusion
-from evaluation import classifier, plots, results
+from evaluation import classifier, denoiser, plots, results
 from evaluation.evaluator import MAX_MEASURED, Evaluator, shuffled
 from evaluation.results import Result
 from files import first_line, make_folder, sha256
@@ -30,10 +30,12 @@ from interface.terminal import sampling_bar
 from model import pick_device, pick_precision
 
 
-def sample(loaded: LoadedModel, cfg: Config, count: int) -> tuple[Tensor, Tensor, Result]:
-    """Draw `count` uint8 images with labels in MNIST's proportions, each process some batches of
-    them. Returns all, the labels and what training and sampling have cost."""
-    labels = draw_labels(count, cfg.seed).to(loaded.device)
+def sample(
+    loaded: LoadedModel, cfg: Config, count: int, label_counts: list[int]
+) -> tuple[Tensor, Tensor, Result]:
+    """Draw `count` uint8 images with labels in the proportions of `label_counts`, each process some
+    batches of them. Returns all, the labels and what training and sampling have cost."""
+    labels = draw_labels(count, cfg.seed, label_counts).to(loaded.device)
     diffusion = Diffusion(cfg, loaded.levels)
     batches = range(diffusion.batches(count))
     [mine] = distributed.my_parts(len(batches))
@@ -66,7 +68,8 @@ def evaluate_model(
             print(results.table(known))
         return known
     distributed.from_first(lambda: make_folders(cfg.output_dir))
-    images, labels, cost = sample(loaded, cfg, args.samples)
+    counts = distributed.from_first(lambda: evaluator and evaluator.label_counts)
+    images, labels, cost = sample(loaded, cfg, args.samples, counts)
     if evaluator is None:
         return None
     result = {"source": str(loaded.path), **identity, **cost, **trained_metrics(known)}
@@ -168,15 +171,34 @@ def sweep(
     print(f"wrote {picture}")
 
 
+def classify(evaluator: Evaluator | None, loaded: LoadedModel, cfg: Config, count: int) -> None:
+    """Have the denoiser itself name what is on test images, and say how well it does."""
+    if evaluator is None:  # work for a single process
+        return
+    images, labels = evaluator.test_images[:count], evaluator.test_labels[:count]
+    found = denoiser.classify(replace(loaded, cfg=cfg), images, labels)
+    result = {"model": loaded.sha256, "seed": cfg.seed, "classify": found}
+    print(
+        f"the denoiser of {loaded.path} names the label of {found['accuracy']:.2%} of "
+        f"{found['images']:,} test images, with {found['calls']} network calls an image, in "
+        f"{found['seconds']:.0f} s"
+    )
+    file = Path(cfg.output_dir, "metrics", f"classify-{loaded.path.stem}-{loaded.sha256[:8]}.json")
+    results.write_result(file, result)
+    print(f"wrote {file}")
+
+
 def parse_flags() -> Namespace:
-    parser = cli.Parser(prog="evaluate.py", description="Measure samples against MNIST.")
+    parser = cli.Parser(prog="evaluate.py", description="Measure samples against real images.")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--images", type=cli.expanded_path, metavar="NPZ", help="measure its images")
     what.add_argument("--sweep", nargs="+", metavar="NAME=A,B", help="evaluate all combinations")
+    what.add_argument("--classify", action="store_true", help="name test images by denoising them")
     what.add_argument("--train_evaluator", action="store_true", help="train the classifier anew")
     parser.add_argument("--model", metavar="TEXT", help="path, name, number or newest (default)")
-    count = {"type": int, "default": MAX_MEASURED, "metavar": "INT"}
-    parser.add_argument("--samples", **count, help="images to draw (default: 10000)")
+    count = {"type": int, "metavar": "INT"}
+    most = "images to draw (default: 10000, or as many as there are test images)"
+    parser.add_argument("--samples", **count, help=f"{most}, or to --classify (default: 1000)")
     parser.add_argument("--cas", action="store_true", help="also train a classifier on the samples")
     parser.add_argument(
         "--c2st", action="store_true", help="also train networks to tell samples from test images"
@@ -185,14 +207,15 @@ def parse_flags() -> Namespace:
     parser.allows_only("--images", "--cas", "--c2st", "--data_dir", "--output_dir", "--device")
     parser.allows_only("--train_evaluator", "--data_dir")
     for flag in ("--cas", "--c2st"):
-        parser.excludes("--sweep", flag, message=f"--sweep trains no networks; drop {flag}")
+        for one in ("--sweep", "--classify"):
+            parser.excludes(one, flag, message=f"{one} trains no networks; drop {flag}")
     return parser.parse_args()
 
 
 def main() -> int:
     args = parse_flags()
-    least = classifier.FEATURES
-    if not least <= args.samples <= MAX_MEASURED:
+    least = 1 if args.classify else classifier.FEATURES
+    if args.samples is not None and not least <= args.samples <= MAX_MEASURED:
         raise ValueError(f"samples = {args.samples}: choose {least} to {MAX_MEASURED}")
     given = cli.given_settings(args)
     cfg = replace(Config(), **{n: given[n] for n in Config.names("machine") if n in given})
@@ -208,13 +231,18 @@ def main() -> int:
     else:
         file = find_model(args.model or "newest", Path(cfg.output_dir, "models"))
         loaded = load_model(file, pick_device(cfg.device), cfg.compile)
-        shape = loaded.cfg.dataset, loaded.cfg.img_size, loaded.cfg.num_classes
-        if shape != ("MNIST", 28, 10):
-            raise ValueError(f"{file}: does not draw MNIST's ten digits at 28 x 28; choose another")
         cfg = cli.settings_for_drawing(loaded.cfg, given)
         configs = [replace(cfg, **each) for each in parse_sweep(args.sweep or [])]
         evaluator = Evaluator(cfg, loaded.device) if distributed.rank() == 0 else None
         with distributed.joined(loaded.device):
+            real = distributed.from_first(lambda: evaluator and len(evaluator.test_images))
+            if args.classify:
+                classify(evaluator, loaded, cfg, args.samples or 1000)
+                return 0
+            args.samples = args.samples or min(real, MAX_MEASURED)
+            if args.samples < least:
+                few = f"{args.samples} test images; the metrics need at least {least}"
+                raise ValueError(f"dataset = {cfg.dataset!r}: {few}; add pictures")
             if args.sweep:
                 sweep(evaluator, loaded, configs, args)
             else:

@@ -1,5 +1,6 @@
-"""The MNIST classifier behind evaluate.py: trained once and then frozen, so that samples can be
-measured by its features and its answers. Figures of two different classifiers cannot be compared.
+"""The classifier behind evaluate.py: trained once and then frozen, so that samples can be measured
+by its features and its answers. Figures of two different classifiers cannot be compared. MNIST's is
+in the repository; that of another data set is trained when it is first needed.
 """
 
 import math
@@ -13,17 +14,20 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from config import Config
-from data import load_split
+from data import fingerprint, load_split
 from diffusion import seeded_generator
 from evaluation.metrics import moments
-from files import read_tensors, sha256, write_tensors
+from files import make_folder, read_tensors, sha256, write_tensors
 
 PATH = Path(__file__).parent.parent / "results" / "evaluator.pth"
 REMAKE = "python evaluate.py --train_evaluator"
 FEATURES = 128  # size of the penultimate layer
 
+Split = tuple[Tensor, Tensor]  # images and labels
+
 # The recipe of the committed file: a change makes another classifier
 EPOCHS, BATCH_SIZE, LEARNING_RATE, WEIGHT_DECAY, LABEL_SMOOTHING = 12, 128, 3e-3, 0.05, 0.05
+LEAST_STEPS = 1500  # for a small data set
 
 
 def block(c_in: int, c_out: int, size: int = 3, stride: int = 1) -> nn.Sequential:
@@ -33,12 +37,13 @@ def block(c_in: int, c_out: int, size: int = 3, stride: int = 1) -> nn.Sequentia
 
 
 class Classifier(nn.Module):
-    """uint8 images (N, 1, 28, 28) to features (N, 128); `classify` turns those into logits."""
+    """uint8 images (N, C, H, W) to features (N, 128); `classify` turns those into logits. The sizes
+    in comments are those for MNIST."""
 
-    def __init__(self) -> None:
+    def __init__(self, channels: int = 1, classes: int = 10) -> None:
         super().__init__()
         self.features = nn.Sequential(
-            block(1, 32, size=5, stride=2),  # (N, 32, 14, 14)
+            block(channels, 32, size=5, stride=2),  # (N, 32, 14, 14)
             block(32, 64),
             nn.MaxPool2d(2),  # (N, 64, 7, 7)
             block(64, 128),
@@ -46,7 +51,7 @@ class Classifier(nn.Module):
             nn.AdaptiveAvgPool2d(1),
             nn.Flatten(),
         )
-        self.head = nn.Linear(FEATURES, 10)
+        self.head = nn.Linear(FEATURES, classes)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.features(images.float() / 255)
@@ -68,12 +73,12 @@ def _augment(images: Tensor, generator: torch.Generator) -> Tensor:
     return F.grid_sample(images.float(), grid, align_corners=False)
 
 
-def fit(images: Tensor, labels: Tensor, *, epochs: int, seed: int) -> Classifier:
-    """Train on uint8 images (N, 1, 28, 28) and int64 labels (N,); deterministic on a CPU."""
+def fit(images: Tensor, labels: Tensor, *, epochs: int, seed: int, classes: int = 10) -> Classifier:
+    """Train on uint8 images (N, C, H, W) and int64 labels (N,); deterministic on a CPU."""
     torch.manual_seed(seed)
-    net = Classifier().to(images.device)
+    net = Classifier(images.shape[1], classes).to(images.device)
     optimizer = torch.optim.AdamW(net.parameters(), weight_decay=WEIGHT_DECAY, betas=(0.9, 0.99))
-    per_epoch = len(images) // BATCH_SIZE
+    per_epoch = max(1, len(images) // BATCH_SIZE)
     total = epochs * per_epoch
     with tqdm(total=total * BATCH_SIZE, unit=" images", leave=False, disable=None) as bar:
         for step in range(total):
@@ -96,7 +101,7 @@ def fit(images: Tensor, labels: Tensor, *, epochs: int, seed: int) -> Classifier
 
 @torch.no_grad()
 def features_of(net: Classifier, images: Tensor, batch_size: int = 500) -> Tensor:
-    """Features (N, 128), float32, of uint8 images (N, 1, 28, 28)."""
+    """Features (N, 128), float32, of uint8 images (N, C, H, W)."""
     return torch.cat([net(part) for part in images.split(batch_size)])
 
 
@@ -125,12 +130,37 @@ def train_and_save(cfg: Config, path: Path = PATH) -> float:
     return accuracy(net, *load_split(cfg, train=False, device=device))
 
 
-def load(device: torch.device, path: Path = PATH) -> tuple[Classifier, dict[str, np.ndarray], str]:
+def is_mnist(cfg: Config) -> bool:
+    """Whether a model draws what MNIST's classifier was trained on."""
+    usual = Config().select("classes") | {"dataset": "MNIST", "img_size": 28, "img_channels": 1}
+    return all(getattr(cfg, name) == value for name, value in usual.items())
+
+
+def own_classifier(cfg: Config, train: Split, test: Split) -> Path:
+    """The classifier of another data set, trained unless the output folder has it already."""
+    content = fingerprint(*train)["sha256"][:8]
+    path = Path(cfg.output_dir, "evaluators", f"{cfg.dataset}-{cfg.img_size}px-{content}.pth")
+    if not path.is_file():
+        make_folder(path.parent)
+        steps = max(EPOCHS * len(train[0]) // BATCH_SIZE, LEAST_STEPS)
+        epochs = -(-steps // max(1, len(train[0]) // BATCH_SIZE))
+        print(f"training a classifier for these {len(train[0]):,} images, once")
+        net = fit(*train, epochs=epochs, seed=0, classes=cfg.num_classes)
+        reference = {k: torch.from_numpy(v) for k, v in moments(features_of(net, train[0])).items()}
+        write_tensors(path, {"net": net.state_dict(), "train_moments": reference})
+        read = f"{accuracy(net, *test):.2%} of the {len(test[0]):,} test images read correctly"
+        print(f"wrote {path}: {read}")
+    return path
+
+
+def load(
+    device: torch.device, path: Path = PATH, channels: int = 1, classes: int = 10
+) -> tuple[Classifier, dict[str, np.ndarray], str]:
     """The frozen classifier, the mean and covariance of its features over the training split, and
     the file's SHA-256. Raises ValueError if it cannot be read."""
     if not path.is_file():
         raise ValueError(f"{path}: no evaluator; make it: {REMAKE}")
-    net = Classifier()
+    net = Classifier(channels, classes)
     contents = read_tensors(path, "an evaluator")
     try:
         net.load_state_dict(contents["net"])

@@ -17,22 +17,26 @@ class Evaluator:
     """The frozen classifier, and the real images that samples are compared with."""
 
     def __init__(self, cfg: Config, device: torch.device) -> None:
-        cfg = classifier.full_mnist(cfg)
+        self.own = not classifier.is_mnist(cfg)  # a data set with a classifier of its own
+        self.cfg = cfg = cfg if self.own else classifier.full_mnist(cfg)
         self.device = device
-        self.net, self.train_moments, self.sha256 = classifier.load(device)
-        self.train_images, self.train_labels = load_split(cfg, train=True, device=device)
-        self.test_images, self.test_labels = load_split(cfg, train=False, device=device)
+        train, test = (load_split(cfg, train=kind, device=device) for kind in (True, False))
+        (self.train_images, self.train_labels), (self.test_images, self.test_labels) = train, test
+        path = classifier.own_classifier(cfg, train, test) if self.own else classifier.PATH
+        shape = cfg.img_channels, cfg.num_classes
+        self.net, self.train_moments, self.sha256 = classifier.load(device, path, *shape)
+        self.label_counts = self.train_labels.bincount(minlength=cfg.num_classes).tolist()
         some = self.train_images[shuffled(len(self.train_images), seed=0)[:MAX_MEASURED].to(device)]
         self.some_train_features = classifier.features_of(self.net, some)
         self._real: dict[int, Result] = {}  # metrics of N real test images, by N
 
     def measure(self, images: Tensor, labels: Tensor | None) -> tuple[Result, Tensor]:
-        """Measure uint8 images (N, 1, 28, 28) with int64 labels (N,). Returns their metrics, with
+        """Measure uint8 images (N, C, H, W) with int64 labels (N,). Returns their metrics, with
         those of N test images as "real"; and the ten images closest to a training image, each
-        followed by it, (20, 1, 28, 28). Raises ValueError for too few images."""
+        followed by it, (20, C, H, W). Raises ValueError for too few images."""
         N = len(images)
         if N < classifier.FEATURES:
-            raise ValueError(f"{N} images: FD-MNIST needs at least {classifier.FEATURES}")
+            raise ValueError(f"{N} images: the metrics need at least {classifier.FEATURES}")
         if len(self.test_images) < N:
             raise ValueError(f"{N} images, but only {len(self.test_images)} test images to compare")
         if N not in self._real:
@@ -46,7 +50,8 @@ class Evaluator:
         found["copies"] = int((distances < real["nearest_least"]).sum())
         closest = distances.argsort()[:10]
         pairs = torch.stack([images[closest], self.train_images[index[closest]]], dim=1)
-        return {"images": N, "samples": found, "real": real}, pairs.flatten(0, 1)
+        of = {"dataset": self.cfg.dataset, "label_names": self.cfg.label_names}
+        return {"images": N, **of, "samples": found, "real": real}, pairs.flatten(0, 1)
 
     def _metrics(self, images: Tensor, labels: Tensor | None) -> tuple[Result, Tensor, Tensor]:
         """All metrics of images by themselves; the distance of each to the nearest training image,
@@ -57,7 +62,7 @@ class Evaluator:
         found |= {"pixels": metrics.pixel_metrics(images)}
         if labels is not None:
             answers = self.net.classify(features).argmax(dim=1)
-            found |= metrics.agreement_metrics(answers, labels)
+            found |= metrics.agreement_metrics(answers, labels, self.cfg.num_classes)
         distances, index = metrics.nearest(images, self.train_images)
         return found | {"nearest_median": distances.median().item()}, distances, index
 
@@ -69,16 +74,17 @@ class Evaluator:
             some = shuffled(len(self.train_images), seed)[: len(images)].to(self.device)
             real = self.train_images[some], self.train_labels[some]
             for kind, (x, y) in (("synthetic", (images, labels)), ("real", real)):
-                net = classifier.fit(x, y, epochs=classifier.EPOCHS, seed=seed)
+                classes = self.cfg.num_classes
+                net = classifier.fit(x, y, epochs=classifier.EPOCHS, seed=seed, classes=classes)
                 score[kind].append(classifier.accuracy(net, self.test_images, self.test_labels))
         score["gap"] = float(np.mean(score["real"]) - np.mean(score["synthetic"]))
         return score
 
     def two_sample_test(self, images: Tensor) -> tuple[Result, Tensor]:
-        """How often networks tell the images (N, 1, 28, 28) from test images, and as the floor how
+        """How often networks tell the images (N, C, H, W) from test images, and as the floor how
         often they tell as many training images from test images, in each of two_sample.VIEWS and
         for 3 seeds. Also returns, for each view, the ten images that were taken for samples with
-        the most certainty, (20, 1, 28, 28)."""
+        the most certainty, (20, C, H, W)."""
         some = shuffled(len(self.train_images), seed=3)[: len(images)].to(self.device)
         kinds = {"samples": images, "real": self.train_images[some]}
         found: Result = {view: {kind: [] for kind in kinds} for view in two_sample.VIEWS}

@@ -79,13 +79,13 @@ def nearest(images: Tensor, others: Tensor, batch_size: int = 200) -> tuple[Tens
     return gap.square().sum(dim=1).sqrt(), index
 
 
-def agreement_metrics(answers: Tensor, labels: Tensor) -> dict[str, Any]:
-    """Fraction of images read as their label, overall and by digit (None for a digit that was not
+def agreement_metrics(answers: Tensor, labels: Tensor, classes: int = 10) -> dict[str, Any]:
+    """Fraction of images read as their label, overall and by label (None for one that was not
     drawn), and the worst confusions."""
-    table = torch.bincount(labels * 10 + answers, minlength=100).view(10, 10)
+    table = torch.bincount(labels * classes + answers, minlength=classes**2).view(classes, classes)
     drawn = zip(table.diagonal().tolist(), table.sum(dim=1).tolist(), strict=True)
     wrong = table.clone().fill_diagonal_(0).flatten()
-    worst = [divmod(int(i), 10) for i in wrong.argsort(descending=True, stable=True)[:3]]
+    worst = [divmod(int(i), classes) for i in wrong.argsort(descending=True, stable=True)[:3]]
     return {
         "agreement": (answers == labels).float().mean().item(),
         "by_digit": [right / count if count else None for right, count in drawn],

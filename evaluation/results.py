@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +36,8 @@ ROWS = (
     ("nearest training image", lambda m: f"{m['nearest_median']:.2f} (median distance)"),
     ("closer than any test image", lambda m: f"{m['copies']}"),
 )
-LABEL_ROWS = (
-    ("label agreement", lambda m: f"{m['agreement']:.2%}"),
-    *((f"  digit {d}", lambda m, d=d: percent(m["by_digit"][d])) for d in range(10)),
-    ("  confusions", lambda m: ", ".join(f"{a} as {b}: {n}" for a, b, n in m["confusions"])),
-)
+
+MOST_LABELS = 20  # that have a row each
 
 SWEEP_ROW = (
     "{sampler} {steps} {guidance:g} {guidance_low:g} {guidance_high:g} {eta:g} {calls} {fd:.4f} "
@@ -52,12 +50,28 @@ def percent(share: float | None) -> str:
     return "" if share is None else f"{share:.2%}"
 
 
+def label_rows(names: list[str]) -> Iterator[tuple[str, Callable[[Result], str]]]:
+    """The rows on how labels were read: each label by itself unless there are many."""
+    yield "label agreement", lambda m: f"{m['agreement']:.2%}"
+    digits = list(map(str, range(len(names))))
+    for i, name in enumerate(names[:MOST_LABELS]):
+        title = f"  digit {name}" if names == digits else f"  {name}"
+        yield title, lambda m, i=i: percent(m["by_digit"][i])
+    confusion = "{} as {}: {}".format
+    yield (
+        "  confusions",
+        lambda m: ", ".join(confusion(names[a], names[b], n) for a, b, n in m["confusions"]),
+    )
+
+
 def table(result: Result) -> str:
     """A result as a person reads it."""
     samples, real = result["samples"], {"fd_over_floor": 1, "copies": 0, **result["real"]}
+    names = result.get("label_names", list("0123456789"))  # older results are of MNIST
     rows = [("", "samples", "real test images")]
-    for name, show in (*ROWS, *(LABEL_ROWS if "agreement" in samples else ())):
-        rows.append((name, show(samples), show(real)))
+    for name, show in (*ROWS, *(label_rows(names) if "agreement" in samples else ())):
+        title = name.replace("MNIST", result.get("dataset", "MNIST"))
+        rows.append((title, show(samples), show(real)))
     if "cas" in result:
         accuracy = [f"{np.mean(result['cas'][kind]):.2%}" for kind in ("synthetic", "real")]
         rows.append(("CAS: accuracy on real tests", *accuracy))

@@ -22,16 +22,16 @@ VIEWS = {"coarse": coarse, "exact": lambda images: images}
 
 
 class Discriminator(nn.Module):
-    """uint8 images (N, 1, H, W) to logits (N,): above 0 for "a real image". It sees each grey level
+    """uint8 images (N, C, H, W) to logits (N,): above 0 for "a real image". It sees each grey level
     as waves of several lengths too, so that it can tell 253 from 255."""
 
-    def __init__(self) -> None:
+    def __init__(self, channels: int) -> None:
         super().__init__()
         level = torch.arange(256) / 255
         waves = [f(torch.pi * k * level) for k in (1, 4, 16, 64) for f in (torch.sin, torch.cos)]
         self.register_buffer("encoded", torch.stack([level, *waves], dim=1))  # (256, 9)
         self.features = nn.Sequential(
-            block(9, 16, stride=2),  # (N, 16, 14, 14)
+            block(9 * channels, 16, stride=2),  # (N, 16, 14, 14)
             block(16, 32),
             nn.MaxPool2d(2),  # (N, 32, 7, 7)
             block(32, 64),
@@ -40,12 +40,13 @@ class Discriminator(nn.Module):
         self.head = nn.Linear(64, 1)
 
     def forward(self, images: Tensor) -> Tensor:
-        x = F.embedding(images[:, 0].int(), self.encoded).permute(0, 3, 1, 2)  # (N, 9, H, W)
+        x = F.embedding(images.int(), self.encoded)  # (N, C, H, W, 9)
+        x = x.permute(0, 1, 4, 2, 3).flatten(1, 2)  # (N, C · 9, H, W)
         return self.head(self.features(x).mean(dim=(2, 3))).squeeze(1)
 
 
 def two_sample_test(samples: Tensor, real: Tensor, seed: int) -> tuple[float, Tensor]:
-    """Train on one random half of samples and as many real images, both uint8 (N, 1, H, W), and
+    """Train on one random half of samples and as many real images, both uint8 (N, C, H, W), and
     test on the other half. Returns the accuracy, and for each sample the logit of "real" where it
     was tested, else infinity (N,)."""
     N = min(len(samples), len(real))
@@ -67,10 +68,10 @@ def two_sample_test(samples: Tensor, real: Tensor, seed: int) -> tuple[float, Te
 
 
 def fit(x: Tensor, answers: Tensor, seed: int) -> Discriminator:
-    """Train on uint8 images x (N, 1, H, W) and answers (N,): 1 for a real image, else 0."""
+    """Train on uint8 images x (N, C, H, W) and answers (N,): 1 for a real image, else 0."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        net = Discriminator().to(x.device)
+        net = Discriminator(x.shape[1]).to(x.device)
     per_epoch = max(1, len(x) // BATCH_SIZE)
     total = EPOCHS * per_epoch
     optimizer = torch.optim.AdamW(net.parameters(), weight_decay=WEIGHT_DECAY)
