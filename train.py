@@ -264,8 +264,11 @@ def draw_preview(run: Run, state: TrainState) -> None:
 
         x_0 = diffusion.draw(diffusion.guided(state.ema, state.guide), y, on_state)
         path.parent.mkdir(exist_ok=True)
-        save_png(image_grid(to_uint8(x_0), cfg.preview_columns), path)
+        grid = image_grid(to_uint8(x_0), cfg.preview_columns)
+        save_png(grid, path)
         tqdm.write(f"wrote {path}")
+        if run.board:
+            run.board.grid(grid, state.progress.step)
 
 
 @distributed.first_only
@@ -292,6 +295,8 @@ def main() -> int:
     groups = ("machine", "model", "student", "training", "sampling", "picture")
     add_settings(parser, Config.names(*groups))
     add_model_size(parser)
+    board_help = "also write figures and grids for TensorBoard"
+    parser.add_argument("--tensorboard", action="store_true", help=board_help)
     parser.needs("--continue_training_epochs", "--load_checkpoint_path")
     parser.needs("--student_steps", "--teacher")
     counts_all = "--epochs counts from scratch; give --continue_training_epochs instead"
@@ -320,6 +325,7 @@ def main() -> int:
             print(f"nothing to resume in {plan.cfg.output_dir}: starting from scratch")
         for note in plan.notes:
             print(note)
+        plan.tensorboard = args.tensorboard
         return train(plan, device, began)
 
 

@@ -11,7 +11,7 @@ from data import to_model_range
 from diffusion import Diffusion, seeded_generator
 from evaluation.results import Result
 
-TIMES = [0.3 + 0.4 * i / 15 for i in range(16)]  # t / T: with less noise any label will do
+TIMES = [0.5 + 0.05 * i for i in range(9)]  # t / T: with less noise, any label will do
 
 
 @torch.no_grad()
@@ -33,11 +33,9 @@ def classify(loaded: LoadedModel, images: Tensor, labels: Tensor) -> Result:
             for label in range(cfg.num_classes):
                 x_0_hat = diffusion.denoise(loaded.model, x_t, t, torch.full_like(y, label))
                 error = (x_0_hat - x_0).square().mean(dim=(1, 2, 3))
-                errors[:, label] += diffusion.snr[t].item() * error  # so it is that of eps
+                errors[:, label] += diffusion.snr[t].sqrt().item() * error
         right += (errors.argmin(dim=1) == y).sum().item()
         bar.update(len(y))
     bar.close()
-    seconds, calls = time.perf_counter() - began, len(TIMES) * cfg.num_classes
-    return {"accuracy": right / len(images), "images": len(images), "calls": calls} | {
-        "seconds": seconds
-    }
+    cost = {"calls": len(TIMES) * cfg.num_classes, "seconds": time.perf_counter() - began}
+    return {"accuracy": right / len(images), "images": len(images)} | cost

@@ -150,7 +150,7 @@ def what_to_set_aside(
     files = [*models.glob(CHECKPOINTS), *images.glob("samples_epoch_*.png")]
     curves = images / "training.png"
     if start is None or start.resolve().parent != models.resolve():
-        return [*files, metrics, curves], [], []
+        return [*files, metrics, curves, out / "tensorboard"], [], []
     listed = checkpoint.list_checkpoints(models, CHECKPOINTS)
     names = {path.stem.partition("_")[2] for path, now in listed if now.step <= step}  # to keep
     moved = [path for path in files if path.stem.partition("_")[2] not in names]

@@ -19,6 +19,7 @@ from data import with_classes
 from distill import student_settings
 from files import first_line, sha256
 from interface import folder
+from interface.board import Board
 from interface.cli import as_flags, quote, settings_for_training
 from interface.requests import find_model, model_with_hash
 
@@ -35,6 +36,7 @@ class Plan:
     changed: bool = False  # whether the settings or the budget are not those of `start`
     notes: list[str] = field(default_factory=list)  # what the user should know of the settings
     weights: Path | None = None  # the model whose weights a new run begins with
+    tensorboard: bool = False  # whether to write event files too
 
 
 def make_plan(
@@ -177,6 +179,7 @@ class Run:
             raise ValueError(f"{plan.start}: {inside}; give it the data that it was trained on")
         self.bar: tqdm | None = None
         self.rows: list[dict[str, Any]] = []  # of metrics.csv
+        self.board: Board | None = None
         self.warned: set[str] = set()  # kinds of files that could not be written
         self.signals: list[int] = []  # that this process has received
         self.stopped_by = 0  # the signal by which all processes stop
@@ -234,6 +237,8 @@ class Run:
         print(f"training from {progress} {until}; results in {cfg.output_dir}", flush=True)
         if saves_plan:
             self.save()
+        if self.plan.tensorboard and distributed.rank() == 0:
+            self.board = Board(cfg, progress.step)
         self.signals = note_stop_signals()
 
     @distributed.first_only
@@ -267,6 +272,9 @@ class Run:
         row = (epoch, progress.step, loss, validation, lr, grad_norm, rate, progress.seconds)
         self.rows.append(dict(zip(folder.METRICS, row, strict=True)))
         self.write_rows()
+        if self.board:
+            with self.side_output(Path(self.cfg.output_dir, "tensorboard")):
+                self.board.row(self.rows[-1])
         losses = f"loss {loss:.4f}, validation {validation:.4f}"
         tqdm.write(f"epoch {epoch}: {losses}, {rate:.0f} images/s, {self.time_left()}")
 

@@ -1,0 +1,135 @@
+"""export.py: other programs get the same pictures from the same noise."""
+
+import json
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from conftest import TINY
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+import checkpoint
+from diffusion import Diffusion
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def trained(run, tmp_path):
+    flags = TINY | {"epochs": 1, "dense_size": 8, "output_dir": tmp_path / "results"}
+    assert run("train.py", **flags).code == 0
+    return tmp_path / "results/models/model_epoch_1.pth"
+
+
+def session(path):
+    return onnxruntime.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])
+
+
+class Given:
+    """Noise that was drawn before, for Diffusion.sample."""
+
+    def __init__(self, noise):
+        self.left = list(noise.unbind(dim=1))
+
+    def draw(self):
+        return self.left.pop(0)
+
+
+@pytest.mark.parametrize(("steps", "eta", "draws"), [(3, 0.0, 1), (3, 0.5, 3)])
+def test_the_whole_sampler_as_a_graph(run, trained, tmp_path, steps, eta, draws):
+    out = tmp_path / "digits.onnx"
+    made = run("export.py", out, model=trained, steps=steps, eta=eta)
+    assert made.code == 0, made
+    assert f"wrote {out}" in made.out
+    loaded = checkpoint.load_model(trained, CPU)
+    cfg = checkpoint.replace(loaded.cfg, steps=steps, eta=eta, precision="float32")
+    diffusion = Diffusion(cfg)
+    for B in (1, 3, 7):
+        noise = torch.randn(B, draws, 1, 28, 28)
+        y = torch.arange(B) % 10
+        denoiser = diffusion.guided(loaded.model, loaded.guide)
+        *_, expected = diffusion.sample(denoiser, y, Given(noise))
+        found = session(out).run(None, {"noise": noise.numpy(), "y": y.numpy()})[0]
+        np.testing.assert_allclose(found, expected.numpy(), atol=1e-4)
+
+
+def test_the_network_as_a_graph(run, trained, tmp_path):
+    out = tmp_path / "network.onnx"
+    assert run("export.py", out, model=trained, network=True).code == 0
+    loaded = checkpoint.load_model(trained, CPU)
+    x_t, t, y = torch.randn(4, 1, 28, 28), torch.tensor([1, 9, 500, 1000]), torch.arange(4)
+    found = session(out).run(None, {"x_t": x_t.numpy(), "t": t.numpy(), "y": y.numpy()})[0]
+    np.testing.assert_allclose(found, loaded.model(x_t, t, y).numpy(), atol=1e-4)
+
+
+def test_a_graph_that_computes_otherwise_is_not_written(run, trained, tmp_path, monkeypatch):
+    monkeypatch.setattr("export.LARGEST_ERROR", -1.0)
+    out = tmp_path / "digits.onnx"
+    made = run("export.py", out, model=trained, steps=1)
+    assert made.code == 2
+    assert "differs from torch" in made.err
+    assert not out.exists()
+
+
+def test_safetensors_draw_the_same_pictures(run, trained, tmp_path):
+    out = trained.parent / "shared.safetensors"
+    assert run("export.py", out, model=trained).code == 0
+    with safe_open(out, "pt") as file:
+        assert json.loads(file.metadata()["config"])["widths"] == [8, 8]
+        assert json.loads(file.metadata()["config"])["output_dir"] == "results"  # not this one
+    pictures = []
+    for model in (trained, out):
+        picture = tmp_path / f"{model.suffix}.png"
+        drawn = run("generate.py", digits=26, model=model, output=picture, device="cpu")
+        assert drawn.code == 0, drawn
+        pictures.append(np.asarray(Image.open(picture)))
+    assert np.array_equal(*pictures)
+    here = {"output_dir": trained.parent.parent, "output": tmp_path / "again.png"}
+    assert run("generate.py", reproduce=picture, **here).code == 0
+
+
+@pytest.mark.parametrize("fault", ["torn", "of another program", "not finite"])
+def test_other_safetensors_are_refused_in_a_line(run, trained, tmp_path, fault):
+    out = tmp_path / "shared.safetensors"
+    assert run("export.py", out, model=trained).code == 0
+    if fault == "torn":
+        out.write_bytes(out.read_bytes()[:-100])
+    elif fault == "of another program":
+        save_file({"weight": torch.zeros(3)}, out)
+    else:
+        with safe_open(out, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            notes = file.metadata()
+        tensors["ema.head.bias"][0] = torch.nan
+        save_file(tensors, out, notes)
+    refused = run("generate.py", digits=1, model=out, output_dir=tmp_path)
+    assert refused.code == 2
+    assert refused.err.count("\n") == 1
+    assert str(out) in refused.err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["model.pt"], "ends in .onnx or .safetensors"),
+        (["model.safetensors", "--network"], "drop the flag"),
+        (["no/such/folder.onnx"], "make it first"),
+        (["model.onnx", "--model", "none"], "no such checkpoint"),
+    ],
+)
+def test_mistakes_are_one_line(run, tmp_path, monkeypatch, words, said):
+    monkeypatch.chdir(tmp_path)
+    refused = run("export.py", *words)
+    assert (refused.code, refused.err.count("\n")) == (2, 1)
+    assert said in refused.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_missing_package_is_one_line(run, trained, tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
+    refused = run("export.py", tmp_path / "digits.onnx", model=trained)
+    assert refused.code == 2
+    assert "pip install -r requirement-extra.txt" in refused.err
