@@ -89,5 +89,5 @@ def agreement_metrics(answers: Tensor, labels: Tensor, classes: int = 10) -> dic
     return {
         "agreement": (answers == labels).float().mean().item(),
         "by_digit": [right / count if count else None for right, count in drawn],
-        "confusions": [[a, b, int(table[a, b])] for a, b in worst if table[a, b] > 0],
+        "confusions": [[a, b, int(table[a, b])] for a, b in worst if wrong[a * classes + b] > 0],
     }

@@ -1,5 +1,6 @@
 """Data sets other than MNIST: one's own pictures, and MNIST's relatives by torchvision."""
 
+import json
 import struct
 from pathlib import Path
 
@@ -213,3 +214,53 @@ def test_pictures_are_turned_as_the_camera_was_held_and_laid_on_black(tmp_path):
     Image.fromarray(top_white.astype(np.uint16) * 257).save(tmp_path / "deep.png")
     for name in ("turned", "transparent", "deep"):
         assert np.array_equal(read_picture(tmp_path / f"{name}.png", cfg)[0], top_white), name
+
+
+def test_a_folder_is_evaluated_with_a_classifier_of_its_own(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("evaluation.classifier.LEAST_STEPS", 60)
+    monkeypatch.setattr("evaluation.metrics.RESAMPLES", 3)
+    random = np.random.default_rng(0)
+    for label, colour in (("七", (255, 40, 40)), ("a dog", (40, 40, 255)), ("cat", (0, 255, 0))):
+        folder = tmp_path / "pictures" / label
+        folder.mkdir(parents=True)
+        for i in range(500):
+            pixels = np.array(colour) * random.random((8, 8, 1))
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i}.png")
+    out = tmp_path / "results"
+    here = {"data_dir": tmp_path / "pictures", "output_dir": out, "device": "cpu"}
+    shape = {"dataset": "folder", "img_size": 8, "img_channels": 3, "patch_size": 1, "epochs": 2}
+    tiny = {"widths": 8, "dense_size": 16, "embedding_size": 8, "preview_columns": 1, "steps": 3}
+    assert run("train.py", **here, **shape, **tiny).code == 0
+
+    found = run("evaluate.py", "--c2st", "--cas", **here)
+    assert found.code == 0, found
+    assert "training a classifier for these 1,350 images, once" in found.out
+    assert "150 images of" in found.out  # every tenth was set aside, and sets the number
+    for row in ("FD-folder", "  七 ", "  a dog ", "  cat ", "C2ST, exact pixels", "CAS"):
+        assert row in found.out
+    [file] = (out / "metrics").glob("model*.json")
+    result = json.loads(file.read_text("utf-8"))
+    assert result["real"]["agreement"] > 0.95  # colours are easy to tell
+    assert result["label_names"] == ["a dog", "cat", "七"]
+    again = run("evaluate.py", **here)
+    assert "measured before" in again.out + again.err
+    assert "training a classifier" not in again.out
+
+    named = run("evaluate.py", "--classify", **here, samples=60)
+    assert named.code == 0
+    assert "of 60 test images" in named.out
+
+
+def test_too_few_pictures_to_evaluate_are_one_line(run, tmp_path):
+    folder = tmp_path / "pictures" / "one"
+    folder.mkdir(parents=True)
+    for i in range(40):
+        Image.new("L", (8, 8), i * 6).save(folder / f"{i}.png")
+    out = tmp_path / "results"
+    here = {"data_dir": tmp_path / "pictures", "output_dir": out, "device": "cpu"}
+    shape = {"dataset": "folder", "img_size": 8, "patch_size": 1, "batch_size": 8, "epochs": 1}
+    tiny = {"widths": 8, "dense_size": 0, "embedding_size": 8, "preview_columns": 1, "steps": 2}
+    assert run("train.py", **here, **shape, **tiny).code == 0
+    refused = run("evaluate.py", **here)
+    assert refused.code == 2
+    assert "4 test images; the metrics need at least 128; add pictures" in refused.err

@@ -107,3 +107,8 @@ def test_a_digit_that_was_not_drawn_has_no_agreement():
 def test_few_real_images_are_compared_in_small_subsets():
     features = torch.randn(300, 4, generator=torch.Generator().manual_seed(0))
     assert feature_metrics(features, features[:200])["precision"] == pytest.approx(1, abs=0.1)
+
+
+def test_without_mistakes_there_are_no_confusions():
+    labels = torch.arange(3).repeat(5)
+    assert agreement_metrics(labels, labels, classes=3)["confusions"] == []
