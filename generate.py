@@ -7,6 +7,7 @@ import itertools
 import sys
 import time
 from argparse import BooleanOptionalAction, Namespace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -93,10 +94,10 @@ def write(loaded: LoadedModel, request: Request, states: list[Tensor]) -> None:
     if request.animated:
         picture.save_animation(grids, request.output)
         return
-    record, replace = provenance(loaded, request), request.if_taken == "replace"
+    record, may_replace = provenance(loaded, request), request.if_taken == "replace"
     while True:
         try:
-            picture.save_png(grids[-1], request.output, record, replace=replace)
+            picture.save_png(grids[-1], request.output, record, replace=may_replace)
             return
         except FileExistsError:  # another process was faster
             request.rename()
@@ -111,7 +112,8 @@ def provenance(loaded: LoadedModel, request: Request) -> dict[str, Any]:
     how["precision"] = pick_precision(request.cfg.precision, loaded.device)  # of "auto", what it is
     start = request.original.record() if request.original else {}
     made_with = picture.made_with(loaded.device) + (", compiled" if request.cfg.compile else "")
-    return what | how | start | {"made with": made_with}
+    all_ = what | how | start | {"made with": made_with}
+    return {k: v for k, v in all_.items() if request.recorded is None or k in request.recorded}
 
 
 def reproduce(
@@ -129,7 +131,7 @@ def reproduce(
     if file is None:
         lacks = f"its model, SHA-256 {shortened(recorded['model'])}, is not in {here['output_dir']}"
         raise ValueError(f"{original}: {lacks}; try --output_dir")
-    loaded = checkpoint.load_model(file, device)
+    loaded = replace(checkpoint.load_model(file, device), sha256=recorded["model"])
     request = requests.request_from_picture(recorded, original, loaded.cfg, here)
     request.output = output or requests.free_name(request.cfg, f"{request.digits}_again")
     request.if_taken = "replace" if output else "renumber"

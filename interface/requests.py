@@ -4,7 +4,7 @@ import os
 import secrets
 import time
 from argparse import ArgumentTypeError, Namespace
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from checkpoint import Progress, list_checkpoints
+from checkpoint import PRETRAINED, STUDENT, Progress, list_checkpoints
 from config import Config, parse_labels, shortened
 from data import draw_labels
 from files import check_writable, make_folder, printable, sha256
@@ -24,6 +24,10 @@ from interface.picture import ANIMATIONS, ENDINGS, MAX_ANIMATED, MAX_FRAMES
 from interface.terminal import ask, log, whole_number
 
 MAX_IMAGES = 100_000
+EARLIER_FILES = {  # of the shipped models, before they knew their grey levels
+    PRETRAINED: "e291342c43ce427f25492019b3acf67801e4922eec5e2930a900cb896c2f5cf6",
+    STUDENT: "3f0e978e69a723b04548cf881f8bbffd7c5b30acee46ffa81b904df49cf27fb2",
+}
 TAKEN = "exists already; choose another folder or --seed"
 
 
@@ -73,6 +77,7 @@ class Request:
     output: Path
     if_taken: str = "replace"  # if `output` exists: "replace", "renumber" or "refuse"
     original: Original | None = None  # the picture to complete or to edit
+    recorded: Collection[str] | None = None  # what the picture says that is to be drawn again
 
     def __post_init__(self) -> None:
         names = self.cfg.label_names
@@ -205,7 +210,11 @@ def requests_from_answers(cfg: Config, seed: int | None) -> Iterator[Request]:
 
 
 def model_with_hash(expected: str, output_dir: Path) -> Path | None:
-    """The model with a SHA-256, among those of a run folder and of its earlier runs."""
+    """The model with a SHA-256, among those of a run folder and of its earlier runs; for that of an
+    earlier file of a shipped model, the present one, whose weights are the same."""
+    for name, earlier in EARLIER_FILES.items():
+        if expected == earlier and (output_dir / "models" / name).is_file():
+            return output_dir / "models" / name
     for path in (*output_dir.glob("models/*"), *output_dir.glob("earlier/*/*")):
         with suppress(OSError):  # one that cannot be read
             if path.suffix in (".pth", ".safetensors") and sha256(path) == expected:
@@ -221,12 +230,14 @@ def request_from_picture(
     if provenance.get("digits") == "mnist" and provenance.get("labels") != "exact":
         reason = "an older version drew its labels at random, which this one does not"
         raise ValueError(f"{picture}: {reason}; draw a new one")
+    recorded = set(provenance)
     try:
         # Older pictures knew no other
         provenance = {"precision": "float32", "match_levels": False} | provenance
         known = {name: provenance[name] for name in Config.names("sampling", "picture")}
         cfg = settings_for_drawing(trained, given | known)
         start = Original.from_record(provenance, cfg)
-        return Request(provenance["digits"], provenance["count"], cfg, picture, original=start)
+        what = provenance["digits"], provenance["count"]
+        return Request(*what, cfg, picture, original=start, recorded=recorded)
     except (LookupError, TypeError, ValueError):
         raise ValueError(f"{picture}: not a PNG that generate.py wrote") from None
