@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from typing import Any
 
-VERSION = "1.1"  # of the program
+VERSION = "1.2"  # of the program
 
 DATASETS = ("MNIST", "FashionMNIST", "KMNIST", "QMNIST", "EMNIST-digits", "EMNIST-letters")
 DATASETS += ("folder",)

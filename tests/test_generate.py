@@ -21,6 +21,7 @@ from config import FAST, Config
 from data import LABEL_COUNTS
 from diffusion import Diffusion
 from evaluation import classifier
+from interface import requests
 from interface.picture import read_npz, read_provenance, save_png
 
 if os.name != "nt":
