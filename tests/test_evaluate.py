@@ -197,12 +197,33 @@ def test_bad_flags_are_one_line(run, tmp_path, flags, words):
     assert_one_line(run("evaluate.py", **flags, output_dir=tmp_path), *words)
 
 
-def test_a_model_of_other_images_than_mnists_is_refused(run, tmp_path):
-    cfg = Config(img_size=32, widths=(8, 8), embedding_size=8)
-    path = tmp_path / "large.pth"
+def test_digits_of_another_size_have_a_classifier_of_their_own(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(classifier, "LEAST_STEPS", 10)
+    monkeypatch.setattr("evaluation.metrics.RESAMPLES", 3)
+    cfg = Config(img_size=16, widths=(8, 8), embedding_size=8, steps=2, max_images=1280)
+    path = tmp_path / "small.pth"
     checkpoint.save(path, cfg, checkpoint.TrainState.initial(cfg, CPU))
-    result = run("evaluate.py", model=path, data_dir=MNIST, output_dir=tmp_path)
-    assert_one_line(result, "large.pth", "28 x 28")
+    here = {"data_dir": MNIST, "output_dir": tmp_path, "device": "cpu"}
+    result = run("evaluate.py", model=path, samples=200, **here)
+    assert result.code == 0, result
+    assert "200 images of" in result.out
+    [own] = (tmp_path / "evaluators").glob("MNIST-16px-*.pth")
+    assert f"evaluator {sha256(own)[:12]}" in result.out
+
+
+def test_the_denoiser_names_test_images(run, tmp_path):
+    found = run(
+        "evaluate.py",
+        "--classify",
+        model=REPO / "results/models/pretrained.pth",
+        samples=32,
+        output_dir=tmp_path,
+    )
+    assert found.code == 0, found
+    [file] = (tmp_path / "metrics").glob("classify-pretrained-*.json")
+    result = json.loads(file.read_text("utf-8"))["classify"]
+    assert result["accuracy"] > 0.9  # a tenth by chance
+    assert result["calls"] == 90
 
 
 def test_train_evaluator_writes_a_new_one_and_prints_its_accuracy(run, monkeypatch):
