@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import MNIST, TINY, Result, assert_one_line
+from conftest import MNIST, REPO, TINY, Result, assert_one_line
 from PIL import Image
 from test_evaluator import ClassMeans, real_images, shared_evaluator
 
