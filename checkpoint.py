@@ -105,10 +105,10 @@ class LoadedModel:
     cfg: Config  # the settings that it was trained with
     model: UNet  # with the averaged weights
     guide: UNet | None
-    levels: GreyLevels | None
     progress: Progress
     device: torch.device
     sha256: str  # of the file
+    levels: GreyLevels | None = None  # older files have none
 
 
 def save(path: Path, cfg: Config, state: TrainState) -> None:
@@ -294,8 +294,8 @@ def load_model(path: str | Path, device: torch.device, compiled: bool = False) -
             network.load_state_dict(contents[name])
             if compiled:
                 compile_network(network)
-    here = device, sha256(Path(path))
-    return LoadedModel(Path(path), cfg, ema, guide, _levels(contents), progress, *here)
+    found = progress, device, sha256(Path(path)), _levels(contents)
+    return LoadedModel(Path(path), cfg, ema, guide, *found)
 
 
 def list_checkpoints(folder: str | Path, pattern: str = "*.pth") -> list[tuple[Path, Progress]]:

@@ -111,7 +111,7 @@ class Config:
     )
     seed: int = picture(0, "seed of all random numbers", ge=0, le=2**32 - 1, fixed_in_epoch=True)
     clip_x_0: bool = sampling(True, "clamp each estimate of x_0 to [-1, 1]")
-    match_levels: bool = sampling(True, "give images the grey levels of the training images")
+    match_levels: bool = picture(True, "give images the grey levels of the training images")
     sample_batch_size: int = picture(128, "images sampled at a time", ge=1, le=8192)
 
     def __post_init__(self) -> None:

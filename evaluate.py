@@ -17,7 +17,7 @@ from tqdm import tqdm
 import distributed
 from checkpoint import LoadedModel, load_model
 from config import Config
-from data import draw_labels, to_uint8
+from data import draw_labels, load_split, to_uint8
 from diffusion import Diffusion
 from evaluation import classifier, denoiser, plots, results
 from evaluation.evaluator import MAX_MEASURED, Evaluator, shuffled
@@ -59,6 +59,7 @@ def evaluate_model(
     settings = {**cfg.select("sampling"), "seed": cfg.seed, "samples": args.samples}
     settings["labels"] = "exact"  # older results had random ones
     settings["precision"] = pick_precision(cfg.precision, loaded.device)
+    settings["match_levels"] = cfg.match_levels and loaded.levels is not None
     identity = {"model": loaded.sha256, "settings": settings}
     identity["evaluator"] = evaluator and evaluator.sha256
     known = distributed.from_first(lambda: results.read_result(file, identity))
@@ -171,12 +172,10 @@ def sweep(
     print(f"wrote {picture}")
 
 
-def classify(evaluator: Evaluator | None, loaded: LoadedModel, cfg: Config, count: int) -> None:
+def classify(loaded: LoadedModel, cfg: Config, count: int) -> None:
     """Have the denoiser itself name what is on test images, and say how well it does."""
-    if evaluator is None:  # work for a single process
-        return
-    images, labels = evaluator.test_images[:count], evaluator.test_labels[:count]
-    found = denoiser.classify(replace(loaded, cfg=cfg), images, labels)
+    images, labels = load_split(cfg, train=False, device=loaded.device)
+    found = denoiser.classify(replace(loaded, cfg=cfg), images[:count], labels[:count])
     result = {"model": loaded.sha256, "seed": cfg.seed, "classify": found}
     print(
         f"the denoiser of {loaded.path} names the label of {found['accuracy']:.2%} of "
@@ -219,7 +218,7 @@ def main() -> int:
         raise ValueError(f"samples = {args.samples}: choose {least} to {MAX_MEASURED}")
     given = cli.given_settings(args)
     cfg = replace(Config(), **{n: given[n] for n in Config.names("machine") if n in given})
-    draws = not (args.train_evaluator or args.images)
+    draws = not (args.train_evaluator or args.images or args.classify)
     if distributed.rank() > 0 and not draws:  # which is work for a single process
         return 0
     if args.train_evaluator:
@@ -233,16 +232,13 @@ def main() -> int:
         loaded = load_model(file, pick_device(cfg.device), cfg.compile)
         cfg = cli.settings_for_drawing(loaded.cfg, given)
         configs = [replace(cfg, **each) for each in parse_sweep(args.sweep or [])]
+        if args.classify:
+            classify(loaded, cfg, args.samples or 1000)
+            return 0
         evaluator = Evaluator(cfg, loaded.device) if distributed.rank() == 0 else None
         with distributed.joined(loaded.device):
             real = distributed.from_first(lambda: evaluator and len(evaluator.test_images))
-            if args.classify:
-                classify(evaluator, loaded, cfg, args.samples or 1000)
-                return 0
             args.samples = args.samples or min(real, MAX_MEASURED)
-            if args.samples < least:
-                few = f"{args.samples} test images; the metrics need at least {least}"
-                raise ValueError(f"dataset = {cfg.dataset!r}: {few}; add pictures")
             if args.sweep:
                 sweep(evaluator, loaded, configs, args)
             else:

@@ -137,7 +137,11 @@ def is_mnist(cfg: Config) -> bool:
 
 
 def own_classifier(cfg: Config, train: Split, test: Split) -> Path:
-    """The classifier of another data set, trained unless the output folder has it already."""
+    """The classifier of another data set, trained unless the output folder has it already. Raises
+    ValueError if there are fewer test images than it has features."""
+    if len(test[0]) < FEATURES:
+        few = f"{len(test[0])} test images; the metrics need at least {FEATURES}"
+        raise ValueError(f"dataset = {cfg.dataset!r}: {few}; add pictures")
     content = fingerprint(*train)["sha256"][:8]
     path = Path(cfg.output_dir, "evaluators", f"{cfg.dataset}-{cfg.img_size}px-{content}.pth")
     if not path.is_file():

@@ -128,7 +128,8 @@ def result_file(loaded: LoadedModel, cfg: Config, count: int) -> Path:
         f"-from{cfg.guidance_low:g}to{cfg.guidance_high:g}-eta{cfg.eta:g}-n{count}-s{cfg.seed}"
         f"-{pick_precision(cfg.precision, loaded.device)}"
     )
-    return Path(cfg.output_dir, "metrics", f"{name}{'' if cfg.clip_x_0 else '-unclipped'}.json")
+    name += ("" if cfg.clip_x_0 else "-unclipped") + ("" if cfg.match_levels else "-unmatched")
+    return Path(cfg.output_dir, "metrics", f"{name}.json")
 
 
 def read_result(file: Path, identity: Result) -> Result | None:

@@ -23,7 +23,13 @@ from interface import folder
 from model import check_step
 
 # 33 images are not a multiple of 2 processes
-FLAGS = TINY | {"batch_size": 33, "max_images": 1000, "epochs": 7, "save_every": 2}
+FLAGS = TINY | {
+    "precision": "float32",
+    "batch_size": 33,
+    "max_images": 1000,
+    "epochs": 7,
+    "save_every": 2,
+}
 
 pytestmark = unix
 
