@@ -201,7 +201,7 @@ def test_in_drawing_flags_win_over_the_models_own_sampling_settings():
 
 def test_in_drawing_the_seed_the_folders_and_the_device_come_from_config():
     theirs = {"output_dir": "theirs", "data_dir": "their_data", "device": "cuda", "compile": True}
-    theirs |= {"seed": 5, "sample_batch_size": 3, "precision": "bf16"}
+    theirs |= {"seed": 5, "sample_batch_size": 3, "precision": "bf16", "match_levels": False}
     assert set(theirs) == set(Config.names("machine", "picture"))
     trained = Config(**theirs)
     here = settings_for_drawing(trained, {})

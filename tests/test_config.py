@@ -122,7 +122,8 @@ def test_the_names_of_several_groups_are_in_the_order_of_the_settings():
     assert Config.names("machine") == ("data_dir", "output_dir", "device", "compile")
     assert Config.names("length") == ("epochs", "budget")
     of_pictures = "sampler steps guidance guidance_low guidance_high eta precision seed clip_x_0"
-    assert Config.names("picture", "sampling") == (*of_pictures.split(), "sample_batch_size")
+    rest = ("match_levels", "sample_batch_size")
+    assert Config.names("picture", "sampling") == (*of_pictures.split(), *rest)
 
 
 def test_select_gives_the_values_of_groups():
