@@ -174,15 +174,20 @@ def sweep(
 
 def classify(loaded: LoadedModel, cfg: Config, count: int) -> None:
     """Have the denoiser itself name what is on test images, and say how well it does."""
+    if cfg.is_student:
+        raise ValueError(f"{loaded.path}: a student knows few noise levels; choose its teacher")
+    make_folders(cfg.output_dir)
     images, labels = load_split(cfg, train=False, device=loaded.device)
-    found = denoiser.classify(replace(loaded, cfg=cfg), images[:count], labels[:count])
+    some = shuffled(len(images), cfg.seed)[:count].to(loaded.device)
+    found = denoiser.classify(replace(loaded, cfg=cfg), images[some], labels[some])
     result = {"model": loaded.sha256, "seed": cfg.seed, "classify": found}
     print(
         f"the denoiser of {loaded.path} names the label of {found['accuracy']:.2%} of "
         f"{found['images']:,} test images, with {found['calls']} network calls an image, in "
         f"{found['seconds']:.0f} s"
     )
-    file = Path(cfg.output_dir, "metrics", f"classify-{loaded.path.stem}-{loaded.sha256[:8]}.json")
+    name = f"classify-{loaded.path.stem}-{loaded.sha256[:8]}-n{found['images']}-s{cfg.seed}.json"
+    file = Path(cfg.output_dir, "metrics", name)
     results.write_result(file, result)
     print(f"wrote {file}")
 
@@ -205,9 +210,10 @@ def parse_flags() -> Namespace:
     cli.add_settings(parser, Config.names("machine", "sampling", "picture"))
     parser.allows_only("--images", "--cas", "--c2st", "--data_dir", "--output_dir", "--device")
     parser.allows_only("--train_evaluator", "--data_dir")
+    with_it = ("--model", "--samples", "--seed", "--precision", "--sample_batch_size", "--compile")
+    parser.allows_only("--classify", *with_it, "--data_dir", "--output_dir", "--device")
     for flag in ("--cas", "--c2st"):
-        for one in ("--sweep", "--classify"):
-            parser.excludes(one, flag, message=f"{one} trains no networks; drop {flag}")
+        parser.excludes("--sweep", flag, message=f"--sweep trains no networks; drop {flag}")
     return parser.parse_args()
 
 
@@ -239,6 +245,8 @@ def main() -> int:
         with distributed.joined(loaded.device):
             real = distributed.from_first(lambda: evaluator and len(evaluator.test_images))
             args.samples = args.samples or min(real, MAX_MEASURED)
+            if args.samples > real:
+                raise ValueError(f"samples = {args.samples}: choose at most {real} (test images)")
             if args.sweep:
                 sweep(evaluator, loaded, configs, args)
             else:

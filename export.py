@@ -110,7 +110,7 @@ def export_onnx(module: Sampler | Network, path: Path) -> None:
         found = torch.from_numpy(session.run(None, arrays)[0])
         error = float((found - module(**inputs)).abs().max())
         if not error <= LARGEST_ERROR:
-            raise ValueError(f"{path}: not written, as it differs from torch by {error:g}")
+            raise ValueError(f"{path}: differs from torch by {error:g}, not written; update onnx")
     with atomic_write(path) as file:
         file.write(graph)
     inputs = module.example(B=1)
@@ -146,13 +146,16 @@ def main() -> int:
         action="store_true",
         help=".onnx: the network alone, instead of the whole sampler",
     )
-    cli.add_settings(parser, {"output_dir", *Config.names("sampling")} - {"match_levels"})
+    cli.add_settings(parser, {"output_dir", *Config.names("sampling")})
     args = parser.parse_args()
     path, given = args.output, cli.given_settings(args)
     if path.suffix not in FORMATS:
         raise ValueError(f"{path}: choose a name that ends in {' or '.join(FORMATS)}")
     if args.network and path.suffix != ".onnx":
-        raise ValueError(f"--network: {path} needs the settings too; drop the flag")
+        raise ValueError(f"--network is for .onnx, not {path}; drop the flag")
+    alone = args.network or path.suffix != ".onnx"
+    if alone and set(given) & set(Config.names("sampling")):
+        raise ValueError(f"{path} does not hold how to draw anew; drop the flags for sampling")
     check_writable(path)
     file = find_model(args.model, Path(given.get("output_dir", Config().output_dir), "models"))
     if path.suffix == ".safetensors":

@@ -208,10 +208,10 @@ def download(path: Path) -> None:
 
 
 def optional(name: str) -> ModuleType:
-    """A module that only some features need. Raises ValueError if it is not installed."""
+    """A module that only some features need. Raises ValueError if it is missing or unfit."""
     try:
         return importlib.import_module(name)
-    except ImportError as error:
+    except Exception as error:  # one that does not fit its own needs can raise anything
         reason = f"{name} cannot be imported ({first_line(error)})"
         raise ValueError(f"{reason}; pip install -r requirement-extra.txt") from None
 

@@ -35,8 +35,8 @@ class GreyLevels:
     @classmethod
     def measure(cls, images: Tensor, few: Tensor, drawn: Tensor) -> "GreyLevels | None":
         """The curves from the levels of `drawn`, in [-1, 1], to those of `few`, the uint8 images
-        that they should look like, both (N, C, H, W); and from there to the levels of all training
-        images, uint8 (M, C, H, W). None if none of these has a white, or for a NaN."""
+        that they should look like, both (N, C, H, W); and from there to the levels of the first of
+        the training images, uint8 (M, C, H, W). None if none has a white, or for a NaN."""
         images = images[: max(1, LOOKED_AT // images[0].numel())].cpu().flatten(1)
         whites = torch.stack([(images == white).sum(dim=1) for white in WHITES])  # (6, M)
         white = torch.where(whites.sum(dim=0) > 0, whites.argmax(dim=0), -1)  # (M,)
@@ -63,12 +63,10 @@ class GreyLevels:
     def match(self, x: Tensor, chance: Tensor) -> Tensor:
         """Images x (B, C, H, W) in [-1, 1] with real grey levels, in the same range; `chance` (B,),
         in [0, 1), draws the white of each. NaN, which no curve knows, passes through."""
-        if x.isnan().any():
-            return x
         curves, up_to = (each.to(x.device) for each in (self.curves, self.share.cumsum(dim=0)))
         white = torch.searchsorted(up_to, chance.to(x.device), right=True).clamp(max=len(up_to) - 1)
-        levels = curves[white].gather(1, _codes(x).flatten(1))  # (B, C·H·W)
-        return levels.view(x.shape).to(x.dtype) / 127.5 - 1
+        levels = curves[white].gather(1, _codes(x.nan_to_num()).flatten(1))  # (B, C·H·W)
+        return torch.where(x.isnan(), x, levels.view(x.shape).to(x.dtype) / 127.5 - 1)
 
     def to_dict(self) -> dict[str, Any]:
         """Tensors, for a checkpoint."""

@@ -22,6 +22,7 @@ from config import Config, parse_labels
 from data import fingerprint, load_split, to_model_range, to_uint8
 from diffusion import Diffusion, ImageNoise, Model, seeded_generator
 from distill import Distillation
+from files import first_line, optional
 from interface import folder, runs
 from interface.cli import (
     Parser,
@@ -236,12 +237,16 @@ def measure_levels(
 ) -> GreyLevels | None:
     """How the grey levels that the average draws differ from real ones. The last steps settle them,
     so a few training images are noised and drawn again from there: the same images differ in
-    nothing else, and it takes no longer than a few training steps."""
+    nothing else, and it usually takes no longer than a few training steps. None if it fails."""
     diffusion, few, y = Diffusion(cfg), images[:LEVEL_IMAGES], labels[:LEVEL_IMAGES]
     start = min(t for t in diffusion.sampling_times() if t >= 0.2 * diffusion.T) / diffusion.T
     noise = ImageNoise(cfg.seed, range(len(few)), few.shape[1:], device=few.device)
     denoiser = diffusion.guided(state.ema, state.guide)
-    *_, drawn = diffusion.sample(denoiser, y, noise, to_model_range(few), strength=start)
+    try:
+        *_, drawn = diffusion.sample(denoiser, y, noise, to_model_range(few), strength=start)
+    except (MemoryError, RuntimeError) as error:  # the checkpoint matters more
+        tqdm.write(f"grey levels not measured: {first_line(error)}")
+        return None
     return GreyLevels.measure(images, few, drawn)
 
 
@@ -306,6 +311,8 @@ def main() -> int:
     if more < 0:
         raise ValueError(f"continue_training_epochs = {more}: must be at least 0")
 
+    if args.tensorboard:
+        optional("torch.utils.tensorboard")  # before anything is moved aside
     given = given_settings(args)
     if args.load_checkpoint_path and not more and "budget" not in given:
         print(runs.describe(make_plan(given, load=args.load_checkpoint_path)))

@@ -170,5 +170,6 @@ def load(
         net.load_state_dict(contents["net"])
         reference = {k: v.numpy() for k, v in contents["train_moments"].items()}
     except Exception:  # contents of another kind can be anything
-        raise ValueError(f"{path}: not an evaluator; make it: {REMAKE}") from None
+        remedy = f"make it: {REMAKE}" if path == PATH else "delete it"
+        raise ValueError(f"{path}: not an evaluator; {remedy}") from None
     return net.to(device).eval().requires_grad_(False), reference, sha256(path)
