@@ -297,6 +297,8 @@ def in_one_line(gr: ModuleType, work: Callable[..., Iterator[str]]) -> Callable[
 
 def check_address(host: str, port: int | None) -> None:
     """Raise ValueError if nothing can listen there; gradio would try a hundred ports first."""
+    if port is not None and port < 1:
+        raise ValueError(f"port = {port}: choose one from 1 to 65535, or none")
     try:
         socket.create_server((host, port or 0)).close()
     except (OSError, OverflowError) as error:
