@@ -28,7 +28,7 @@ from torch import Tensor
 import generate
 from checkpoint import LoadedModel, load_model
 from config import Config, parse_labels, shortened
-from data import load_split, to_model_range, to_uint8
+from data import load_split, to_uint8
 from diffusion import Diffusion, ImageNoise
 from evaluation.metrics import nearest
 from files import first_line, optional
@@ -102,13 +102,11 @@ class Studio:
         return Request(digits, count, cfg, output, original=start)
 
     def states(self, request: Request, noise: Any = None) -> Iterator[Tensor]:
-        """The states of a picture, uint8 (N, C, H, W), from noise to what generate.py draws, or to
-        something else if they begin with another `noise`."""
-        cfg, y, start = request.cfg, request.labels.to(self.loaded.device), {}
+        """The states of a picture, uint8 (N, C, H, W), from noise to the image that generate.py
+        would draw, unless another `noise` is given."""
+        cfg, y = request.cfg, request.labels.to(self.loaded.device)
         diffusion, began = Diffusion(cfg, self.loaded.levels), time.perf_counter()
-        if request.original:
-            x_0 = to_model_range(request.original.pixels).to(y.device)
-            start = {"original": x_0, "known": request.original.known.to(y.device)}
+        start = request.original.start(y.device) if request.original else {}
         denoiser = diffusion.guided(self.loaded.model, self.loaded.guide)
         noise = noise or self.noise(cfg, len(y))
         for step, x in enumerate(diffusion.sample(denoiser, y, noise, **start)):
@@ -171,7 +169,7 @@ class Studio:
         if seeds[0] == seeds[1]:
             raise ValueError(f"second seed = {seeds[1]}: choose another than the first")
         sampler = {"ddpm": "ddim"}.get(self.loaded.cfg.sampler, self.loaded.cfg.sampler)
-        # Nothing but the first noise may decide what is drawn
+        # No noise is added on the way, or neighbouring frames would differ by chance
         request = self.request(digits, frames, seed=seeds[0], eta=0.0, sampler=sampler)
         labels = len(request.labels) // frames
         ends = [self.noise(replace(request.cfg, seed=seed), labels) for seed in seeds]

@@ -136,26 +136,30 @@ def save(path: Path, cfg: Config, state: TrainState) -> None:
 def slim(source: str | Path, target: str | Path) -> None:
     """Write only what drawing needs of a checkpoint, a quarter of its size: the averaged weights
     and the guide in half precision. Raises ValueError as load and save do."""
-    contents = load(source)
-    kept = {name: contents[name] for name in PLAIN}
-    kept["config"] |= Config().select("machine")  # nothing of this computer
-    kept["levels"] = contents.get("levels")
+    kept = _to_draw_with(source)
     for name in ("ema", "guide"):
-        weights = contents[name]
+        weights = kept[name]
         kept[name] = weights and {key: weight.half() for key, weight in weights.items()}
     write_tensors(Path(target), kept)
+
+
+def _to_draw_with(source: str | Path) -> dict[str, Any]:
+    """What drawing needs of a checkpoint. Raises ValueError as load does."""
+    contents = load(source)
+    kept = {name: contents.get(name) for name in (*PLAIN, *TENSORS)}
+    kept["config"] |= Config().select("machine")  # nothing of this computer
+    return kept
 
 
 def save_safetensors(source: Path, target: Path) -> None:
     """Write what drawing needs of a checkpoint as safetensors: the tensors of its average, its
     guide and its grey levels, named ema.…, guide.… and levels.…, and the rest as JSON in the
     metadata. Raises ValueError as load and files.write_safetensors do."""
-    contents, tensors = load(source), {}
-    contents["config"] |= Config().select("machine")  # nothing of this computer
+    kept, tensors = _to_draw_with(source), {}
     for name in TENSORS:
-        parts = contents.get(name) or {}
+        parts = kept[name] or {}
         tensors |= {f"{name}.{key}": tensor.contiguous() for key, tensor in parts.items()}
-    notes = {name: json.dumps(contents[name]) for name in PLAIN}
+    notes = {name: json.dumps(kept[name]) for name in PLAIN}
     write_safetensors(target, tensors, notes)
 
 

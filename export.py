@@ -8,6 +8,7 @@ import io
 import logging
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -37,7 +38,7 @@ class Sampler(nn.Module):
         self.model, self.guide = loaded.model, loaded.guide
         self.diffusion = Diffusion(cfg)
         adds_noise = self.diffusion.eta > 0
-        self.draws = cfg.steps if adds_noise else 1  # one to begin with; the last step adds none
+        self.draws = cfg.steps if adds_noise else 1  # at the start, and in all steps but the last
 
     def forward(self, noise: Tensor, y: Tensor) -> Tensor:
         denoiser = self.diffusion.guided(self.model, self.guide)
@@ -115,16 +116,14 @@ def export_onnx(module: Sampler | Network, path: Path) -> None:
         file.write(graph)
     inputs = module.example(B=1)
     arrays = {name: tensor.numpy() for name, tensor in inputs.items()}
-    ours, theirs = (
-        milliseconds(lambda: module(**inputs)),
-        milliseconds(lambda: session.run(None, arrays)),
-    )
+    ours = milliseconds(lambda: module(**inputs))
+    theirs = milliseconds(lambda: session.run(None, arrays))
     shapes = ", ".join(f"{name} {('batch', *x.shape[1:])}" for name, x in inputs.items())
     print(f"takes {shapes}".replace("'", "").replace(",)", ")"))
     print(f"one picture: {theirs:.1f} ms by onnxruntime, {ours:.1f} ms by torch; error {error:.1g}")
 
 
-def milliseconds(work) -> float:
+def milliseconds(work: Callable[[], object]) -> float:
     """The shortest time of several calls."""
     taken = []
     for _ in range(20):
@@ -155,7 +154,7 @@ def main() -> int:
         raise ValueError(f"--network is for .onnx, not {path}; drop the flag")
     alone = args.network or path.suffix != ".onnx"
     if alone and set(given) & set(Config.names("sampling")):
-        raise ValueError(f"{path} does not hold how to draw anew; drop the flags for sampling")
+        raise ValueError(f"{path}: settings for sampling change only a sampler; drop their flags")
     check_writable(path)
     file = find_model(args.model, Path(given.get("output_dir", Config().output_dir), "models"))
     if path.suffix == ".safetensors":

@@ -18,7 +18,7 @@ import checkpoint
 import distributed
 from checkpoint import PRETRAINED, STUDENT, LoadedModel
 from config import FAST, Config, shortened
-from data import to_model_range, to_uint8
+from data import to_uint8
 from diffusion import Diffusion
 from interface import cli, picture, requests
 from interface.original import KEEP
@@ -63,11 +63,8 @@ def draw(loaded: LoadedModel, request: Request, together: bool = True) -> list[T
     draw them, each some of the batches."""
     cfg, y, original = request.cfg, request.labels.to(loaded.device), request.original
     diffusion, count = Diffusion(cfg, loaded.levels), itertools.count()
-    denoiser, start = diffusion.guided(loaded.model, loaded.guide), {}
-    if original:
-        known = None if original.known is None else original.known.to(loaded.device)
-        x_0 = to_model_range(original.pixels).to(loaded.device)
-        start = {"original": x_0, "known": known, "strength": original.strength}
+    denoiser = diffusion.guided(loaded.model, loaded.guide)
+    start = original.start(loaded.device) if original else {}
     steps = len(diffusion.sampling_times(original.strength if original else 1.0)) - 1
     batches = range(diffusion.batches(len(y)))
     [mine] = distributed.my_parts(len(batches)) if together else [slice(None)]

@@ -41,7 +41,7 @@ from model import compile_network, pick_device, pick_precision
 # Every random number of training is a function of (seed, stream, epoch or step): a resumed run
 # draws what an uninterrupted one would have drawn, and previews cannot disturb training.
 ORDER_STREAM, NOISE_STREAM, VALIDATION_STREAM = 1, 2, 3
-LEVEL_IMAGES = 256  # redrawn to compare their grey levels
+LEVEL_IMAGES, LEVEL_NOISE = 256, 0.2  # redrawn to compare grey levels, from at least this t / T
 VALIDATION_IMAGES = 1000  # 0.6 % of an epoch's work; at most a sixtieth of the training images
 
 # (model, x_0, y, generator, part of the batch) -> the mean loss of that part
@@ -96,15 +96,13 @@ def train(plan: Plan, device: torch.device, began: float) -> int:
         if run.epoch_done:
             state.start_next_epoch()
         if run.save_due and (run.done or not run.stopped_by):
-            state.levels = measure_levels(cfg, state, images, labels)
-            run.save()
+            save(run, images, labels)
             draw_preview(run, state)
             run.draw_curves()
             run.heed_signals()
 
     if run.stopped_by and not run.done:
-        state.levels = measure_levels(cfg, state, images, labels)
-        run.save()
+        save(run, images, labels)
         run.draw_curves()
         print(f"stopped at {state.progress}; to continue: {runs.train_command(cfg, '--resume')}")
         return 128 + run.stopped_by
@@ -230,16 +228,25 @@ def validation_loss(
     return float(total) / len(images)
 
 
+def save(run: Run, images: Tensor, labels: Tensor) -> None:
+    """Write a checkpoint, with its grey levels as they are now."""
+    run.state.levels = measure_levels(run.cfg, run.state, images, labels)
+    run.save()
+
+
 @distributed.first_only
 @torch.no_grad()
 def measure_levels(
     cfg: Config, state: TrainState, images: Tensor, labels: Tensor
 ) -> GreyLevels | None:
-    """How the grey levels that the average draws differ from real ones. The last steps settle them,
-    so a few training images are noised and drawn again from there: the same images differ in
-    nothing else, and it usually takes no longer than a few training steps. None if it fails."""
+    """How the grey levels that the average draws differ from real ones. Only the last sampling
+    steps decide them, so a few training images are noised and drawn again from there: originals and
+    copies then differ in little else, and it usually takes no longer than a few training steps.
+    None if it fails."""
     diffusion, few, y = Diffusion(cfg), images[:LEVEL_IMAGES], labels[:LEVEL_IMAGES]
-    start = min(t for t in diffusion.sampling_times() if t >= 0.2 * diffusion.T) / diffusion.T
+    start = (
+        min(t for t in diffusion.sampling_times() if t >= LEVEL_NOISE * diffusion.T) / diffusion.T
+    )
     noise = ImageNoise(cfg.seed, range(len(few)), few.shape[1:], device=few.device)
     denoiser = diffusion.guided(state.ema, state.guide)
     try:

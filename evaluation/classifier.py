@@ -124,10 +124,15 @@ def train_and_save(cfg: Config, path: Path = PATH) -> float:
     device = torch.device("cpu")  # so that the file does not depend on the GPU
     images, labels = load_split(cfg, train=True, device=device)
     net = fit(images, labels, epochs=EPOCHS, seed=0)
+    write(path, net, images)
+    return accuracy(net, *load_split(cfg, train=False, device=device))
+
+
+def write(path: Path, net: Classifier, images: Tensor) -> None:
+    """Write a classifier with the moments of its features over its training images."""
     reference = {k: torch.from_numpy(v) for k, v in moments(features_of(net, images)).items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     write_tensors(path, {"net": net.state_dict(), "train_moments": reference})
-    return accuracy(net, *load_split(cfg, train=False, device=device))
 
 
 def is_mnist(cfg: Config) -> bool:
@@ -150,8 +155,7 @@ def own_classifier(cfg: Config, train: Split, test: Split) -> Path:
         epochs = -(-steps // max(1, len(train[0]) // BATCH_SIZE))
         print(f"training a classifier for these {len(train[0]):,} images, once")
         net = fit(*train, epochs=epochs, seed=0, classes=cfg.num_classes)
-        reference = {k: torch.from_numpy(v) for k, v in moments(features_of(net, train[0])).items()}
-        write_tensors(path, {"net": net.state_dict(), "train_moments": reference})
+        write(path, net, train[0])
         read = f"{accuracy(net, *test):.2%} of the {len(test[0]):,} test images read correctly"
         print(f"wrote {path}: {read}")
     return path

@@ -190,9 +190,9 @@ class Output:
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep the memory that each step frees for the next one. By default it goes back to
-    the system, and thousands of pages must be made anew in each step. On a virtual machine,
-    training is 1.3 times as fast without that, and drawing 1.6 times."""
+    """Have glibc keep freed memory for the next step. By default it returns it to the system, which
+    then makes thousands of new pages in each step. On a virtual machine, training is 1.3 times as
+    fast without that, and drawing 1.6 times."""
     if platform.libc_ver()[0] == "glibc":
         with suppress(AttributeError, OSError):
             trim_threshold, top_pad, mmap_max = -1, -2, -4  # from glibc's malloc.h

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from config import Config
-from data import read_picture
+from data import read_picture, to_model_range
 from files import first_line
 
 KEEP = ("top", "bottom", "left", "right")
@@ -24,6 +24,12 @@ class Original:
     pixels: Tensor  # uint8 (C, H, W)
     known: Tensor | None = None  # bool (H, W): what to keep of it; None: nothing exactly
     strength: float = 1.0  # how far it is turned into noise, as a fraction of all timesteps
+
+    def start(self, device: torch.device) -> dict[str, Any]:
+        """How drawing begins with it: arguments of Diffusion.sample."""
+        known = None if self.known is None else self.known.to(device)
+        x_0 = to_model_range(self.pixels).to(device)
+        return {"original": x_0, "known": known, "strength": self.strength}
 
     def record(self) -> dict[str, Any]:
         """Plain values from which from_record makes it again."""

@@ -232,7 +232,7 @@ def request_from_picture(
         raise ValueError(f"{picture}: {reason}; draw a new one")
     recorded = set(provenance)
     try:
-        # Older pictures knew no other
+        # Older pictures record neither, as nothing else existed
         provenance = {"precision": "float32", "match_levels": False} | provenance
         known = {name: provenance[name] for name in Config.names("sampling", "picture")}
         cfg = settings_for_drawing(trained, given | known)
