@@ -31,11 +31,11 @@ from config import Config, parse_labels, shortened
 from data import load_split, to_uint8
 from diffusion import Diffusion, ImageNoise
 from evaluation.metrics import nearest
-from files import first_line, optional
 from interface import cli, original, picture, requests
 from interface.original import KEEP, Original
 from interface.requests import Request
-from model import pick_device
+from system.files import first_line, optional
+from system.machine import pick_device
 
 MOST_LABELS, MOST_STEPS, MOST_FRAMES = 8, 100, 16  # of one picture
 COMPLETIONS = 4  # of a sketch

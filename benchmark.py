@@ -25,7 +25,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import distributed
 import train
 from checkpoint import TrainState
 from config import Config
@@ -34,7 +33,6 @@ from diffusion import Diffusion
 from evaluation import scaling
 from evaluation.evaluator import MAX_MEASURED
 from evaluation.results import aligned
-from files import atomic_write, check_writable
 from interface.cli import (
     Parser,
     add_model_size,
@@ -44,7 +42,10 @@ from interface.cli import (
     given_settings,
     run_script,
 )
-from model import UNet, compile_network, pick_device, pick_precision
+from model import UNet
+from system import distributed
+from system.files import atomic_write, check_writable
+from system.machine import compile_network, pick_device, pick_precision
 
 SECONDS = 25.0  # for training; each of the other measurements takes a fraction of it
 CALLS = (1, 4, 8, 20, 50)

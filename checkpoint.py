@@ -17,7 +17,10 @@ import torch
 from torch import Tensor
 
 from config import Config
-from files import (
+from levels import GreyLevels
+from model import UNet
+from optimizer import make_optimizers, split_parameters
+from system.files import (
     first_line,
     read_safetensors,
     read_tensors,
@@ -25,9 +28,7 @@ from files import (
     write_safetensors,
     write_tensors,
 )
-from levels import GreyLevels
-from model import UNet, check_size, check_step, compile_network, pick_precision
-from optimizer import make_optimizers, split_parameters
+from system.machine import check_size, check_step, compile_network, pick_precision
 
 FORMAT = 4  # format 3 is still read: config.ALIASES fills in the settings that it lacks
 PLAIN, TENSORS = ("format", "config", "progress"), ("ema", "guide", "levels")  # to draw with

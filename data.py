@@ -14,9 +14,9 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
-import distributed
 from config import Config, shortened
-from files import MAX_BYTES, first_line, from_torchvision, read_idx
+from system import distributed
+from system.files import MAX_BYTES, first_line, from_torchvision, read_idx
 
 PICTURES = (".png", ".jpg", ".jpeg")
 MODES = {1: "L", 3: "RGB"}  # Pillow's, by the number of channels

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from config import Config
 from levels import GreyLevels
-from model import pick_precision
+from system.machine import pick_precision
 
 Model = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x_t, t (B,), y) -> eps, v or x_0
 Denoiser = Callable[[Tensor, int, Tensor], Tensor]  # (x_t, t, y) -> x_0_hat

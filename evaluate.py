@@ -14,7 +14,6 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
-import distributed
 from checkpoint import LoadedModel, load_model
 from config import Config
 from data import draw_labels, load_split, to_uint8
@@ -22,12 +21,13 @@ from diffusion import Diffusion
 from evaluation import classifier, denoiser, plots, results
 from evaluation.evaluator import MAX_MEASURED, Evaluator, shuffled
 from evaluation.results import Result
-from files import first_line, make_folder, sha256
 from interface import cli
 from interface.picture import image_grid, read_npz, save_png
 from interface.requests import find_model
 from interface.terminal import sampling_bar
-from model import pick_device, pick_precision
+from system import distributed
+from system.files import first_line, make_folder, sha256
+from system.machine import pick_device, pick_precision
 
 
 def sample(

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from checkpoint import LoadedModel, load_model, save_safetensors
 from config import Config
 from diffusion import Diffusion, seeded_generator
-from files import atomic_write, check_writable, optional
 from interface import cli
 from interface.requests import find_model
+from system.files import atomic_write, check_writable, optional
 
 FORMATS = (".onnx", ".safetensors")
 OPSET = 20  # of ONNX; onnxruntime has known it since 2023

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 import checkpoint
-import distributed
 from checkpoint import PRETRAINED, STUDENT, LoadedModel
 from config import FAST, Config, shortened
 from data import to_uint8
@@ -24,7 +23,8 @@ from interface import cli, picture, requests
 from interface.original import KEEP
 from interface.requests import Request
 from interface.terminal import log, sampling_bar, show
-from model import pick_device, pick_precision
+from system import distributed
+from system.machine import pick_device, pick_precision
 
 PNG_VERSION = "1.0"  # of a PNG's text chunks
 

@@ -1,20 +1,12 @@
-"""The conditional U-Net, and the device and precision it runs in."""
+"""The conditional U-Net."""
 
-import functools
-import itertools
 import math
-import time
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import distributed
 from config import Config
-from files import first_line
-
-MAX_PARAMETERS = 40_000_000  # twice what a large network for MNIST has
-MAX_STEP_BYTES = 64_000_000_000
 
 
 class UNet(nn.Module):
@@ -162,97 +154,3 @@ def zero(layer: nn.Module) -> nn.Module:
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
-
-
-def check_size(cfg: Config) -> None:
-    """Raise ValueError, before anything is built, if the network would have more than
-    MAX_PARAMETERS. Counts the matrices, which are almost all of them."""
-    e, last, labels = cfg.embedding_size, cfg.widths[-1], cfg.num_classes + 1
-    sides = [cfg.img_size // (cfg.patch_size * 2**level) for level in range(len(cfg.widths))]
-    size = 2 * e**2 + labels * e + 18 * cfg.img_channels * cfg.patch_size**2 * cfg.widths[0]
-    size += sum(8 * a * b for a, b in itertools.pairwise(cfg.widths))
-    size += sum(18 * w**2 + 2 * w * e for w in (*cfg.widths * 2 * cfg.blocks, last))
-    size += last * sides[-1] ** 2 * (labels + 2 * cfg.dense_size + 1) + 2 * cfg.dense_size * e
-    size += 4 * last**2 * cfg.attention
-    if size > MAX_PARAMETERS:
-        limit = f"at most {MAX_PARAMETERS:,}; choose smaller widths, fewer blocks or a smaller"
-        raise ValueError(f"widths = {cfg.widths}: {size:,} parameters; {limit} dense_size")
-
-
-def check_step(cfg: Config) -> None:
-    """Raise ValueError if a batch cannot be divided among the processes, or if a training step of
-    one of them would need more than MAX_STEP_BYTES. Counts the activations."""
-    sides = [cfg.img_size // (cfg.patch_size * 2**level) for level in range(len(cfg.widths))]
-    numbers = sum(w * side**2 for w, side in zip(cfg.widths, sides, strict=True))
-    parts = distributed.processes() * cfg.accumulate
-    if parts > cfg.batch_size:
-        limit = f"cannot be divided among {parts} parts; choose a larger one"
-        raise ValueError(f"batch_size = {cfg.batch_size}: {limit}")
-    at_once = -(-cfg.batch_size // parts)
-    step = at_once * (2 * cfg.blocks + 1) * 8 * 4 * numbers  # 8 float32 tensors per block
-    if step > MAX_STEP_BYTES:
-        limit = f"a step needs {step / 1e9:.0f} GB; at most {MAX_STEP_BYTES / 1e9:.0f}"
-        remedy = "choose a smaller one, or a larger --accumulate"
-        raise ValueError(f"batch_size = {cfg.batch_size}: {limit}; {remedy}")
-
-
-def compile_network(network: UNet) -> None:
-    """Compile a network when it is first called; for a GPU into CUDA graphs."""
-    on_gpu = next(network.parameters()).device.type == "cuda"
-    network.compile(mode="reduce-overhead" if on_gpu else None)
-
-
-def pick_device(name: str) -> torch.device:
-    """The torch device for Config.device; if torchrun started several processes, each has a GPU of
-    its own. Raises ValueError if the device cannot be used here."""
-    if name == "auto":
-        name = "mps" if torch.backends.mps.is_available() else "cpu"
-        name = "cuda" if torch.cuda.is_available() else name
-    if name == "cpu":
-        return torch.device("cpu")
-    if distributed.processes() > 1 and name.startswith("cuda"):
-        here, GPUs = distributed.from_torchrun("LOCAL_WORLD_SIZE", 1), torch.cuda.device_count()
-        if name != "cuda":
-            raise ValueError(f"device = {name!r}: torchrun gives each process a GPU; use cuda")
-        if here > GPUs:
-            reason = f"{here} processes on this machine, but {GPUs} GPUs"
-            raise ValueError(f"device = 'cuda': {reason}; start fewer, or use --device cpu")
-        name = f"cuda:{distributed.from_torchrun('LOCAL_RANK', 0)}"
-    try:
-        one = torch.ones(1, device=name)
-        if one.item() == 1:  # raises on "meta"
-            return one.device
-        reason = "it computes wrongly"
-    except Exception as error:  # a device whose package is missing can raise anything
-        reason = first_line(error)
-    raise ValueError(f"device = {name!r}: not usable here ({reason}); try auto")
-
-
-def pick_precision(name: str, device: torch.device) -> str:
-    """The network's number type, "float32" or "bf16"; its weights stay in float32. "auto" takes
-    bf16 on a GPU where it is native, and on a CPU where it is faster."""
-    if name != "auto":
-        return name
-    if device.type == "cuda":
-        pays = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        pays = device.type == "cpu" and bf16_is_faster()
-    return "bf16" if pays else "float32"
-
-
-@functools.cache
-def bf16_is_faster() -> bool:
-    """Whether this CPU multiplies matrices faster in bf16. Having the instructions is not enough:
-    AMD's run at twice the speed of float32, Intel's without AMX at half of it. A CPU that lacks
-    them, and so is hundreds of times slower, is not measured."""
-    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # not in every torch
-    if not any(getattr(torch.cpu, probe, bool)() for probe in probes):
-        return False
-    matrices = [torch.ones(256, 256, dtype=dtype) for dtype in (torch.bfloat16, torch.float32)]
-    taken: list[list[float]] = [[], []]
-    for _ in range(10):  # in turn, and only the shortest counts, because other programs disturb
-        for x, times in zip(matrices, taken, strict=True):
-            began = time.perf_counter()
-            x @ x
-            times.append(time.perf_counter() - began)
-    return min(taken[0]) < min(taken[1])

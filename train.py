@@ -16,13 +16,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import checkpoint
-import distributed
 from checkpoint import Progress, TrainState, load_model
 from config import Config, parse_labels
 from data import fingerprint, load_split, to_model_range, to_uint8
 from diffusion import Diffusion, ImageNoise, Model, seeded_generator
 from distill import Distillation
-from files import first_line, optional
 from interface import folder, runs
 from interface.cli import (
     Parser,
@@ -36,7 +34,9 @@ from interface.picture import image_grid, save_png
 from interface.runs import Plan, Run, make_plan
 from interface.terminal import sampling_bar
 from levels import GreyLevels
-from model import compile_network, pick_device, pick_precision
+from system import distributed
+from system.files import first_line, optional
+from system.machine import compile_network, pick_device, pick_precision
 
 # Every random number of training is a function of (seed, stream, epoch or step): a resumed run
 # draws what an uninterrupted one would have drawn, and previews cannot disturb training.

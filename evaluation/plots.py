@@ -14,7 +14,7 @@ from matplotlib.figure import Figure  # not pyplot, which wants a display and ke
 from matplotlib.ticker import LogLocator
 
 from evaluation.results import settings_used
-from files import atomic_write
+from system.files import atomic_write
 
 
 def save(figure: Figure, path: Path) -> None:

@@ -15,8 +15,8 @@ import torch
 from checkpoint import LoadedModel
 from config import Config
 from evaluation.metrics import GREY_EDGES
-from files import atomic_write
-from model import pick_precision
+from system.files import atomic_write
+from system.machine import pick_precision
 
 Result = dict[str, Any]
 

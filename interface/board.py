@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 
 from config import Config
-from files import optional
+from system.files import optional
 
 FIGURES = ("loss", "validation_loss", "learning_rate", "grad_norm", "images_per_second")
 

@@ -17,9 +17,9 @@ from typing import Any, TextIO
 
 import torch
 
-import distributed
 from config import MODEL_SIZES, VERSION, Config
-from files import first_line
+from system import distributed
+from system.files import first_line
 
 
 class Parser(argparse.ArgumentParser):

@@ -15,9 +15,9 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 import checkpoint
-import distributed
 from checkpoint import Progress
-from files import atomic_write, cannot_write, first_line, printable
+from system import distributed
+from system.files import atomic_write, cannot_write, first_line, printable
 
 CHECKPOINTS = "model_epoch_*.pth"
 VALIDATION = "validation_loss"  # which older versions did not measure

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from config import Config
 from data import read_picture, to_model_range
-from files import first_line
+from system.files import first_line
 
 KEEP = ("top", "bottom", "left", "right")
 

@@ -15,7 +15,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from files import atomic_write, check_sizes, first_line
+from system.files import atomic_write, check_sizes, first_line
 
 ANIMATIONS = (".gif", ".webp")
 ENDINGS = (".png", ".npz", *ANIMATIONS)

@@ -16,12 +16,12 @@ from torch import Tensor
 from checkpoint import PRETRAINED, STUDENT, Progress, list_checkpoints
 from config import Config, parse_labels, shortened
 from data import draw_labels
-from files import check_writable, make_folder, printable, sha256
 from interface import original
 from interface.cli import settings_for_drawing
 from interface.original import Original
 from interface.picture import ANIMATIONS, ENDINGS, MAX_ANIMATED, MAX_FRAMES
 from interface.terminal import ask, log, whole_number
+from system.files import check_writable, make_folder, printable, sha256
 
 MAX_IMAGES = 100_000
 EARLIER_FILES = {  # of the shipped models, before they knew their grey levels

@@ -12,16 +12,16 @@ from typing import Any
 from tqdm import tqdm
 
 import checkpoint
-import distributed
 from checkpoint import Progress, TrainState
 from config import Config, parse_duration
 from data import with_classes
 from distill import student_settings
-from files import first_line, sha256
 from interface import folder
 from interface.board import Board
 from interface.cli import as_flags, quote, settings_for_training
 from interface.requests import find_model, model_with_hash
+from system import distributed
+from system.files import first_line, sha256
 
 
 @dataclass

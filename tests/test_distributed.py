@@ -17,10 +17,10 @@ from conftest import REPO, TINY, as_words, assert_one_line, assert_same, unix
 from PIL import Image
 
 import checkpoint
-import distributed
 from config import Config
 from interface import folder
-from model import check_step
+from system import distributed
+from system.machine import check_step
 
 # 33 images are not a multiple of 2 processes
 FLAGS = TINY | {

@@ -15,8 +15,8 @@ from config import Config
 from diffusion import Diffusion
 from evaluate import parse_sweep
 from evaluation import classifier, metrics, two_sample
-from files import sha256
-from model import pick_precision
+from system.files import sha256
+from system.machine import pick_precision
 
 CPU = torch.device("cpu")
 

@@ -29,7 +29,7 @@ import checkpoint
 from config import Config
 from data import load_split
 from evaluation import classifier
-from files import MAX_BYTES
+from system.files import MAX_BYTES
 
 pytestmark = unix
 CPU = torch.device("cpu")

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-import files
-from files import atomic_write
+from system import files
+from system.files import atomic_write
 
 # ---- writing
 

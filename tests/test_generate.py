@@ -16,13 +16,13 @@ from conftest import REPO, TINY, Result, assert_one_line, start_script, unix
 from PIL import Image
 
 import checkpoint
-import files
 from config import FAST, Config
 from data import LABEL_COUNTS
 from diffusion import Diffusion
 from evaluation import classifier
 from interface import requests
 from interface.picture import read_npz, read_provenance, save_png
+from system import files
 
 if os.name != "nt":
     import pty

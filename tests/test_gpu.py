@@ -18,7 +18,8 @@ from checkpoint import LoadedModel, Progress, TrainState
 from config import MODEL_SIZES, Config
 from diffusion import Diffusion
 from distill import Distillation, student_settings
-from model import UNet, compile_network
+from model import UNet
+from system.machine import compile_network
 
 CPU = torch.device("cpu")
 SMALL = {"widths": (8, 8), "embedding_size": 8, "precision": "float32", "batch_size": 32}

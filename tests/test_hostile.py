@@ -25,12 +25,12 @@ import checkpoint
 from checkpoint import TrainState
 from config import Config, parse_duration, parse_labels
 from evaluation import results
-from files import read_idx
 from interface import terminal
 from interface.cli import Parser, add_settings, given_settings, run_script
 from interface.folder import read_metrics
 from interface.picture import read_npz, read_provenance, save_png
 from interface.requests import Request, request_from_picture, requests_from_answers
+from system.files import read_idx
 
 CFG = Config(widths=(8, 8), embedding_size=8, dense_size=8)
 ALL = list(Config.__dataclass_fields__)

@@ -10,7 +10,7 @@ import torch
 from checkpoint import LoadedModel, Progress
 from config import Config
 from evaluation import results
-from model import pick_precision
+from system.machine import pick_precision
 
 
 def metrics(**some) -> dict:

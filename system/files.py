@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# The largest checkpoint: model.MAX_PARAMETERS times 5 float32 (model, average, guide, optimizers).
+# The largest checkpoint: machine.MAX_PARAMETERS times 5 float32 (model, average, guide, optimizers).
 # No file is read that would take more memory
 MAX_BYTES = 850_000_000
 
