@@ -29,13 +29,14 @@ import generate
 from checkpoint import LoadedModel, load_model
 from config import Config, parse_labels, shortened
 from data import load_split, to_uint8
-from diffusion import Diffusion, ImageNoise
+from diffusion import Diffusion
 from evaluation.metrics import nearest
 from interface import cli, original, picture, requests
 from interface.original import KEEP, Original
 from interface.requests import Request
 from system.files import first_line, optional
 from system.machine import pick_device
+from system.randomness import ImageNoise
 
 MOST_LABELS, MOST_STEPS, MOST_FRAMES = 8, 100, 16  # of one picture
 COMPLETIONS = 4  # of a sketch

@@ -15,6 +15,7 @@ from torch import Tensor
 from config import Config
 from levels import GreyLevels
 from system.machine import pick_precision
+from system.randomness import ImageNoise
 
 Model = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x_t, t (B,), y) -> eps, v or x_0
 Denoiser = Callable[[Tensor, int, Tensor], Tensor]  # (x_t, t, y) -> x_0_hat
@@ -94,6 +95,11 @@ class Diffusion:
         """x_t from x_0 (B, C, H, W) and t int64 (B,). Ho et al. 2020, eq. 4."""
         signal, noise, _ = self._at(t, x_0)
         return signal * x_0 + noise * eps
+
+    def noise_in(self, x_t: Tensor, x_0: Tensor, t: Tensor) -> Tensor:
+        """The eps with which `add_noise` turns x_0 into x_t; t int64 (B,)."""
+        signal, noise, _ = self._at(t, x_t)
+        return (x_t - signal * x_0) / noise
 
     def target(self, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """What the network should predict: eps, x_0, or v of Salimans & Ho 2022, section 4."""
@@ -215,7 +221,7 @@ class Diffusion:
         self,
         denoiser: Denoiser,
         y: Tensor,
-        noise: "ImageNoise",
+        noise: ImageNoise,
         original: Tensor | None = None,
         strength: float = 1.0,
         known: Tensor | None = None,
@@ -252,7 +258,7 @@ class Diffusion:
         x: Tensor,
         y: Tensor,
         times: list[int],
-        noise: "ImageNoise | None" = None,
+        noise: ImageNoise | None = None,
     ) -> Iterator[Tensor]:
         """Yield the states at falling `times`, of which x (B, C, H, W) is the first; `noise` is for
         an eta above 0.
@@ -274,7 +280,7 @@ class Diffusion:
             before, t_before = x_0_hat, t
 
     def step(
-        self, x: Tensor, x_0_hat: Tensor, t: int, s: int, noise: "ImageNoise | None" = None
+        self, x: Tensor, x_0_hat: Tensor, t: int, s: int, noise: ImageNoise | None = None
     ) -> Tensor:
         """x_s from x_t and x_0_hat. Song et al. 2021, eq. 12 and 16; with eta = 1 it is the
         posterior q(x_s | x_t, x_0) of Ho et al. 2020, eq. 6 and 7. At s = 0 no noise is added."""
@@ -283,17 +289,6 @@ class Diffusion:
         kept = math.sqrt(max(1 - a_s - variance, 0) / (1 - a_t))
         x_s = kept * x + (math.sqrt(a_s) - kept * math.sqrt(a_t)) * x_0_hat
         return x_s + math.sqrt(variance) * noise.draw() if variance > 0 else x_s
-
-    def x_0_between(self, x_t: Tensor, x_s: Tensor, t: int, s: int) -> Tensor:
-        """The x_0_hat with which `step` goes from x_t to x_s if it adds no noise."""
-        a_t, a_s = self._alpha_bar[t], self._alpha_bar[s]
-        kept = math.sqrt((1 - a_s) / (1 - a_t))
-        return (x_s - kept * x_t) / (math.sqrt(a_s) - kept * math.sqrt(a_t))
-
-    def noise_in(self, x_t: Tensor, x_0: Tensor, t: Tensor) -> Tensor:
-        """The eps with which `add_noise` turns x_0 into x_t; t int64 (B,)."""
-        signal, noise, _ = self._at(t, x_t)
-        return (x_t - signal * x_0) / noise
 
     def multistep_coefficient(self, t_before: int, t: int, s: int) -> float:
         """How far dpmpp extrapolates the last change of x_0_hat: half the ratio of the steps'
@@ -331,30 +326,3 @@ class Diffusion:
     def batches(self, count: int) -> int:
         """How many batches it takes to draw `count` images."""
         return -(-count // self.cfg.sample_batch_size)
-
-
-class ImageNoise:
-    """Standard normal noise for the images `indices` of a seed, each from a stream of its own.
-    Drawn on the CPU in float32, so that a seed means the same noise on every device."""
-
-    def __init__(self, seed: int, indices: range, shape: tuple[int, ...], **options: Any) -> None:
-        """`shape` is that of one image; `options` are device and dtype of the noise."""
-        self.generators = [seeded_generator(seed, index) for index in indices]
-        self.shape, self.options = shape, options
-
-    def chance(self) -> Tensor:
-        """For each image the next number between 0 and 1, (len(indices),)."""
-        return torch.stack([torch.rand((), generator=g) for g in self.generators])
-
-    def draw(self) -> Tensor:
-        """The next noise, (len(indices), *shape)."""
-        noise = [torch.randn(self.shape, generator=g) for g in self.generators]
-        return torch.stack(noise).to(**self.options)
-
-
-def seeded_generator(*key: int, device: torch.device | str = "cpu") -> torch.Generator:
-    """A generator whose stream depends on `key` alone, say (seed, step); other keys give unrelated
-    streams as long as all numbers are below 2^32. Raises ValueError for a negative number."""
-    entropy = (len(key), *key)  # the length too, because SeedSequence ignores trailing zeros
-    seed = int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0])
-    return torch.Generator(device).manual_seed(seed)

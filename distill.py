@@ -8,6 +8,7 @@ guidance, and can be a teacher in turn.
 """
 
 import itertools
+import math
 from dataclasses import replace
 
 import torch
@@ -91,6 +92,13 @@ class Distillation:
         teacher, starting at x_t, gets by time s."""
         times = [each for each in self.teacher.sampling_times() if s <= each <= t]
         *_, x_s = self.teacher.trajectory(self.denoiser, x_t, y, times)
-        goal = self.student.x_0_between(x_t, x_s, t, s)
+        goal = x_0_between(self.student, x_t, x_s, t, s)
         # clip_loss asks whether a pixel is exactly black or white
         return torch.where((goal.abs() - 1).abs() < ROUNDING, goal.sign(), goal)
+
+
+def x_0_between(diffusion: Diffusion, x_t: Tensor, x_s: Tensor, t: int, s: int) -> Tensor:
+    """The x_0_hat with which `Diffusion.step` goes from x_t to x_s if it adds no noise."""
+    a_t, a_s = diffusion.alpha_bar[t].item(), diffusion.alpha_bar[s].item()
+    kept = math.sqrt((1 - a_s) / (1 - a_t))
+    return (x_s - kept * x_t) / (math.sqrt(a_s) - kept * math.sqrt(a_t))

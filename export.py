@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from checkpoint import LoadedModel, load_model, save_safetensors
 from config import Config
-from diffusion import Diffusion, seeded_generator
+from diffusion import Diffusion
 from interface import cli
 from interface.requests import find_model
 from system.files import atomic_write, check_writable, optional
+from system.randomness import seeded_generator
 
 FORMATS = (".onnx", ".safetensors")
 OPSET = 20  # of ONNX; onnxruntime has known it since 2023

@@ -19,7 +19,7 @@ import checkpoint
 from checkpoint import Progress, TrainState, load_model
 from config import Config, parse_labels
 from data import fingerprint, load_split, to_model_range, to_uint8
-from diffusion import Diffusion, ImageNoise, Model, seeded_generator
+from diffusion import Diffusion, Model
 from distill import Distillation
 from interface import folder, runs
 from interface.cli import (
@@ -37,6 +37,7 @@ from levels import GreyLevels
 from system import distributed
 from system.files import first_line, optional
 from system.machine import compile_network, pick_device, pick_precision
+from system.randomness import ImageNoise, seeded_generator
 
 # Every random number of training is a function of (seed, stream, epoch or step): a resumed run
 # draws what an uninterrupted one would have drawn, and previews cannot disturb training.

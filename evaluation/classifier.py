@@ -15,9 +15,9 @@ from tqdm import tqdm
 
 from config import Config
 from data import fingerprint, load_split
-from diffusion import seeded_generator
 from evaluation.metrics import moments
 from system.files import make_folder, read_tensors, sha256, write_tensors
+from system.randomness import seeded_generator
 
 PATH = Path(__file__).parent.parent / "results" / "evaluator.pth"
 REMAKE = "python evaluate.py --train_evaluator"

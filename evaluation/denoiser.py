@@ -8,8 +8,9 @@ from tqdm import tqdm
 
 from checkpoint import LoadedModel
 from data import to_model_range
-from diffusion import Diffusion, seeded_generator
+from diffusion import Diffusion
 from evaluation.results import Result
+from system.randomness import seeded_generator
 
 TIMES = [0.5 + 0.05 * i for i in range(9)]  # t / T: with less noise, any label will do
 

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffusion import seeded_generator
 from evaluation.classifier import block
+from system.randomness import seeded_generator
 
 EPOCHS, BATCH_SIZE, LEARNING_RATE, WEIGHT_DECAY = 8, 128, 3e-3, 0.1
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from config import Config
-from data import read_picture, to_model_range
+from data import to_model_range
+from other_data import read_picture
 from system.files import first_line
 
 KEEP = ("top", "bottom", "left", "right")

@@ -14,12 +14,12 @@ from tqdm import tqdm
 import checkpoint
 from checkpoint import Progress, TrainState
 from config import Config, parse_duration
-from data import with_classes
 from distill import student_settings
 from interface import folder
 from interface.board import Board
 from interface.cli import as_flags, quote, settings_for_training
 from interface.requests import find_model, model_with_hash
+from other_data import with_classes
 from system import distributed
 from system.files import first_line, sha256
 

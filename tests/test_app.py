@@ -25,9 +25,9 @@ from app import Between, Studio, slerp
 from checkpoint import TrainState, load_model, save
 from config import Config
 from data import load_split
-from diffusion import ImageNoise
 from interface.original import KEEP
 from interface.picture import read_provenance
+from system.randomness import ImageNoise
 
 CPU = torch.device("cpu")
 STUDENT = REPO / "results" / "models" / "student.pth"

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from config import Config
-from diffusion import Diffusion, ImageNoise, make_alpha_bar, seeded_generator
+from diffusion import Diffusion, make_alpha_bar
+from system.randomness import ImageNoise, seeded_generator
 
 SCHEDULES = ("linear", "cosine", "sigmoid")
 PREDICTIONS = ("eps", "v", "x_0")

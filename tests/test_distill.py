@@ -10,8 +10,9 @@ from test_diffusion import GaussianData
 import distill
 from checkpoint import LoadedModel, Progress
 from config import Config
-from diffusion import Diffusion, seeded_generator
-from distill import Distillation, student_settings
+from diffusion import Diffusion
+from distill import Distillation, student_settings, x_0_between
+from system.randomness import seeded_generator
 
 CPU = torch.device("cpu")
 PLAIN = {"img_size": 8, "guidance": 1.0, "clip_loss": False, "clip_x_0": False}
@@ -46,7 +47,7 @@ class ExactStudent:
         for start in t.unique().tolist():
             some, u = t == start, self.ends[start]
             x_u = flow(self.process, x_t[some].double(), y[some], start, u)
-            out[some] = self.process.x_0_between(x_t[some].double(), x_u, start, u).to(x_t.dtype)
+            out[some] = x_0_between(self.process, x_t[some].double(), x_u, start, u).to(x_t.dtype)
         return out
 
 

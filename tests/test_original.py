@@ -11,8 +11,9 @@ from test_diffusion import GaussianData
 
 from config import Config
 from data import load_split, to_model_range
-from diffusion import Diffusion, ImageNoise, seeded_generator
+from diffusion import Diffusion
 from interface.original import Original
+from system.randomness import ImageNoise, seeded_generator
 
 MODEL = {"model": REPO / "results" / "models" / "pretrained.pth", "device": "cpu", "count": 4}
 CPU = torch.device("cpu")

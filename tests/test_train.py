@@ -23,9 +23,10 @@ import train
 from checkpoint import TrainState
 from config import Config
 from data import load_split, to_model_range
-from diffusion import Diffusion, seeded_generator
+from diffusion import Diffusion
 from interface.folder import newest_of_run
 from interface.runs import find_teacher, make_plan
+from system.randomness import seeded_generator
 
 if os.name != "nt":
     import pty

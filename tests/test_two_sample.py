@@ -4,8 +4,8 @@ import pytest
 import torch
 from test_evaluator import shared_evaluator
 
-from diffusion import seeded_generator
 from evaluation.two_sample import VIEWS, coarse, two_sample_test
+from system.randomness import seeded_generator
 
 COUNT = 800
 

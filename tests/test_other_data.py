@@ -12,7 +12,8 @@ from PIL import Image
 
 import checkpoint
 from config import Config, parse_labels
-from data import class_names, load_split, read_picture, with_classes
+from data import load_split
+from other_data import class_names, read_picture, with_classes
 
 CPU = torch.device("cpu")
 NETWORK = {"widths": "8,8", "embedding_size": 8, "batch_size": 8, "preview_columns": 2, "steps": 2}

@@ -1,0 +1,141 @@
+"""Data sets other than MNIST: its relatives, by torchvision, and a folder of your own pictures."""
+
+import string
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from tqdm import tqdm
+
+from config import Config, shortened
+from system import distributed
+from system.files import MAX_BYTES, first_line, from_torchvision
+
+PICTURES = (".png", ".jpg", ".jpeg")
+MODES = {1: "L", 3: "RGB"}  # Pillow's, by the number of channels
+MAX_CLASSES = 1000
+
+
+def check_kind(cfg: Config) -> None:
+    """Raise ValueError if a data set, MNIST too, has other channels or labels than the settings."""
+    if cfg.dataset != "folder" and cfg.img_channels != 1:
+        raise ValueError(f"img_channels = {cfg.img_channels}: {cfg.dataset} has 1; drop the flag")
+    names = class_names(cfg)
+    if names != cfg.label_names:
+        found, known = (shortened("/".join(each)) for each in (names, cfg.label_names))
+        remedy = "give it the data that it was trained on, or train a new model"
+        where = f"dataset = {cfg.dataset!r}, {cfg.data_dir}"
+        raise ValueError(f"{where}: labels {found}, but the model knows {known}; {remedy}")
+
+
+def class_names(cfg: Config) -> list[str]:
+    """The names of the data set's labels; of a folder, those of its subfolders in order. Raises
+    ValueError if it has none, or too many."""
+    if cfg.dataset == "folder":
+        root = Path(cfg.data_dir)
+        found = sorted(p.name for p in root.glob("*") if p.is_dir() and not p.name.startswith("."))
+        if not 1 <= len(found) <= MAX_CLASSES:
+            kind = f"{len(found)} subfolders; it needs one for each label, at most {MAX_CLASSES}"
+            raise ValueError(f"data_dir = {cfg.data_dir!r}: {kind}, with its images")
+        for name in found:
+            if name in ("all", "mnist") or "," in name or name != name.strip():
+                raise ValueError(f"{root / name}: a label cannot have this name; rename the folder")
+        return found
+    if cfg.dataset in ("FashionMNIST", "KMNIST"):
+        kind = getattr(from_torchvision("datasets"), cfg.dataset)
+        return [name.replace("/", " or ") for name in kind.classes]
+    return list(string.ascii_lowercase if cfg.dataset == "EMNIST-letters" else string.digits)
+
+
+def with_classes(cfg: Config, given: dict[str, Any]) -> Config:
+    """`cfg` with the settings that are `given`, and with the number and the names of its data set's
+    labels."""
+    usual = Config()
+    shown = given.get("preview_digits", cfg.preview_digits)
+    cfg = replace(cfg, **given | {"preview_digits": "all"})  # until the labels are known
+    names, own = class_names(cfg), usual.select("classes")
+    if names != usual.label_names:
+        own = {"num_classes": len(names), "class_names": "/".join(names)}
+        shown = "all" if shown == usual.preview_digits else shown
+    return replace(replace(cfg, **own), preview_digits=shown)
+
+
+def read_by_torchvision(cfg: Config, train: bool) -> tuple[Tensor, Tensor]:
+    """A data set in MNIST's form, by torchvision, which downloads what is missing."""
+    name, _, split = cfg.dataset.partition("-")
+    options = {"split": split} if split else {}
+    try:
+        kind = getattr(from_torchvision("datasets"), name)
+        # Several processes must not download to one place
+        distributed.from_first(lambda: kind(cfg.data_dir, download=True, **options) and None)
+        data = kind(cfg.data_dir, train=train, **options)
+    except (OSError, RuntimeError, ValueError) as error:
+        remedy = f"go online, or put its files where torchvision's {name} looks for them"
+        raise ValueError(
+            f"{cfg.dataset} in {cfg.data_dir}: {first_line(error)}; {remedy}"
+        ) from None
+    images, labels = data.data, torch.as_tensor(data.targets)
+    if name == "QMNIST":
+        labels = labels[:, 0]  # the other columns tell the writer
+    elif name == "EMNIST":
+        images, labels = images.transpose(1, 2), labels - (split == "letters")  # which begin at 1
+    return images[:, None].contiguous(), labels.long()
+
+
+def read_folder(cfg: Config, train: bool) -> tuple[Tensor, Tensor]:
+    """The pictures of data_dir/LABEL/, cropped to squares and resized. Every tenth picture of a
+    label is set aside for testing, beginning with its second. Prints what cannot be read."""
+    files = [
+        (path, label)
+        for label, name in enumerate(class_names(cfg))
+        for path in sorted(Path(cfg.data_dir, name).iterdir())
+        if path.suffix.lower() in PICTURES
+    ]
+    images, labels, unread = [], [], []
+    seen = [0] * cfg.num_classes
+    if cfg.img_channels not in MODES:
+        raise ValueError(f"img_channels = {cfg.img_channels}: choose 1 (grey) or 3 (colour)")
+    for path, label in tqdm(files, desc="reading pictures", leave=False, disable=None):
+        try:
+            pixels = read_picture(path, cfg)
+        except Exception as error:  # a damaged file can make Pillow raise anything
+            unread.append(f"{path} ({first_line(error)})")
+            continue
+        seen[label] += 1
+        if (seen[label] % 10 == 2) != train:
+            images.append(pixels)
+            labels.append(label)
+        if len(images) * pixels.numel() > MAX_BYTES:
+            raise ValueError(f"{cfg.data_dir}: too many pictures; choose a smaller --img_size")
+    if unread and train:
+        print(f"left out {len(unread)} of {len(files)} pictures, which cannot be read:")
+        print(*unread[:5], *["…"][: len(unread) > 5], sep="\n")
+    if train and 0 in seen:
+        empty = class_names(cfg)[seen.index(0)]
+        raise ValueError(f"{Path(cfg.data_dir, empty)}: no .png or .jpg that can be read; add some")
+    if not images:
+        return read_folder(cfg, train=True)  # nothing is set aside from so few
+    order = torch.from_numpy(np.random.default_rng(0).permutation(len(images)))  # for max_images
+    return torch.stack(images)[order], torch.tensor(labels)[order]
+
+
+def read_picture(path: Path, cfg: Config) -> Tensor:
+    """A .png or .jpg, cropped to a square and resized: uint8 (C, img_size, img_size). Whatever
+    Pillow raises passes through."""
+    warnings.simplefilter("error", Image.DecompressionBombWarning)
+    # These formats alone: for others, Pillow may start programs such as Ghostscript
+    with Image.open(path, formats=["PNG", "JPEG"]) as file:
+        image = ImageOps.exif_transpose(file)  # as a camera was held
+        if image.mode.startswith("I"):  # 16 bits a pixel
+            image = Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
+        if image.has_transparency_data:
+            black = Image.new("RGBA", image.size, "black")
+            image = Image.alpha_composite(black, image.convert("RGBA"))
+        fitted = ImageOps.fit(image.convert(MODES[cfg.img_channels]), (cfg.img_size, cfg.img_size))
+    pixels = torch.from_numpy(np.array(fitted))  # (H, W) or (H, W, 3)
+    return pixels.view(cfg.img_size, cfg.img_size, -1).permute(2, 0, 1).contiguous()
