@@ -5,7 +5,6 @@ state, because every random number of training is a function of the seed and the
 """
 
 import copy
-import json
 import math
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -31,7 +30,7 @@ from system.files import (
 from system.machine import check_size, check_step, compile_network, pick_precision
 
 FORMAT = 4  # format 3 is still read: config.ALIASES fills in the settings that it lacks
-PLAIN, TENSORS = ("format", "config", "progress"), ("ema", "guide", "levels")  # to draw with
+TO_DRAW_WITH = ("format", "config", "progress", "ema", "guide", "levels")
 STUDENT, PRETRAINED = SHIPPED = ("student.pth", "pretrained.pth")  # the models in git
 
 
@@ -134,44 +133,19 @@ def save(path: Path, cfg: Config, state: TrainState) -> None:
     write_tensors(path, contents)
 
 
-def slim(source: str | Path, target: str | Path) -> None:
-    """Write only what drawing needs of a checkpoint, a quarter of its size: the averaged weights
-    and the guide in half precision. Raises ValueError as load and save do."""
-    kept = _to_draw_with(source)
+def slim(source: Path, target: Path) -> None:
+    """Write only what drawing needs of a checkpoint: as .safetensors in full precision, otherwise
+    with half precision, a quarter of the size. Raises ValueError as load and save do."""
+    contents = load(source)
+    kept = {name: contents.get(name) for name in TO_DRAW_WITH}
+    kept["config"] |= Config().select("machine")  # nothing of this computer
+    if target.suffix == ".safetensors":
+        write_safetensors(target, kept)
+        return
     for name in ("ema", "guide"):
         weights = kept[name]
         kept[name] = weights and {key: weight.half() for key, weight in weights.items()}
-    write_tensors(Path(target), kept)
-
-
-def _to_draw_with(source: str | Path) -> dict[str, Any]:
-    """What drawing needs of a checkpoint. Raises ValueError as load does."""
-    contents = load(source)
-    kept = {name: contents.get(name) for name in (*PLAIN, *TENSORS)}
-    kept["config"] |= Config().select("machine")  # nothing of this computer
-    return kept
-
-
-def save_safetensors(source: Path, target: Path) -> None:
-    """Write what drawing needs of a checkpoint as safetensors: the tensors of its average, its
-    guide and its grey levels, named ema.…, guide.… and levels.…, and the rest as JSON in the
-    metadata. Raises ValueError as load and files.write_safetensors do."""
-    kept, tensors = _to_draw_with(source), {}
-    for name in TENSORS:
-        parts = kept[name] or {}
-        tensors |= {f"{name}.{key}": tensor.contiguous() for key, tensor in parts.items()}
-    notes = {name: json.dumps(kept[name]) for name in PLAIN}
-    write_safetensors(target, tensors, notes)
-
-
-def _from_flat(tensors: dict[str, Tensor], notes: dict[str, str]) -> dict[str, Any]:
-    """The contents of a checkpoint that save_safetensors wrote."""
-    contents: dict[str, Any] = {name: json.loads(notes[name]) for name in PLAIN}
-    for name in TENSORS:
-        prefix = f"{name}."
-        mine = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-        contents[name] = mine or None
-    return contents
+    write_tensors(target, kept)
 
 
 def load(path: str | Path, *, only_look: bool = False) -> dict[str, Any]:
@@ -191,13 +165,13 @@ def _load(
     if not path.is_file():
         raise ValueError(f"{path}: no such checkpoint; python generate.py lists the models")
     if path.suffix == ".safetensors":
-        tensors, notes = read_safetensors(path)
+        contents = read_safetensors(path)
     else:
-        tensors, notes = read_tensors(path, "a checkpoint", only_look=only_look), None
+        contents = read_tensors(path, "a checkpoint", only_look=only_look)
     try:
-        contents = tensors if notes is None else _from_flat(tensors, notes)
         if not isinstance(contents, dict):
             raise TypeError
+        contents = {"guide": None} | contents  # safetensors of version 1.2 leave it out
         if contents["format"] not in (3, FORMAT):
             raise ValueError(f"format {contents['format']}, but this program reads 3 and {FORMAT}")
         Progress(**contents["progress"])

@@ -1,4 +1,4 @@
-"""Export a model for other programs: python export.py digits.onnx, or digits.safetensors."""
+"""Export a model: python export.py digits.onnx, digits.safetensors, or digits.pth (small)."""
 
 import interface  # noqa: F401  (first, so that errors are one line while importing, too)
 
@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from checkpoint import LoadedModel, load_model, save_safetensors
+from checkpoint import LoadedModel, load_model, slim
 from config import Config
 from diffusion import Diffusion
 from interface import cli
@@ -23,7 +23,7 @@ from interface.requests import find_model
 from system.files import atomic_write, check_writable, optional
 from system.randomness import seeded_generator
 
-FORMATS = (".onnx", ".safetensors")
+FORMATS = (".onnx", ".safetensors", ".pth")
 OPSET = 20  # of ONNX; onnxruntime has known it since 2023
 LARGEST_ERROR = 1e-4  # of the exported graph, in the range [-1, 1]
 TRIED = (1, 5)  # batch sizes
@@ -136,7 +136,7 @@ def milliseconds(work: Callable[[], object]) -> float:
 
 def main() -> int:
     parser = cli.Parser(prog="export.py", description="Export a model for other programs.")
-    kinds = "FILE.onnx or FILE.safetensors, which generate.py --model reads too"
+    kinds = ".onnx, or for generate.py --model: .safetensors, or .pth in half precision"
     parser.add_argument("output", type=cli.expanded_path, metavar="FILE", help=kinds)
     parser.add_argument(
         "--model", default="newest", metavar="TEXT", help="path, name, number or newest (default)"
@@ -150,16 +150,18 @@ def main() -> int:
     args = parser.parse_args()
     path, given = args.output, cli.given_settings(args)
     if path.suffix not in FORMATS:
-        raise ValueError(f"{path}: choose a name that ends in {' or '.join(FORMATS)}")
+        raise ValueError(f"{path}: choose a name that ends in {', '.join(FORMATS)}")
     if args.network and path.suffix != ".onnx":
         raise ValueError(f"--network is for .onnx, not {path}; drop the flag")
     alone = args.network or path.suffix != ".onnx"
     if alone and set(given) & set(Config.names("sampling")):
         raise ValueError(f"{path}: settings for sampling change only a sampler; drop their flags")
+    if path.suffix == ".pth" and path.exists():  # it could be a checkpoint that training needs
+        raise ValueError(f"{path}: exists already; choose another name")
     check_writable(path)
     file = find_model(args.model, Path(given.get("output_dir", Config().output_dir), "models"))
-    if path.suffix == ".safetensors":
-        save_safetensors(file, path)
+    if path.suffix != ".onnx":
+        slim(file, path)
     else:
         loaded = load_model(file, torch.device("cpu"))
         cfg = replace(cli.settings_for_drawing(loaded.cfg, given), precision="float32")

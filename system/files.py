@@ -8,6 +8,7 @@ import gzip
 import hashlib
 import importlib
 import io
+import json
 import math
 import os
 import secrets
@@ -136,15 +137,22 @@ def read_tensors(path: Path, kind: str, *, only_look: bool = False) -> Any:
         raise ValueError(f"{path}: damaged, or not {kind} ({first_line(error)})") from None
 
 
-def write_safetensors(path: Path, tensors: dict[str, Tensor], notes: dict[str, str]) -> None:
-    """Write tensors and text in the format of Hugging Face's safetensors. Raises ValueError if that
-    is not installed, and what atomic_write raises."""
+def write_safetensors(path: Path, contents: dict[str, Any]) -> None:
+    """Write plain values, and dictionaries of tensors, in the format of Hugging Face's safetensors:
+    {"ema": {"bias": …}} as the tensor ema.bias, a plain value as JSON in the metadata. Raises
+    ValueError if that package is not installed, and what atomic_write raises."""
+    tensors, notes = {}, {}
+    for name, value in contents.items():
+        if isinstance(value, dict) and all(isinstance(v, Tensor) for v in value.values()):
+            tensors |= {f"{name}.{key}": tensor.contiguous() for key, tensor in value.items()}
+        else:
+            notes[name] = json.dumps(value)
     content = optional("safetensors.torch").save(tensors, notes)
     with atomic_write(path) as file:
         file.write(content)
 
 
-def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_safetensors(path: Path) -> dict[str, Any]:
     """Read what write_safetensors wrote. Raises ValueError if it is damaged or too large, or if the
     package is not installed."""
     library = optional("safetensors")
@@ -152,8 +160,11 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         if path.stat().st_size > MAX_BYTES:
             raise ValueError(f"it holds more than {MAX_BYTES / 1e6:.0f} MB")
         with library.safe_open(path, "pt") as file:
-            names = file.keys()
-            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
+            contents = {name: json.loads(text) for name, text in (file.metadata() or {}).items()}
+            for name in file.keys():  # noqa: SIM118 (it is no dictionary)
+                group, _, key = name.partition(".")
+                contents.setdefault(group, {})[key] = file.get_tensor(name)
+            return contents
     except Exception as error:  # a damaged file can make the library raise kinds of its own
         raise ValueError(f"{path}: damaged, or not safetensors ({first_line(error)})") from None
 

@@ -6,7 +6,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, assert_one_line
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -91,6 +91,17 @@ def test_safetensors_draw_the_same_pictures(run, trained, tmp_path):
     assert run("generate.py", reproduce=picture, **here).code == 0
 
 
+def test_a_small_checkpoint_draws_but_replaces_nothing(run, trained, tmp_path):
+    out = tmp_path / "small.pth"
+    assert run("export.py", out, model=trained).code == 0
+    assert out.stat().st_size < trained.stat().st_size / 2
+    drawn = run("generate.py", digits=26, model=out, output=tmp_path / "a.png", device="cpu")
+    assert drawn.code == 0, drawn
+    before = trained.read_bytes()
+    assert_one_line(run("export.py", trained, model=trained), "exists already")
+    assert trained.read_bytes() == before
+
+
 @pytest.mark.parametrize("fault", ["torn", "of another program", "not finite"])
 def test_other_safetensors_are_refused_in_a_line(run, trained, tmp_path, fault):
     out = tmp_path / "shared.safetensors"
@@ -114,7 +125,7 @@ def test_other_safetensors_are_refused_in_a_line(run, trained, tmp_path, fault):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["model.pt"], "ends in .onnx or .safetensors"),
+        (["model.pt"], "ends in .onnx, .safetensors, .pth"),
         (["model.safetensors", "--network"], "drop the flag"),
         (["no/such/folder.onnx"], "make it first"),
         (["model.onnx", "--model", "none"], "no such checkpoint"),
