@@ -19,14 +19,12 @@ from checkpoint import PRETRAINED, STUDENT, LoadedModel
 from config import FAST, Config, shortened
 from data import to_uint8
 from diffusion import Diffusion
-from interface import cli, picture, requests
+from interface import cli, picture, provenance, requests
 from interface.original import KEEP
 from interface.requests import Request
 from interface.terminal import log, sampling_bar, show
 from system import distributed
-from system.machine import pick_device, pick_precision
-
-PNG_VERSION = "1.0"  # of a PNG's text chunks
+from system.machine import pick_device
 
 
 def draw_all(loaded: LoadedModel, wanted: list[Request], show_digits: bool) -> None:
@@ -91,26 +89,13 @@ def write(loaded: LoadedModel, request: Request, states: list[Tensor]) -> None:
     if request.animated:
         picture.save_animation(grids, request.output)
         return
-    record, may_replace = provenance(loaded, request), request.if_taken == "replace"
+    record, may_replace = provenance.record(loaded, request), request.if_taken == "replace"
     while True:
         try:
             picture.save_png(grids[-1], request.output, record, replace=may_replace)
             return
         except FileExistsError:  # another process was faster
             request.rename()
-
-
-def provenance(loaded: LoadedModel, request: Request) -> dict[str, Any]:
-    """What a PNG records, as text: all that --reproduce needs to draw it again."""
-    what = {"model": loaded.sha256, "digits": request.digits, "count": request.count}
-    if request.digits == "mnist":
-        what["labels"] = "exact"  # older versions drew them at random
-    how = {"version": PNG_VERSION} | request.cfg.select("sampling", "picture")
-    how["precision"] = pick_precision(request.cfg.precision, loaded.device)  # of "auto", what it is
-    start = request.original.record() if request.original else {}
-    made_with = picture.made_with(loaded.device) + (", compiled" if request.cfg.compile else "")
-    all_ = what | how | start | {"made with": made_with}
-    return {k: v for k, v in all_.items() if request.recorded is None or k in request.recorded}
 
 
 def reproduce(
@@ -121,15 +106,15 @@ def reproduce(
     runs, or if the bytes come out differently."""
     if output and output.suffix != ".png":
         raise ValueError(f"output = '{output}': --reproduce writes a .png")
-    recorded, expected = picture.read_provenance(original), original.read_bytes()
+    recorded, expected = provenance.read(original), original.read_bytes()
     here = {"output_dir": Config().output_dir, "device": "cpu"} | given  # a GPU rounds differently
     device = pick_device(here["device"])
-    file = requests.model_with_hash(recorded["model"], Path(here["output_dir"]))
+    file = provenance.model_with_hash(recorded["model"], Path(here["output_dir"]))
     if file is None:
         lacks = f"its model, SHA-256 {shortened(recorded['model'])}, is not in {here['output_dir']}"
         raise ValueError(f"{original}: {lacks}; try --output_dir")
     loaded = replace(checkpoint.load_model(file, device), sha256=recorded["model"])
-    request = requests.request_from_picture(recorded, original, loaded.cfg, here)
+    request = provenance.request_from_picture(recorded, original, loaded.cfg, here)
     request.output = output or requests.free_name(request.cfg, f"{request.digits}_again")
     request.if_taken = "replace" if output else "renumber"
     if request.output.exists() and request.output.samefile(original):
@@ -137,7 +122,7 @@ def reproduce(
     draw_all(loaded, [request], show_digits)
     if request.output.read_bytes() != expected:
         said = shortened(recorded.get("made with"))
-        made = f"made with {said}; here: {picture.made_with(device)}"
+        made = f"made with {said}; here: {provenance.made_with(device)}"
         raise ValueError(f"{request.output}: its bytes differ from those of {original}, {made}")
     log(f"the same bytes as {original}")
 

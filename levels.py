@@ -6,15 +6,22 @@ of the images, 254 in 28 %, 252 in 21 %, 255 in 5 %. An eye does not see it; a c
 """
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from data import to_model_range
+from system.randomness import ImageNoise
+
+if TYPE_CHECKING:
+    from diffusion import Denoiser, Diffusion
+
 FINE = 8  # steps of the curves per grey level
 LIGHT = 240  # from here on the levels depend on the white of an image
 WHITES = range(250, 256)  # each image's white is the most frequent of these
+REDRAWN, REDRAWN_FROM = 256, 0.2  # images to compare levels with, and their noise (t / T)
 LOOKED_AT = 8_000_000  # pixels of the training images that are counted: 10,000 of MNIST
 
 
@@ -31,6 +38,21 @@ class GreyLevels:
         fits = (self.share.shape, self.curves.shape) == shapes and self.curves.dtype == torch.uint8
         if not fits or not (self.share >= 0).all() or not 0.99 < float(self.share.sum()) < 1.01:
             raise ValueError("its grey levels are no curves from levels to levels")
+
+    @classmethod
+    @torch.no_grad()
+    def of_model(
+        cls, diffusion: "Diffusion", denoiser: "Denoiser", images: Tensor, labels: Tensor
+    ) -> "GreyLevels | None":
+        """The curves for what this denoiser draws of the training images, uint8 (N, C, H, W). Only
+        the last sampling steps decide grey levels, so a few images are noised and drawn again from
+        there: originals and copies then differ in little else, and it usually takes no longer than
+        a few training steps."""
+        few, y, T = images[:REDRAWN], labels[:REDRAWN], diffusion.T
+        start = min(t for t in diffusion.sampling_times() if t >= REDRAWN_FROM * T) / T
+        noise = ImageNoise(diffusion.cfg.seed, range(len(few)), few.shape[1:], device=few.device)
+        *_, drawn = diffusion.sample(denoiser, y, noise, to_model_range(few), strength=start)
+        return cls.measure(images, few, drawn)
 
     @classmethod
     def measure(cls, images: Tensor, few: Tensor, drawn: Tensor) -> "GreyLevels | None":

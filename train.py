@@ -6,19 +6,21 @@ import interface  # noqa: F401  (first, so that errors are one line while import
 import copy
 import functools
 import time
+from argparse import Namespace
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import checkpoint
 from checkpoint import Progress, TrainState, load_model
-from config import Config, parse_labels
-from data import fingerprint, load_split, to_model_range, to_uint8
+from config import Config
+from data import fingerprint, load_split, to_model_range
 from diffusion import Diffusion, Model
 from distill import Distillation
 from interface import folder, runs
@@ -30,19 +32,17 @@ from interface.cli import (
     given_settings,
     run_script,
 )
-from interface.picture import image_grid, save_png
+from interface.previews import draw_missing_previews, draw_preview
 from interface.runs import Plan, Run, make_plan
-from interface.terminal import sampling_bar
 from levels import GreyLevels
 from system import distributed
-from system.files import first_line, optional
-from system.machine import compile_network, pick_device, pick_precision
-from system.randomness import ImageNoise, seeded_generator
+from system.files import optional
+from system.machine import compile_network, pick_device
+from system.randomness import seeded_generator
 
 # Every random number of training is a function of (seed, stream, epoch or step): a resumed run
 # draws what an uninterrupted one would have drawn, and previews cannot disturb training.
 ORDER_STREAM, NOISE_STREAM, VALIDATION_STREAM = 1, 2, 3
-LEVEL_IMAGES, LEVEL_NOISE = 256, 0.2  # redrawn to compare grey levels, from at least this t / T
 VALIDATION_IMAGES = 1000  # 0.6 % of an epoch's work; at most a sixtieth of the training images
 
 # (model, x_0, y, generator, part of the batch) -> the mean loss of that part
@@ -57,29 +57,11 @@ def train(plan: Plan, device: torch.device, began: float) -> int:
     images, labels = load_split(cfg, train=True, device=device)
     few = min(VALIDATION_IMAGES, max(1, len(images) // 60))
     unseen = [x[:few] for x in load_split(cfg, train=False, device=device)]
-    diffusion, state = Diffusion(cfg), TrainState.initial(cfg, device)
-    if plan.start:
-        checkpoint.restore(plan.start, state)
-        state.progress = plan.progress
-    if plan.weights:
-        state.start_from(load_model(plan.weights, device))
-    loss, data = diffusion.loss, fingerprint(images, labels)
-    if cfg.is_student:
-        expected = (state.data or {}).get("teacher")
-        teacher = load_model(runs.find_teacher(cfg, expected), device)
-        print(f"a student of {teacher.path}")
-        loss, data["teacher"] = Distillation(cfg, teacher).loss, teacher.sha256
-        if not plan.start and not plan.weights:
-            state.start_from(teacher)
-    runs.check_data(plan, state, data)
-    if cfg.compile:
-        compile_network(state.model)
-    state.network = distributed.data_parallel(state.model)
+    state, loss = start(plan, fingerprint(images, labels), device)
     run = Run(plan, state, len(images), began)
     if run.done and distributed.from_first(lambda: folder.is_complete(cfg.output_dir)):
         print("nothing left to do: starting up took the rest of the budget")
         return 0
-    announce(cfg, state, device, len(images))
     run.open()
 
     while not run.done and not run.stopped_by:
@@ -107,29 +89,33 @@ def train(plan: Plan, device: torch.device, began: float) -> int:
         run.draw_curves()
         print(f"stopped at {state.progress}; to continue: {runs.train_command(cfg, '--resume')}")
         return 128 + run.stopped_by
-    finish(run)
+    draw_missing_previews(run)
+    run.finish()
     return 0
 
 
-def announce(cfg: Config, state: TrainState, device: torch.device, images: int) -> None:
-    """Say what is trained, on what, and whether this machine could do more."""
-    size = sum(parameter.numel() for parameter in state.model.parameters())
-    precision, processes = pick_precision(cfg.precision, device), distributed.processes()
-    where = f"{device}" if processes == 1 else f"{processes} processes ({device.type})"
-    if device.type == "cuda" and processes == 1 < torch.cuda.device_count():
-        command = f"torchrun --standalone --nproc_per_node={torch.cuda.device_count()} train.py"
-        print(f"this uses one of {torch.cuda.device_count()} GPUs; {command} uses all")
-    print(f"U-Net of {size:,} parameters on {where}, {precision}; {images:,} images")
-
-
-def finish(run: Run) -> None:
-    """Make up for what could not be drawn or written before, and say how to draw."""
-    cfg = run.cfg
-    draw_missing_previews(run)
-    run.retry_figures()
-    if run.state.guide is None and not cfg.is_student:
-        how = "1.5 (classifier-free guidance)" if cfg.label_dropout > 0 else "1 (no guidance)"
-        print(f"this model has no guide: draw with --guidance {how}")
+def start(plan: Plan, data: dict[str, Any], device: torch.device) -> tuple[TrainState, Loss]:
+    """The state with which training begins, new or from a checkpoint, and the loss; `data` is the
+    training data's fingerprint."""
+    cfg = plan.cfg
+    state, loss = TrainState.initial(cfg, device), Diffusion(cfg).loss
+    if plan.start:
+        checkpoint.restore(plan.start, state)
+        state.progress = plan.progress
+    if plan.weights:
+        state.start_from(load_model(plan.weights, device))
+    if cfg.is_student:
+        expected = (state.data or {}).get("teacher")
+        teacher = load_model(runs.find_teacher(cfg, expected), device)
+        print(f"a student of {teacher.path}")
+        loss, data["teacher"] = Distillation(cfg, teacher).loss, teacher.sha256
+        if not plan.start and not plan.weights:
+            state.start_from(teacher)
+    runs.check_data(plan, state, data)
+    if cfg.compile:
+        compile_network(state.model)
+    state.network = distributed.data_parallel(state.model)
+    return state, loss
 
 
 def batch(cfg: Config, images: Tensor, labels: Tensor, progress: Progress) -> tuple[Tensor, Tensor]:
@@ -229,74 +215,17 @@ def validation_loss(
     return float(total) / len(images)
 
 
+@distributed.first_only
 def save(run: Run, images: Tensor, labels: Tensor) -> None:
     """Write a checkpoint, with its grey levels as they are now."""
-    run.state.levels = measure_levels(run.cfg, run.state, images, labels)
+    diffusion, state = Diffusion(run.cfg), run.state
+    denoiser, state.levels = diffusion.guided(state.ema, state.guide), None
+    with run.side_output(Path("grey levels")):  # without which a checkpoint is still good
+        state.levels = GreyLevels.of_model(diffusion, denoiser, images, labels)
     run.save()
 
 
-@distributed.first_only
-@torch.no_grad()
-def measure_levels(
-    cfg: Config, state: TrainState, images: Tensor, labels: Tensor
-) -> GreyLevels | None:
-    """How the grey levels that the average draws differ from real ones. Only the last sampling
-    steps decide them, so a few training images are noised and drawn again from there: originals and
-    copies then differ in little else, and it usually takes no longer than a few training steps.
-    None if it fails."""
-    diffusion, few, y = Diffusion(cfg), images[:LEVEL_IMAGES], labels[:LEVEL_IMAGES]
-    start = (
-        min(t for t in diffusion.sampling_times() if t >= LEVEL_NOISE * diffusion.T) / diffusion.T
-    )
-    noise = ImageNoise(cfg.seed, range(len(few)), few.shape[1:], device=few.device)
-    denoiser = diffusion.guided(state.ema, state.guide)
-    try:
-        *_, drawn = diffusion.sample(denoiser, y, noise, to_model_range(few), strength=start)
-    except (MemoryError, RuntimeError) as error:  # the checkpoint matters more
-        tqdm.write(f"grey levels not measured: {first_line(error)}")
-        return None
-    return GreyLevels.measure(images, few, drawn)
-
-
-@distributed.first_only
-def draw_preview(run: Run, state: TrainState) -> None:
-    """Write a grid with a row for each digit, always from the same noise, to compare epochs. A stop
-    signal ends it."""
-    cfg, path = run.cfg, folder.grid_path(run.cfg.output_dir, state.progress)
-    labels = list(range(min(10, cfg.num_classes)))  # which "all" means, as a grid has to be short
-    if cfg.preview_digits != "all":
-        labels = parse_labels(cfg.preview_digits, cfg.label_names)
-    diffusion = Diffusion(cfg, state.levels)
-    y = torch.tensor(labels).repeat_interleave(cfg.preview_columns).to(state.totals.device)
-    with run.side_output(path), sampling_bar(cfg.steps, diffusion.batches(len(y))) as advance:
-
-        def on_state(x: Tensor) -> None:
-            advance(x)
-            if run.signals:
-                raise InterruptedError("stopped by a signal")
-
-        x_0 = diffusion.draw(diffusion.guided(state.ema, state.guide), y, on_state)
-        path.parent.mkdir(exist_ok=True)
-        grid = image_grid(to_uint8(x_0), cfg.preview_columns)
-        save_png(grid, path)
-        tqdm.write(f"wrote {path}")
-        if run.board:
-            run.board.grid(grid, state.progress.step)
-
-
-@distributed.first_only
-def draw_missing_previews(run: Run) -> None:
-    """Draw the previews that a kill or a full disk prevented, from their checkpoints."""
-    for path, grid in folder.without_grid(run.cfg.output_dir):
-        if not run.signals:
-            state = TrainState.initial(run.cfg, run.state.totals.device)
-            with run.side_output(grid):
-                checkpoint.restore(path, state)
-                draw_preview(run, state)
-
-
-def main() -> int:
-    began = time.perf_counter() - time.process_time()  # imports count too, as CPU time
+def parse_flags() -> Namespace:
     parser = Parser(prog="train.py", description="Train a class-conditional DDPM.")
     start, length = (parser.add_mutually_exclusive_group() for _ in range(2))
     start.add_argument("--resume", action="store_true", help="continue the newest checkpoint")
@@ -315,13 +244,18 @@ def main() -> int:
     counts_all = "--epochs counts from scratch; give --continue_training_epochs instead"
     parser.excludes("--load_checkpoint_path", "--epochs", message=counts_all)
     args = parser.parse_args()
-    more = args.continue_training_epochs
-    if more < 0:
-        raise ValueError(f"continue_training_epochs = {more}: must be at least 0")
-
+    if args.continue_training_epochs < 0:
+        given = f"continue_training_epochs = {args.continue_training_epochs}"
+        raise ValueError(f"{given}: must be at least 0")
     if args.tensorboard:
         optional("torch.utils.tensorboard")  # before anything is moved aside
-    given = given_settings(args)
+    return args
+
+
+def main() -> int:
+    began = time.perf_counter() - time.process_time()  # imports count too, as CPU time
+    args = parse_flags()
+    given, more = given_settings(args), args.continue_training_epochs
     if args.load_checkpoint_path and not more and "budget" not in given:
         print(runs.describe(make_plan(given, load=args.load_checkpoint_path)))
         return 0

@@ -1,15 +1,12 @@
 """Picture files: grids, PNGs that can be reproduced, animations, and .npz sets of images."""
 
 import json
-import warnings
 import zipfile
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import PIL
 import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -60,28 +57,6 @@ def save_png(
         info.add_text(name, json.dumps(value))
     with atomic_write(path, replace=replace) as file:
         grid.save(file, "PNG", pnginfo=info)
-
-
-def read_provenance(path: Path) -> dict[str, Any]:
-    """The text chunks of a PNG that hold JSON. Raises ValueError if none names a model."""
-    if not path.exists():
-        raise ValueError(f"{path}: no such picture")
-    provenance = {}
-    with suppress(Exception):  # a damaged or hostile file can make Pillow and json raise anything
-        # PNG alone: for other formats, Pillow may start programs such as Ghostscript
-        with warnings.catch_warnings(action="error"), Image.open(path, formats=["PNG"]) as image:
-            image.load()  # chunks may also follow the pixels
-            for name, text in image.text.items():
-                with suppress(ValueError):  # a chunk of another program
-                    provenance[name] = json.loads(text)
-        if "model" in provenance:
-            return provenance
-    raise ValueError(f"{path}: not a PNG that generate.py wrote")
-
-
-def made_with(device: torch.device) -> str:
-    """What a picture's bytes depend on besides its settings and the kind of CPU."""
-    return f"torch {torch.__version__}, Pillow {PIL.__version__} on {device.type}"
 
 
 def save_animation(grids: list[Image.Image], path: Path) -> None:

@@ -5,29 +5,22 @@ import secrets
 import time
 from argparse import ArgumentTypeError, Namespace
 from collections.abc import Collection, Iterator
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from checkpoint import PRETRAINED, STUDENT, Progress, list_checkpoints
+from checkpoint import Progress, list_checkpoints
 from config import Config, parse_labels, shortened
 from data import draw_labels
 from interface import original
-from interface.cli import settings_for_drawing
 from interface.original import Original
 from interface.picture import ANIMATIONS, ENDINGS, MAX_ANIMATED, MAX_FRAMES
 from interface.terminal import ask, log, whole_number
-from system.files import check_writable, make_folder, printable, sha256
+from system.files import check_writable, make_folder, printable
 
 MAX_IMAGES = 100_000
-EARLIER_FILES = {  # of the shipped models, before they knew their grey levels
-    PRETRAINED: "e291342c43ce427f25492019b3acf67801e4922eec5e2930a900cb896c2f5cf6",
-    STUDENT: "3f0e978e69a723b04548cf881f8bbffd7c5b30acee46ffa81b904df49cf27fb2",
-}
 TAKEN = "exists already; choose another folder or --seed"
 
 
@@ -207,37 +200,3 @@ def requests_from_answers(cfg: Config, seed: int | None) -> Iterator[Request]:
         picture_seed = secrets.randbelow(2**31) if seed is None else seed
         cfg = replace(cfg, guidance=guidance, seed=picture_seed)
         yield Request(digits, count, cfg, free_name(cfg, digits), "renumber")
-
-
-def model_with_hash(expected: str, output_dir: Path) -> Path | None:
-    """The model with a SHA-256, among those of a run folder and of its earlier runs; for that of an
-    earlier file of a shipped model, the present one, whose weights are the same."""
-    for name, earlier in EARLIER_FILES.items():
-        if expected == earlier and (output_dir / "models" / name).is_file():
-            return output_dir / "models" / name
-    for path in (*output_dir.glob("models/*"), *output_dir.glob("earlier/*/*")):
-        with suppress(OSError):  # one that cannot be read
-            if path.suffix in (".pth", ".safetensors") and sha256(path) == expected:
-                return path
-    return None
-
-
-def request_from_picture(
-    provenance: dict[str, Any], picture: Path, trained: Config, given: dict[str, Any]
-) -> Request:
-    """The request that a PNG's text chunks record, with this computer's settings as `given`.
-    Raises ValueError if they are not those that generate.provenance names."""
-    if provenance.get("digits") == "mnist" and provenance.get("labels") != "exact":
-        reason = "an older version drew its labels at random, which this one does not"
-        raise ValueError(f"{picture}: {reason}; draw a new one")
-    recorded = set(provenance)
-    try:
-        # Older pictures record neither, as nothing else existed
-        provenance = {"precision": "float32", "match_levels": False} | provenance
-        known = {name: provenance[name] for name in Config.names("sampling", "picture")}
-        cfg = settings_for_drawing(trained, given | known)
-        start = Original.from_record(provenance, cfg)
-        what = provenance["digits"], provenance["count"]
-        return Request(*what, cfg, picture, original=start, recorded=recorded)
-    except (LookupError, TypeError, ValueError):
-        raise ValueError(f"{picture}: not a PNG that generate.py wrote") from None

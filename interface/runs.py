@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 import checkpoint
@@ -18,10 +19,12 @@ from distill import student_settings
 from interface import folder
 from interface.board import Board
 from interface.cli import as_flags, quote, settings_for_training
-from interface.requests import find_model, model_with_hash
+from interface.provenance import model_with_hash
+from interface.requests import find_model
 from other_data import with_classes
 from system import distributed
 from system.files import first_line, sha256
+from system.machine import pick_precision
 
 
 @dataclass
@@ -169,6 +172,7 @@ class Run:
         """`began` (of time.perf_counter) is when the run's time starts to count. Raises ValueError
         if a batch is larger than the data set or a new budget is already spent."""
         self.plan, self.cfg, self.state, self.last_saved = plan, plan.cfg, state, plan.start
+        self.images = images
         if self.cfg.batch_size > images:
             raise ValueError(
                 f"batch_size = {self.cfg.batch_size}: choose at most {images} (images)"
@@ -222,9 +226,21 @@ class Run:
         progress = self.state.progress
         return self.done or (progress.images == 0 and progress.epoch % self.cfg.save_every == 0)
 
+    def announce(self) -> None:
+        """Say what is trained, on what, and whether this machine could do more."""
+        device, processes = self.state.totals.device, distributed.processes()
+        size = sum(parameter.numel() for parameter in self.state.model.parameters())
+        where = f"{device}" if processes == 1 else f"{processes} processes ({device.type})"
+        if device.type == "cuda" and processes == 1 < torch.cuda.device_count():
+            command = f"torchrun --standalone --nproc_per_node={torch.cuda.device_count()} train.py"
+            print(f"this uses one of {torch.cuda.device_count()} GPUs; {command} uses all")
+        precision = pick_precision(self.cfg.precision, device)
+        print(f"U-Net of {size:,} parameters on {where}, {precision}; {self.images:,} images")
+
     def open(self) -> None:
         """Make the folders, keep earlier results aside, and say what will be done. A new plan is
         saved at once, so that --resume knows it even if the run is killed before its next save."""
+        self.announce()
         cfg, start, progress = self.cfg, self.plan.start, self.state.progress
         path = folder.checkpoint_path(cfg.output_dir, progress)
         saves_plan = start is not None and (self.plan.changed or start.resolve() != path.resolve())
@@ -329,12 +345,16 @@ class Run:
             tqdm.write(f"wrote {path}")
 
     @distributed.first_only
-    def retry_figures(self) -> None:
-        """Write metrics.csv and its curves if that failed before."""
+    def finish(self) -> None:
+        """Write metrics.csv and its curves if that failed before, and say how to draw."""
         if "metrics" in self.warned:
             self.write_rows()
         if folder.curves_are_old(self.cfg.output_dir):
             self.draw_curves()
+        if self.state.guide is None and not self.cfg.is_student:
+            classifier_free = "1.5 (classifier-free guidance)"
+            how = classifier_free if self.cfg.label_dropout > 0 else "1 (no guidance)"
+            print(f"this model has no guide: draw with --guidance {how}")
 
     def diverged(self, fault: str) -> FloatingPointError:
         self.close_bar()

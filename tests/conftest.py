@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -84,6 +85,15 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Calla
 
 
 unix = pytest.mark.skipif(os.name == "nt", reason="needs a Unix pseudo-terminal, limit or signal")
+
+
+def copy_program(target: Path) -> None:
+    """Copy the scripts and all that they import, to edit them."""
+    for room in ("", "interface/", "evaluation/", "system/"):
+        for path in REPO.glob(f"{room}*.py"):
+            copy = target / path.relative_to(REPO)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, copy)
 
 
 def start_script(script: str, flags: dict[str, object], **options: object) -> subprocess.Popen:

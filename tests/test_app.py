@@ -25,8 +25,8 @@ from app import Between, Studio, slerp
 from checkpoint import TrainState, load_model, save
 from config import Config
 from data import load_split
+from interface import provenance
 from interface.original import KEEP
-from interface.picture import read_provenance
 from system.randomness import ImageNoise
 
 CPU = torch.device("cpu")
@@ -343,7 +343,7 @@ def test_half_a_digit_is_completed_and_cleared(visit, run, tmp_path):
     press(page, "Complete")
     page.get_by_text("7, seed").wait_for()
     path = saved(page, tmp_path)
-    assert read_provenance(path)["original"]
+    assert provenance.read(path)["original"]
     again = run("generate.py", reproduce=path, output=tmp_path / "again.png")
     assert again.code == 0, again.err
     tile = np.asarray(Image.open(path))[2:16, 2:30]
@@ -387,7 +387,7 @@ def test_two_users_at_once_get_their_own_pictures(visit, tmp_path):
                 page.wait_for_timeout(1500)
         for digits, page in wanted.items():
             page.get_by_text(re.compile(rf"{digits}, seed {digits}\b")).wait_for()
-            record = read_provenance(saved(page, tmp_path))
+            record = provenance.read(saved(page, tmp_path))
             assert (record["digits"], record["seed"]) == (digits, int(digits))
             files.append((tmp_path / f"{digits}_seed{digits}.png").read_bytes())
     assert files[:2] == files[2:]

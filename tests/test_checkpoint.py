@@ -15,7 +15,7 @@ from PIL import Image
 import checkpoint
 from checkpoint import Progress, TrainState
 from config import Config
-from interface.picture import read_provenance
+from interface import provenance
 from model import UNet
 
 CPU = torch.device("cpu")
@@ -219,8 +219,8 @@ def test_the_scripts_train_and_draw_with_an_old_file(tmp_path, run):
         picture = tmp_path / f"{model.stem}.png"
         flags = {"digits": 1, "count": 1, "model": model, "output": picture, "device": "cpu"}
         assert run("generate.py", **flags).code == 0
-        provenance = read_provenance(picture)
-        assert {name: provenance[name] for name in usual} == expected
+        recorded = provenance.read(picture)
+        assert {name: recorded[name] for name in usual} == expected
         grey.append(np.asarray(Image.open(picture)))
     assert (grey[0] != grey[1]).any()
 

@@ -4,7 +4,7 @@ import types
 from dataclasses import fields
 
 import pytest
-from conftest import REPO, start_script
+from conftest import REPO, copy_program, start_script
 
 from config import ALIASES, FAST, Config, parse_duration, parse_labels
 
@@ -97,11 +97,7 @@ def test_an_edited_default_is_checked_like_a_flag(old, new, message, monkeypatch
 
 
 def test_a_bad_edited_default_ends_a_script_with_one_line(tmp_path):
-    rooms = (REPO, REPO / "interface", REPO / "evaluation", REPO / "system")
-    for path in (path for room in rooms for path in room.glob("*.py")):
-        copy = tmp_path / path.relative_to(REPO)
-        copy.parent.mkdir(exist_ok=True)
-        copy.write_text(path.read_text(encoding="utf-8"), encoding="utf-8")
+    copy_program(tmp_path)
     bad = edited("batch_size: int = training(128", "batch_size: int = training(-3")
     (tmp_path / "config.py").write_text(bad, encoding="utf-8")
     process = start_script(str(tmp_path / "train.py"), {}, cwd=tmp_path)

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import REPO, TINY, Result, assert_one_line, start_script, unix
+from conftest import REPO, TINY, Result, assert_one_line, copy_program, start_script, unix
 from PIL import Image
 
 import checkpoint
@@ -20,8 +20,8 @@ from config import FAST, Config
 from data import LABEL_COUNTS
 from diffusion import Diffusion
 from evaluation import classifier
-from interface import requests
-from interface.picture import read_npz, read_provenance, save_png
+from interface import provenance
+from interface.picture import read_npz, save_png
 from system import files
 
 if os.name != "nt":
@@ -167,8 +167,8 @@ def test_the_seed_sets_the_pictures_and_the_count_does_not(pixels):
 def test_the_models_own_sampling_settings_are_the_defaults(draw, pixels, tmp_path):
     drawn = pixels(digits=7, count=2)
     usual = Config().select("sampling")
-    provenance = read_provenance(tmp_path / "pixels.png")
-    assert {name: provenance[name] for name in usual} == usual | OWN
+    recorded = provenance.read(tmp_path / "pixels.png")
+    assert {name: recorded[name] for name in usual} == usual | OWN
     assert (pixels(digits=7, count=2, **OWN) == drawn).all()
     for change in OWN:  # each of them matters, so that the test would see one that is not used
         assert (pixels(digits=7, count=2, **{change: usual[change]}) != drawn).any(), change
@@ -176,8 +176,8 @@ def test_the_models_own_sampling_settings_are_the_defaults(draw, pixels, tmp_pat
     assert "3 steps" in words
     assert "guidance 1.5" in words
     draw(digits=7, fast=True, eta=0.2, output=tmp_path / "fast.png")  # a flag wins over --fast
-    provenance = read_provenance(tmp_path / "fast.png")
-    assert {name: provenance[name] for name in usual} == usual | OWN | FAST | {"eta": 0.2}
+    recorded = provenance.read(tmp_path / "fast.png")
+    assert {name: recorded[name] for name in usual} == usual | OWN | FAST | {"eta": 0.2}
 
 
 def test_the_model_asked_for_is_used(results, draw):
@@ -236,10 +236,7 @@ def test_without_a_model_it_says_how_to_train_one(run, tmp_path):
 def test_editing_config_after_training_never_breaks_an_old_model(results, draw, tmp_path):
     """A copy of the program whose defaults are all other than the model's draws the same bytes."""
     copy = tmp_path / "copy"
-    for path in (*REPO.glob("*.py"), *REPO.glob("interface/*.py"), *REPO.glob("evaluation/*.py")):
-        target = copy / path.relative_to(REPO)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(path, target)
+    copy_program(copy)
     config = (copy / "config.py").read_text(encoding="utf-8")
     for old, new in (
         ("img_size: int = model(28", "img_size: int = model(32"),
@@ -391,19 +388,19 @@ def test_a_picture_is_reproduced_byte_for_byte(draw, digits):
 
 def test_a_picture_carries_what_it_was_drawn_with_in_a_fixed_order(results, draw):
     made = Path(draw(digits="026", count=2, seed=9).out.strip())
-    provenance = read_provenance(made)
-    assert list(provenance) == list(Image.open(made).text)
+    recorded = provenance.read(made)
+    assert list(recorded) == list(Image.open(made).text)
     settings = ("sampler", "steps", "guidance", "guidance_low", "guidance_high", "eta")
     rest = ("precision", "seed", "clip_x_0", "match_levels", "sample_batch_size")
     start = ("model", "digits", "count", "version")
-    assert list(provenance) == [*start, *settings, *rest, "made with"]
+    assert list(recorded) == [*start, *settings, *rest, "made with"]
     model = results / "models" / "model_epoch_2.pth"
-    assert provenance["model"] == files.sha256(model)
-    assert [provenance[name] for name in start[1:]] == ["026", 2, "1.0"]
-    assert [provenance[name] for name in settings] == ["dpmpp", 3, 1.5, 0.4, 0.9, 0.6]
-    assert provenance["precision"] in ("float32", "bf16")  # not auto, which differs by computer
-    assert [provenance[name] for name in rest[1:]] == [9, True, True, 128]
-    assert f"torch {torch.__version__}" in provenance["made with"]
+    assert recorded["model"] == files.sha256(model)
+    assert [recorded[name] for name in start[1:]] == ["026", 2, "1.0"]
+    assert [recorded[name] for name in settings] == ["dpmpp", 3, 1.5, 0.4, 0.9, 0.6]
+    assert recorded["precision"] in ("float32", "bf16")  # not auto, which differs by computer
+    assert [recorded[name] for name in rest[1:]] == [9, True, True, 128]
+    assert f"torch {torch.__version__}" in recorded["made with"]
 
 
 def test_a_picture_is_never_replaced_by_its_reproduction(draw):
@@ -443,7 +440,7 @@ def test_a_reproduction_is_a_png(draw, tmp_path, output):
 )
 def test_an_edited_picture_is_refused_in_one_line(draw, tmp_path, change):
     made = Path(draw(digits=7, count=3).out.strip())
-    known = read_provenance(made) | {"comment": "hello"} | change
+    known = provenance.read(made) | {"comment": "hello"} | change
     if not change:
         del known["seed"]
     edited = tmp_path / "edited.png"
@@ -458,7 +455,7 @@ def test_a_device_that_does_not_exist_is_not_blamed_on_the_picture(draw):
 
 def test_reproducing_without_the_model_names_it(results, draw):
     made = Path(draw(digits=7).out.strip())
-    model = read_provenance(made)["model"]
+    model = provenance.read(made)["model"]
     aside = results / "earlier" / "2026-01-01_000000"
     aside.mkdir(parents=True)
     for path in (results / "models").glob("*.pth"):
@@ -593,11 +590,11 @@ def test_a_picture_of_an_earlier_file_of_a_shipped_model_has_the_same_bytes(run,
     made, again = tmp_path / "made.png", tmp_path / "again.png"
     flags = {"digits": 31, "count": 1, "model": name, "device": "cpu", "match_levels": False}
     assert run("generate.py", **flags, output=made).code == 0
-    provenance = read_provenance(made)
-    assert provenance.pop("match_levels") is False
-    provenance["model"] = requests.EARLIER_FILES[f"{name}.pth"]
+    recorded = provenance.read(made)
+    assert recorded.pop("match_levels") is False
+    recorded["model"] = provenance.EARLIER_FILES[f"{name}.pth"]
     with Image.open(made) as image:
-        save_png(image, made, provenance)
+        save_png(image, made, recorded)
     drawn = run("generate.py", reproduce=made, output=again)
     assert drawn.code == 0, drawn
     assert made.read_bytes() == again.read_bytes()

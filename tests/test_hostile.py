@@ -25,11 +25,12 @@ import checkpoint
 from checkpoint import TrainState
 from config import Config, parse_duration, parse_labels
 from evaluation import results
-from interface import terminal
+from interface import provenance, terminal
 from interface.cli import Parser, add_settings, given_settings, run_script
 from interface.folder import read_metrics
-from interface.picture import read_npz, read_provenance, save_png
-from interface.requests import Request, request_from_picture, requests_from_answers
+from interface.picture import read_npz, save_png
+from interface.provenance import request_from_picture
+from interface.requests import Request, requests_from_answers
 from system.files import read_idx
 
 CFG = Config(widths=(8, 8), embedding_size=8, dense_size=8)
@@ -179,7 +180,7 @@ def test_any_damage_to_other_files(tmp_path_factory, seed):
     (folder / "a").write_bytes((0x803).to_bytes(4) + bytes([0, 0, 0, 2] * 3) + bytes(8))
     readers = {
         "a.npz": read_npz,
-        "a.png": read_provenance,
+        "a.png": provenance.read,
         "a.csv": read_metrics,
         "a.json": lambda path: results.read_result(path, {}),
         "a": lambda path: read_idx(path.parent, path.name, dimensions=3),
@@ -203,7 +204,7 @@ def test_any_chunk_of_a_picture(tmp_path_factory, name, value):
     path = tmp_path_factory.mktemp("picture") / "a.png"
     save_png(Image.new("L", (9, 9)), path, chunks)
     try:
-        assert isinstance(request_from_picture(read_provenance(path), path, CFG, {}), Request)
+        assert isinstance(request_from_picture(provenance.read(path), path, CFG, {}), Request)
     except ValueError as error:
         one_line(error)
 

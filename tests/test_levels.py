@@ -4,11 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import TINY
 
-import train
-from checkpoint import TrainState
+from checkpoint import TrainState, load_model
 from config import Config
 from data import load_split, to_model_range, to_uint8
+from diffusion import Diffusion
 from levels import LIGHT, WHITES, GreyLevels
 
 
@@ -109,5 +110,17 @@ def test_measured_of_a_model_whatever_its_number_of_steps(steps):
     cfg = Config(widths=(8,), dense_size=0, embedding_size=8, max_images=300, steps=steps)
     images, labels = load_split(cfg, train=True, device=torch.device("cpu"))
     state = TrainState.initial(replace(cfg, guide_fraction=0.0), torch.device("cpu"))
-    levels = train.measure_levels(cfg, state, images, labels)
+    diffusion = Diffusion(cfg)
+    levels = GreyLevels.of_model(diffusion, diffusion.guided(state.ema), images, labels)
     assert levels.curves.shape == (6, 2041)
+
+
+def test_a_checkpoint_is_saved_even_if_levels_cannot_be_measured(run, tmp_path, monkeypatch):
+    def fail(*_: object) -> None:
+        raise MemoryError("no memory for that")
+
+    monkeypatch.setattr(GreyLevels, "of_model", fail)
+    trained = run("train.py", **TINY, epochs=1, output_dir=tmp_path)
+    assert trained.code == 0, trained
+    assert "grey levels not written: no memory for that" in trained.out + trained.err
+    assert load_model(tmp_path / "models" / "model_epoch_1.pth", torch.device("cpu")).levels is None

@@ -1,17 +1,14 @@
-"""Picture files: how digits lie on a grid, what a PNG tells, animations and sets of images."""
+"""Picture files: how digits lie on a grid, animations and sets of images."""
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
 from interface.picture import (
     arrange,
     image_grid,
-    made_with,
     read_npz,
-    read_provenance,
     save_animation,
     save_png,
     write_npz,
@@ -62,41 +59,9 @@ def test_a_set_as_in_mnist_keeps_its_order_on_a_square_grid():
     assert columns == 3
 
 
-def test_a_png_tells_what_it_was_told_and_other_programs_text_is_skipped(tmp_path):
-    known = {"seed": 2**62, "digits": "007", "guidance": 1.5, "clip_x_0": True}
-    known |= {"model": "é"}
-    save_png(Image.new("L", (4, 4)), tmp_path / "a.png", known)
-    assert list(read_provenance(tmp_path / "a.png").items()) == list(known.items())
-    info = PngInfo()
-    info.add_text("Comment", "made by hand")
-    info.add_text("model", '"abc"')
-    info.add_text("seed", "3")
-    Image.new("L", (4, 4)).save(tmp_path / "b.png", pnginfo=info)
-    assert read_provenance(tmp_path / "b.png") == {"model": "abc", "seed": 3}
-
-
-@pytest.mark.parametrize("name", ["none.png", "text.png", "cut.png", "plain.png", "a.gif"])
-def test_what_is_not_a_png_is_named(tmp_path, name):
-    (tmp_path / "text.png").write_text("hello")
-    Image.new("L", (4, 4)).save(tmp_path / "a.gif")
-    Image.new("L", (4, 4)).save(tmp_path / "plain.png")  # names no model
-    Image.effect_noise((64, 64), 50).save(tmp_path / "cut.png")
-    whole = (tmp_path / "cut.png").read_bytes()
-    (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match=name):
-        read_provenance(tmp_path / name)
-
-
 def test_a_png_that_cannot_be_written_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"missing.*a\.png: cannot be written"):
         save_png(Image.new("L", (4, 4)), tmp_path / "missing" / "a.png", {})
-
-
-def test_a_picture_says_what_its_bytes_depend_on():
-    words = made_with(torch.device("cpu"))
-    assert f"torch {torch.__version__}" in words
-    assert "Pillow" in words
-    assert words.endswith("on cpu")
 
 
 @pytest.mark.parametrize("ending", ["gif", "webp"])

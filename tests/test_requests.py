@@ -1,4 +1,4 @@
-"""What a user asks for: the model, and what to draw, by flags, by answers and by a picture."""
+"""What a user asks for: the model, and what to draw, by flags and by answers."""
 
 import builtins
 import itertools
@@ -23,7 +23,6 @@ from interface.requests import (
     is_folder,
     list_models,
     output_name,
-    request_from_picture,
     requests_from_answers,
     requests_from_flags,
     usual_count,
@@ -318,32 +317,3 @@ def test_an_answer_that_makes_no_sense_is_asked_for_again(
     request = next(requests_from_answers(replace(CFG, output_dir=str(tmp_path)), seed=0))
     assert request.digits == "1"
     assert message in capsys.readouterr().err
-
-
-# ---- by a picture
-
-
-def provenance(cfg: Config) -> dict[str, object]:
-    return {"digits": "31", "count": 2} | cfg.select("sampling", "picture")
-
-
-def test_a_picture_asks_for_itself_with_this_computers_settings(tmp_path):
-    drawn = replace(CFG, sampler="ddim", steps=5, guidance=1.5, seed=7, sample_batch_size=3)
-    here = {"output_dir": str(tmp_path), "device": "cpu"}
-    request = request_from_picture(provenance(drawn), tmp_path / "a.png", CFG, here)
-    assert (request.digits, request.count) == ("31", 2)
-    assert request.cfg == replace(drawn, **here)
-
-
-def test_a_picture_from_before_the_precision_was_recorded_is_drawn_in_float32():
-    known = provenance(CFG)
-    del known["precision"]
-    assert request_from_picture(known, Path("a.png"), CFG, {}).cfg.precision == "float32"
-
-
-@pytest.mark.parametrize("name", ["digits", "count", "seed", "clip_x_0", "sampler"])
-def test_a_picture_that_lacks_a_setting_asks_for_nothing(name):
-    known = provenance(CFG)
-    del known[name]
-    with pytest.raises(ValueError, match=r"a\.png: not a PNG that generate\.py wrote"):
-        request_from_picture(known, Path("a.png"), CFG, {})

@@ -1,0 +1,53 @@
+"""The grids of samples that show how training goes."""
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import checkpoint
+from checkpoint import TrainState
+from config import parse_labels
+from data import to_uint8
+from diffusion import Diffusion
+from interface import folder
+from interface.picture import image_grid, save_png
+from interface.runs import Run
+from interface.terminal import sampling_bar
+from system import distributed
+
+
+@distributed.first_only
+def draw_preview(run: Run, state: TrainState) -> None:
+    """Write a grid with a row for each label, always from the same noise, to compare epochs. A stop
+    signal ends it."""
+    cfg, path = run.cfg, folder.grid_path(run.cfg.output_dir, state.progress)
+    labels = list(range(min(10, cfg.num_classes)))  # which "all" means, as a grid has to be short
+    if cfg.preview_digits != "all":
+        labels = parse_labels(cfg.preview_digits, cfg.label_names)
+    diffusion = Diffusion(cfg, state.levels)
+    y = torch.tensor(labels).repeat_interleave(cfg.preview_columns).to(state.totals.device)
+    with run.side_output(path), sampling_bar(cfg.steps, diffusion.batches(len(y))) as advance:
+
+        def on_state(x: Tensor) -> None:
+            advance(x)
+            if run.signals:
+                raise InterruptedError("stopped by a signal")
+
+        x_0 = diffusion.draw(diffusion.guided(state.ema, state.guide), y, on_state)
+        path.parent.mkdir(exist_ok=True)
+        grid = image_grid(to_uint8(x_0), cfg.preview_columns)
+        save_png(grid, path)
+        tqdm.write(f"wrote {path}")
+        if run.board:
+            run.board.grid(grid, state.progress.step)
+
+
+@distributed.first_only
+def draw_missing_previews(run: Run) -> None:
+    """Draw the grids that a kill or a full disk prevented, from their checkpoints."""
+    for path, grid in folder.without_grid(run.cfg.output_dir):
+        if not run.signals:
+            state = TrainState.initial(run.cfg, run.state.totals.device)
+            with run.side_output(grid):
+                checkpoint.restore(path, state)
+                draw_preview(run, state)

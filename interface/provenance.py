@@ -1,0 +1,94 @@
+"""What a PNG says of how it was drawn, and how it is drawn again from that."""
+
+import json
+import warnings
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import PIL
+import torch
+from PIL import Image
+
+from checkpoint import PRETRAINED, STUDENT, LoadedModel
+from config import Config
+from interface.cli import settings_for_drawing
+from interface.original import Original
+from interface.requests import Request
+from system.files import sha256
+from system.machine import pick_precision
+
+VERSION = "1.0"  # of a PNG's text chunks
+EARLIER_FILES = {  # of the shipped models, before they knew their grey levels
+    PRETRAINED: "e291342c43ce427f25492019b3acf67801e4922eec5e2930a900cb896c2f5cf6",
+    STUDENT: "3f0e978e69a723b04548cf881f8bbffd7c5b30acee46ffa81b904df49cf27fb2",
+}
+
+
+def record(loaded: LoadedModel, request: Request) -> dict[str, Any]:
+    """What a PNG records, as text: all that --reproduce needs to draw it again."""
+    what = {"model": loaded.sha256, "digits": request.digits, "count": request.count}
+    if request.digits == "mnist":
+        what["labels"] = "exact"  # older versions drew them at random
+    how = {"version": VERSION} | request.cfg.select("sampling", "picture")
+    how["precision"] = pick_precision(request.cfg.precision, loaded.device)  # of "auto", what it is
+    start = request.original.record() if request.original else {}
+    where = made_with(loaded.device) + (", compiled" if request.cfg.compile else "")
+    all_ = what | how | start | {"made with": where}
+    return {k: v for k, v in all_.items() if request.recorded is None or k in request.recorded}
+
+
+def made_with(device: torch.device) -> str:
+    """What a picture's bytes depend on besides its settings and the kind of CPU."""
+    return f"torch {torch.__version__}, Pillow {PIL.__version__} on {device.type}"
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The text chunks of a PNG that hold JSON. Raises ValueError if none names a model."""
+    if not path.exists():
+        raise ValueError(f"{path}: no such picture")
+    provenance = {}
+    with suppress(Exception):  # a damaged or hostile file can make Pillow and json raise anything
+        # PNG alone: for other formats, Pillow may start programs such as Ghostscript
+        with warnings.catch_warnings(action="error"), Image.open(path, formats=["PNG"]) as image:
+            image.load()  # chunks may also follow the pixels
+            for name, text in image.text.items():
+                with suppress(ValueError):  # a chunk of another program
+                    provenance[name] = json.loads(text)
+        if "model" in provenance:
+            return provenance
+    raise ValueError(f"{path}: not a PNG that generate.py wrote")
+
+
+def model_with_hash(expected: str, output_dir: Path) -> Path | None:
+    """The model with a SHA-256, among those of a run folder and of its earlier runs; for that of an
+    earlier file of a shipped model, the present one, whose weights are the same."""
+    for name, earlier in EARLIER_FILES.items():
+        if expected == earlier and (output_dir / "models" / name).is_file():
+            return output_dir / "models" / name
+    for path in (*output_dir.glob("models/*"), *output_dir.glob("earlier/*/*")):
+        with suppress(OSError):  # one that cannot be read
+            if path.suffix in (".pth", ".safetensors") and sha256(path) == expected:
+                return path
+    return None
+
+
+def request_from_picture(
+    provenance: dict[str, Any], picture: Path, trained: Config, given: dict[str, Any]
+) -> Request:
+    """The request that a PNG's text chunks record, with this computer's settings as `given`.
+    Raises ValueError if they are not those that `record` names."""
+    if provenance.get("digits") == "mnist" and provenance.get("labels") != "exact":
+        reason = "an older version drew its labels at random, which this one does not"
+        raise ValueError(f"{picture}: {reason}; draw a new one")
+    recorded = set(provenance)
+    try:
+        # Older pictures record neither, as nothing else existed
+        provenance = {"precision": "float32", "match_levels": False} | provenance
+        known = {name: provenance[name] for name in Config.names("sampling", "picture")}
+        cfg = settings_for_drawing(trained, given | known)
+        start = Original.from_record(provenance, cfg)
+        what = provenance["digits"], provenance["count"]
+        return Request(*what, cfg, picture, original=start, recorded=recorded)
+    except (LookupError, TypeError, ValueError):
+        raise ValueError(f"{picture}: not a PNG that generate.py wrote") from None
