@@ -27,16 +27,18 @@ from torch import Tensor
 
 import generate
 from checkpoint import LoadedModel, load_model
-from config import Config, parse_labels, shortened
+from config import Config
 from data import load_split, to_uint8
 from diffusion import Diffusion
 from evaluation.metrics import nearest
 from interface import cli, original, picture, requests
+from interface.flags import app_flags
 from interface.original import KEEP, Original
 from interface.requests import Request
 from system.files import first_line, optional
 from system.machine import pick_device
 from system.randomness import ImageNoise
+from system.values import parse_labels, shortened
 
 MOST_LABELS, MOST_STEPS, MOST_FRAMES = 8, 100, 16  # of one picture
 COMPLETIONS = 4  # of a sketch
@@ -306,14 +308,7 @@ def check_address(host: str, port: int | None) -> None:
 
 
 def main() -> int:
-    parser = cli.Parser(prog="app.py", description="Draw digits on a page in the browser.")
-    text = {"metavar": "TEXT", "default": "newest"}
-    parser.add_argument("--model", **text, help="path, name, number or newest (default)")
-    text["default"] = "127.0.0.1"
-    parser.add_argument("--host", **text, help="who can see it (default: 127.0.0.1, this computer)")
-    parser.add_argument("--port", type=int, metavar="INT", help="(default: a free one from 7860)")
-    cli.add_settings(parser, Config.names("machine"))
-    args = parser.parse_args()
+    args = app_flags()
     check_address(args.host, args.port)
     given = cli.given_settings(args)
     here = Config().select("machine") | given

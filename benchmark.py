@@ -16,7 +16,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -33,17 +32,9 @@ from diffusion import Diffusion
 from evaluation import scaling
 from evaluation.evaluator import MAX_MEASURED
 from evaluation.results import aligned
-from interface.cli import (
-    Parser,
-    add_model_size,
-    add_settings,
-    as_flags,
-    expanded_path,
-    given_settings,
-    run_script,
-)
+from interface.cli import as_flags, given_settings, run_script
+from interface.flags import benchmark_flags
 from model import UNet
-from system import distributed
 from system.files import atomic_write, check_writable
 from system.machine import compile_network, pick_device, pick_precision
 
@@ -306,26 +297,8 @@ def measured_cluster(cfg: Config, device: torch.device) -> scaling.Cluster:
     return scaling.Cluster(flops=flops, launch=32 / small["images_per_second"])
 
 
-def parse_flags() -> Namespace:
-    parser = Parser(prog="benchmark.py", description="Measure training and sampling speed.")
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument("--gpu", action="store_true", help="eager, compiled, and three training runs")
-    what.add_argument("--scaling", action="store_true", help="estimate the speed of many GPUs")
-    parser.add_argument("--json", type=expanded_path, metavar="FILE", help="write the figures too")
-    names = Config.names("machine", "model", "training", "sampling", "picture")
-    add_settings(parser, set(names) - {"accumulate", "dataset"})  # steps are measured as a whole
-    add_model_size(parser)
-    parser.allows_only("--scaling", "--device", "--data_dir")
-    args = parser.parse_args()
-    if distributed.processes() > 1:
-        raise ValueError("benchmark.py measures a single process; start it without torchrun")
-    if args.gpu and getattr(args, "img_size", 28) != 28:
-        raise ValueError(f"img_size = {args.img_size}: --gpu evaluates models, which needs 28")
-    return args
-
-
 def main() -> int:
-    args = parse_flags()
+    args = benchmark_flags()
     given = given_settings(args)
     cfg = replace(Config(), **given)
     if args.json:

@@ -3,17 +3,16 @@
 Edit a default here or pass the flag of the same name to a script; both are checked alike.
 """
 
-import math
-import re
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from typing import Any
+
+from system.values import parse_duration, parse_labels, problem_of, shortened
 
 VERSION = "1.2"  # of the program
 
 DATASETS = ("MNIST", "FashionMNIST", "KMNIST", "QMNIST", "EMNIST-digits", "EMNIST-letters")
 DATASETS += ("folder",)
-LARGEST = 1_000_000_000  # of a number that has no limit of its own
 
 
 def setting(default: Any, help: str, **metadata: Any) -> Any:
@@ -120,7 +119,8 @@ class Config:
             if f.type is tuple and not (isinstance(value, tuple) and 1 <= len(value) <= 6):
                 raise ValueError(f"{f.name} = {shortened(value)}: at least one number, at most 6")
             for each in value if f.type is tuple else (value,):
-                problem = _problem(each, f)
+                kind = int if f.type is tuple else f.type
+                problem = problem_of(each, kind, f.metadata)
                 if problem:
                     raise ValueError(f"{f.name} = {shortened(each)}: {problem}")
         coarsest = self.patch_size * 2 ** (len(self.widths) - 1)
@@ -186,57 +186,3 @@ MODEL_SIZES = {
 
 # How generate.py --fast draws with a model that is not a student: 6 network calls, not 19
 FAST = {"steps": 5, "eta": 0.3, "guidance": 4.2, "guidance_low": 0.5, "guidance_high": 0.7}
-
-
-def _problem(value: Any, f: Any) -> str:
-    """Why `value`, or one number of a tuple, does not fit the field; empty if it does."""
-    limits, kind = f.metadata, int if f.type is tuple else f.type
-    if type(value) is not kind and not (kind is float and type(value) is int):
-        return f"must be of type {kind.__name__}"
-    if "choices" in limits and value not in limits["choices"]:
-        return f"choose one of {', '.join(limits['choices'])}"
-    if "ge" in limits and value < limits["ge"]:
-        return f"must be at least {limits['ge']}"
-    if "gt" in limits and value <= limits["gt"]:
-        return f"must be greater than {limits['gt']}"
-    if kind in (int, float) and value > limits.get("le", LARGEST):
-        return f"must be at most {limits.get('le', LARGEST)}"
-    if kind is float and not math.isfinite(value):  # after the limits, which no huge int passes
-        return "must be a finite number"
-    if kind is str and not (value.isprintable() and len(value) <= limits.get("le", 999)):
-        return f"must be printable text of at most {limits.get('le', 999)} characters"
-    if "multiple_of" in limits and value % limits["multiple_of"]:
-        return f"must be a multiple of {limits['multiple_of']}"
-    return ""
-
-
-def shortened(value: Any) -> str:
-    """A value as it is shown in a message, however long it is."""
-    try:
-        text = repr(value)
-    except ValueError:  # Python does not print integers of more than 4,300 digits
-        text = "a number of thousands of digits"
-    return text if len(text) <= 80 else f"{text[:40]}…{text[-10:]}"
-
-
-def parse_duration(text: str) -> float:
-    """Seconds in "90s", "10m" or "1.5h". Raises ValueError for anything else, or for zero."""
-    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)([smh])", text.strip(), re.ASCII)
-    seconds = float(match[1]) * {"s": 1, "m": 60, "h": 3600}[match[2]] if match else 0.0
-    if seconds <= 0:
-        raise ValueError(f"budget = {shortened(text)}: write a time such as 90s, 10m or 1.5h")
-    return seconds
-
-
-def parse_labels(text: str, names: list[str], setting: str = "digits") -> list[int]:
-    """The labels that a text names: one ("cat"), several with commas ("cat,dog,cat"), or without
-    them if each name is a single character ("707": [7, 0, 7]). Raises ValueError for others."""
-    if text in names:
-        return [names.index(text)]
-    parts = [part.strip() for part in text.split(",")] if "," in text else list(text)
-    if not parts or not set(parts) <= set(names):
-        known = ", ".join(names[:10]) + (" …" if len(names) > 10 else "")
-        if names == [str(number) for number in range(len(names))][:10]:
-            known = f"digits 0 to {len(names) - 1}"
-        raise ValueError(f"{setting} = {shortened(text)}: use {known}")
-    return [names.index(part) for part in parts]

@@ -22,6 +22,7 @@ from evaluation import classifier, denoiser, plots, results
 from evaluation.evaluator import MAX_MEASURED, Evaluator, shuffled
 from evaluation.results import Result
 from interface import cli
+from interface.flags import evaluate_flags
 from interface.picture import image_grid, read_npz, save_png
 from interface.requests import find_model
 from interface.terminal import sampling_bar
@@ -192,33 +193,8 @@ def classify(loaded: LoadedModel, cfg: Config, count: int) -> None:
     print(f"wrote {file}")
 
 
-def parse_flags() -> Namespace:
-    parser = cli.Parser(prog="evaluate.py", description="Measure samples against real images.")
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument("--images", type=cli.expanded_path, metavar="NPZ", help="measure its images")
-    what.add_argument("--sweep", nargs="+", metavar="NAME=A,B", help="evaluate all combinations")
-    what.add_argument("--classify", action="store_true", help="name test images by denoising them")
-    what.add_argument("--train_evaluator", action="store_true", help="train the classifier anew")
-    parser.add_argument("--model", metavar="TEXT", help="path, name, number or newest (default)")
-    count = {"type": int, "metavar": "INT"}
-    most = "images to draw (default: 10000, or as many as there are test images)"
-    parser.add_argument("--samples", **count, help=f"{most}, or to --classify (default: 1000)")
-    parser.add_argument("--cas", action="store_true", help="also train a classifier on the samples")
-    parser.add_argument(
-        "--c2st", action="store_true", help="also train networks to tell samples from test images"
-    )
-    cli.add_settings(parser, Config.names("machine", "sampling", "picture"))
-    parser.allows_only("--images", "--cas", "--c2st", "--data_dir", "--output_dir", "--device")
-    parser.allows_only("--train_evaluator", "--data_dir")
-    with_it = ("--model", "--samples", "--seed", "--precision", "--sample_batch_size", "--compile")
-    parser.allows_only("--classify", *with_it, "--data_dir", "--output_dir", "--device")
-    for flag in ("--cas", "--c2st"):
-        parser.excludes("--sweep", flag, message=f"--sweep trains no networks; drop {flag}")
-    return parser.parse_args()
-
-
 def main() -> int:
-    args = parse_flags()
+    args = evaluate_flags()
     least = 1 if args.classify else classifier.FEATURES
     if args.samples is not None and not least <= args.samples <= MAX_MEASURED:
         raise ValueError(f"samples = {args.samples}: choose {least} to {MAX_MEASURED}")

@@ -19,11 +19,11 @@ from checkpoint import LoadedModel, load_model, slim
 from config import Config
 from diffusion import Diffusion
 from interface import cli
+from interface.flags import export_flags
 from interface.requests import find_model
 from system.files import atomic_write, check_writable, optional
 from system.randomness import seeded_generator
 
-FORMATS = (".onnx", ".safetensors", ".pth")
 OPSET = 20  # of ONNX; onnxruntime has known it since 2023
 LARGEST_ERROR = 1e-4  # of the exported graph, in the range [-1, 1]
 TRIED = (1, 5)  # batch sizes
@@ -135,27 +135,8 @@ def milliseconds(work: Callable[[], object]) -> float:
 
 
 def main() -> int:
-    parser = cli.Parser(prog="export.py", description="Export a model for other programs.")
-    kinds = ".onnx, or for generate.py --model: .safetensors, or .pth in half precision"
-    parser.add_argument("output", type=cli.expanded_path, metavar="FILE", help=kinds)
-    parser.add_argument(
-        "--model", default="newest", metavar="TEXT", help="path, name, number or newest (default)"
-    )
-    parser.add_argument(
-        "--network",
-        action="store_true",
-        help=".onnx: the network alone, instead of the whole sampler",
-    )
-    cli.add_settings(parser, {"output_dir", *Config.names("sampling")})
-    args = parser.parse_args()
+    args = export_flags()
     path, given = args.output, cli.given_settings(args)
-    if path.suffix not in FORMATS:
-        raise ValueError(f"{path}: choose a name that ends in {', '.join(FORMATS)}")
-    if args.network and path.suffix != ".onnx":
-        raise ValueError(f"--network is for .onnx, not {path}; drop the flag")
-    alone = args.network or path.suffix != ".onnx"
-    if alone and set(given) & set(Config.names("sampling")):
-        raise ValueError(f"{path}: settings for sampling change only a sampler; drop their flags")
     if path.suffix == ".pth" and path.exists():  # it could be a checkpoint that training needs
         raise ValueError(f"{path}: exists already; choose another name")
     check_writable(path)

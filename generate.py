@@ -4,9 +4,8 @@ import interface  # noqa: F401  (first, so that errors are one line while import
 
 # isort: split
 import itertools
-import sys
 import time
-from argparse import BooleanOptionalAction, Namespace
+from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,16 +14,17 @@ import torch
 from torch import Tensor
 
 import checkpoint
-from checkpoint import PRETRAINED, STUDENT, LoadedModel
-from config import FAST, Config, shortened
+from checkpoint import LoadedModel
+from config import FAST, Config
 from data import to_uint8
 from diffusion import Diffusion
 from interface import cli, picture, provenance, requests
-from interface.original import KEEP
+from interface.flags import generate_flags
 from interface.requests import Request
 from interface.terminal import log, sampling_bar, show
 from system import distributed
 from system.machine import pick_device
+from system.values import shortened
 
 
 def draw_all(loaded: LoadedModel, wanted: list[Request], show_digits: bool) -> None:
@@ -127,60 +127,10 @@ def reproduce(
     log(f"the same bytes as {original}")
 
 
-def parse_flags() -> Namespace:
-    parser = cli.Parser(prog="generate.py", description="Draw digits with a trained model.")
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument("--digits", metavar="TEXT", help="what to draw: 7, 2026, all or mnist")
-    what.add_argument("--reproduce", type=cli.expanded_path, metavar="PNG", help="draw it again")
-    number = {"type": int, "metavar": "INT"}
-    parser.add_argument("--count", **number, help="variants (default: 16 images; 160 for all)")
-    parser.add_argument("--model", metavar="TEXT", help="path, name, number or newest (default)")
-    file = {"type": requests.output_name, "metavar": "FILE"}
-    parser.add_argument("--output", **file, help=".png, .npz, .gif, .webp, or a folder/")
-    parser.add_argument(
-        "--fast", action="store_true", help="in 4 network calls with the shipped student, else in 6"
-    )
-    begin = parser.add_mutually_exclusive_group()
-    file = {"type": cli.expanded_path, "metavar": "PICTURE"}
-    begin.add_argument("--complete", **file, help="draw the rest of a picture (white on black)")
-    begin.add_argument("--edit", **file, help="draw a picture anew, from a noisy version of it")
-    known = parser.add_mutually_exclusive_group()
-    known.add_argument("--keep", choices=KEEP, default="top", help="the half that --complete keeps")
-    known.add_argument("--mask", **file, help="or: white where --complete keeps the pixels")
-    strength = {"type": float, "default": 0.6, "metavar": "FLOAT"}
-    parser.add_argument("--strength", **strength, help="noise of --edit, 0 to 1 (default: 0.6)")
-    in_terminal = {"action": BooleanOptionalAction, "default": sys.stderr.isatty()}
-    parser.add_argument("--show", **in_terminal, help="show the digits in the terminal too")
-    cli.add_settings(parser, set(Config.names("machine", "sampling", "picture")) - {"data_dir"})
-    for flag in ("--count", "--complete", "--edit"):
-        parser.needs(flag, "--digits")
-    parser.needs("--keep", "--complete")
-    parser.needs("--mask", "--complete")
-    parser.needs("--strength", "--edit")
-    parser.needs("--output", "--digits", "--reproduce")
-    with_it = ("--output", "--output_dir", "--device", "--show", "--no-show")
-    parser.allows_only("--reproduce", *with_it)
-    args = parser.parse_args()
-    if args.digits is None and distributed.processes() > 1:
-        raise ValueError("several processes draw together only what --digits says; give it")
-    return args
-
-
-def chosen_model(args: Namespace, folder: Path) -> Path:
-    """The model that the flags name, the one that --fast takes, or the answer to a question."""
-    if args.digits is None and not args.model:
-        return requests.choose_model(folder)
-    file = requests.find_model(args.model or "newest", folder)
-    its_student = file.with_name(STUDENT)
-    if args.fast and not args.model and file.name == PRETRAINED and its_student.is_file():
-        return its_student
-    return file
-
-
 def draw_what_is_asked(args: Namespace, given: dict[str, Any], device: torch.device) -> None:
     """Draw what --digits says, or else what the answers say."""
     folder = Path(given.get("output_dir", Config().output_dir), "models")
-    file = distributed.from_first(lambda: chosen_model(args, folder))
+    file = distributed.from_first(lambda: requests.chosen_model(args, folder))
     loaded = checkpoint.load_model(file, device, given.get("compile", False))
     fast = FAST if args.fast and not loaded.cfg.is_student else {}
     cfg = cli.settings_for_drawing(loaded.cfg, fast | given)
@@ -195,7 +145,7 @@ def draw_what_is_asked(args: Namespace, given: dict[str, Any], device: torch.dev
 
 
 def main() -> int:
-    args = parse_flags()
+    args = generate_flags()
     given = cli.given_settings(args)
     if args.reproduce:
         output = Path(args.output) if args.output else None

@@ -10,10 +10,11 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # the modules li
 
 # isort: split
 from checkpoint import PRETRAINED, STUDENT, LoadedModel, load_model
-from config import Config, parse_labels
+from config import Config
 from data import to_uint8
 from diffusion import Diffusion
 from interface.cli import settings_for_drawing
+from system.values import parse_labels
 
 dependencies = ["torch", "numpy", "PIL", "tqdm"]  # which torch.hub looks for
 

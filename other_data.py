@@ -12,9 +12,10 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
-from config import Config, shortened
+from config import Config
 from system import distributed
 from system.files import MAX_BYTES, first_line, from_torchvision
+from system.values import shortened
 
 PICTURES = (".png", ".jpg", ".jpeg")
 MODES = {1: "L", 3: "RGB"}  # Pillow's, by the number of channels

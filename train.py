@@ -6,7 +6,6 @@ import interface  # noqa: F401  (first, so that errors are one line while import
 import copy
 import functools
 import time
-from argparse import Namespace
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
@@ -24,19 +23,12 @@ from data import fingerprint, load_split, to_model_range
 from diffusion import Diffusion, Model
 from distill import Distillation
 from interface import folder, runs
-from interface.cli import (
-    Parser,
-    add_model_size,
-    add_settings,
-    expanded_path,
-    given_settings,
-    run_script,
-)
+from interface.cli import given_settings, run_script
+from interface.flags import train_flags
 from interface.previews import draw_missing_previews, draw_preview
 from interface.runs import Plan, Run, make_plan
 from levels import GreyLevels
 from system import distributed
-from system.files import optional
 from system.machine import compile_network, pick_device
 from system.randomness import seeded_generator
 
@@ -225,36 +217,9 @@ def save(run: Run, images: Tensor, labels: Tensor) -> None:
     run.save()
 
 
-def parse_flags() -> Namespace:
-    parser = Parser(prog="train.py", description="Train a class-conditional DDPM.")
-    start, length = (parser.add_mutually_exclusive_group() for _ in range(2))
-    start.add_argument("--resume", action="store_true", help="continue the newest checkpoint")
-    load_help = "train it for --budget or K more epochs; with neither, describe it"
-    start.add_argument("--load_checkpoint_path", type=expanded_path, metavar="PATH", help=load_help)
-    options = {"type": int, "metavar": "K", "default": 0, "help": "train it for K more epochs"}
-    length.add_argument("--continue_training_epochs", **options)
-    add_settings(length, Config.names("length"))
-    groups = ("machine", "model", "student", "training", "sampling", "picture")
-    add_settings(parser, Config.names(*groups))
-    add_model_size(parser)
-    board_help = "also write figures and grids for TensorBoard"
-    parser.add_argument("--tensorboard", action="store_true", help=board_help)
-    parser.needs("--continue_training_epochs", "--load_checkpoint_path")
-    parser.needs("--student_steps", "--teacher")
-    counts_all = "--epochs counts from scratch; give --continue_training_epochs instead"
-    parser.excludes("--load_checkpoint_path", "--epochs", message=counts_all)
-    args = parser.parse_args()
-    if args.continue_training_epochs < 0:
-        given = f"continue_training_epochs = {args.continue_training_epochs}"
-        raise ValueError(f"{given}: must be at least 0")
-    if args.tensorboard:
-        optional("torch.utils.tensorboard")  # before anything is moved aside
-    return args
-
-
 def main() -> int:
     began = time.perf_counter() - time.process_time()  # imports count too, as CPU time
-    args = parse_flags()
+    args = train_flags()
     given, more = given_settings(args), args.continue_training_epochs
     if args.load_checkpoint_path and not more and "budget" not in given:
         print(runs.describe(make_plan(given, load=args.load_checkpoint_path)))

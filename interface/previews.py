@@ -6,7 +6,6 @@ from tqdm import tqdm
 
 import checkpoint
 from checkpoint import TrainState
-from config import parse_labels
 from data import to_uint8
 from diffusion import Diffusion
 from interface import folder
@@ -14,6 +13,7 @@ from interface.picture import image_grid, save_png
 from interface.runs import Run
 from interface.terminal import sampling_bar
 from system import distributed
+from system.values import parse_labels
 
 
 @distributed.first_only

@@ -11,14 +11,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from checkpoint import Progress, list_checkpoints
-from config import Config, parse_labels, shortened
+from checkpoint import PRETRAINED, STUDENT, Progress, list_checkpoints
+from config import Config
 from data import draw_labels
 from interface import original
 from interface.original import Original
 from interface.picture import ANIMATIONS, ENDINGS, MAX_ANIMATED, MAX_FRAMES
 from interface.terminal import ask, log, whole_number
 from system.files import check_writable, make_folder, printable
+from system.values import parse_labels, shortened
 
 MAX_IMAGES = 100_000
 TAKEN = "exists already; choose another folder or --seed"
@@ -54,6 +55,17 @@ def choose_model(folder: Path) -> Path:
         date = time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime))
         log(f"  {number}  {printable(path.name)}  {progress}  {date}")
     return found[ask("Which model", len(found), whole_number(len(found))) - 1][0]
+
+
+def chosen_model(args: Namespace, folder: Path) -> Path:
+    """The model that the flags name, the one that --fast takes, or the answer to a question."""
+    if args.digits is None and not args.model:
+        return choose_model(folder)
+    file = find_model(args.model or "newest", folder)
+    its_student = file.with_name(STUDENT)
+    if args.fast and not args.model and file.name == PRETRAINED and its_student.is_file():
+        return its_student
+    return file
 
 
 @dataclass

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 import checkpoint
 from checkpoint import Progress, TrainState
-from config import Config, parse_duration
+from config import Config
 from distill import student_settings
 from interface import folder
 from interface.board import Board
@@ -25,6 +25,7 @@ from other_data import with_classes
 from system import distributed
 from system.files import first_line, sha256
 from system.machine import pick_precision
+from system.values import parse_duration
 
 
 @dataclass

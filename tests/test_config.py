@@ -6,7 +6,8 @@ from dataclasses import fields
 import pytest
 from conftest import REPO, copy_program, start_script
 
-from config import ALIASES, FAST, Config, parse_duration, parse_labels
+from config import ALIASES, FAST, Config
+from system.values import parse_duration, parse_labels
 
 GROUPS = ("machine", "model", "student", "classes", "training", "length", "sampling", "picture")
 SOURCE = (REPO / "config.py").read_text(encoding="utf-8")

@@ -23,7 +23,7 @@ from PIL import Image
 
 import checkpoint
 from checkpoint import TrainState
-from config import Config, parse_duration, parse_labels
+from config import Config
 from evaluation import results
 from interface import provenance, terminal
 from interface.cli import Parser, add_settings, given_settings, run_script
@@ -32,6 +32,7 @@ from interface.picture import read_npz, save_png
 from interface.provenance import request_from_picture
 from interface.requests import Request, requests_from_answers
 from system.files import read_idx
+from system.values import parse_duration, parse_labels
 
 CFG = Config(widths=(8, 8), embedding_size=8, dense_size=8)
 ALL = list(Config.__dataclass_fields__)

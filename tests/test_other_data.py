@@ -11,9 +11,10 @@ from conftest import MNIST, REPO, TINY, assert_one_line
 from PIL import Image
 
 import checkpoint
-from config import Config, parse_labels
+from config import Config
 from data import load_split
 from other_data import class_names, read_picture, with_classes
+from system.values import parse_labels
 
 CPU = torch.device("cpu")
 NETWORK = {"widths": "8,8", "embedding_size": 8, "batch_size": 8, "preview_columns": 2, "steps": 2}
