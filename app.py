@@ -307,30 +307,38 @@ def check_address(host: str, port: int | None) -> None:
         raise ValueError(f"{where}: {first_line(error)}; choose others") from None
 
 
-def main() -> int:
-    args = app_flags()
-    check_address(args.host, args.port)
+def serve(gr: ModuleType, args: Namespace) -> None:
+    """Show the page until Ctrl-C or SIGTERM."""
     given = cli.given_settings(args)
     here = Config().select("machine") | given
     file = requests.find_model(args.model, Path(here["output_dir"], "models"))
     loaded = load_model(file, pick_device(here["device"]), here["compile"])
     for name in {"SIGTERM", "SIGHUP"} & set(dir(signal)):  # end it as Ctrl-C does, which tidies up
         signal.signal(getattr(signal, name), signal.default_int_handler)
+    blocks = build(gr, Studio(loaded, given))
+    theme = gr.themes.Monochrome(font=["system-ui", "sans-serif"], font_mono=["monospace"])
+    where = {"server_name": args.host, "server_port": args.port, "max_file_size": "1kb"}
+    look = {"theme": theme, "css": LOOK, "footer_links": []}
+    without = {"share": False, "ssr_mode": False, "run_history": False, "quiet": True}
+    _, url, _ = blocks.launch(**where, **look, **without, prevent_thread_lock=True)
+    print(url, flush=True)
+    try:
+        threading.Event().wait()
+    finally:
+        blocks.close(verbose=False)
+
+
+def main() -> int:
+    args = app_flags()
+    check_address(args.host, args.port)
     with tempfile.TemporaryDirectory() as folder:
-        # Uploads are kept there, and nothing goes to the makers of gradio
+        # Uploads are kept there, and nothing goes to the makers of gradio. It asks its own page
+        # whether it is there, which no proxy can answer
+        no_proxy = ",".join(filter(None, [os.environ.get("NO_PROXY"), args.host]))
         os.environ |= {"GRADIO_TEMP_DIR": folder, "GRADIO_ANALYTICS_ENABLED": "False"}
+        os.environ["NO_PROXY"] = no_proxy
         gr = optional("gradio")
-        blocks = build(gr, Studio(loaded, given))
-        theme = gr.themes.Monochrome(font=["system-ui", "sans-serif"], font_mono=["monospace"])
-        where = {"server_name": args.host, "server_port": args.port, "max_file_size": "1kb"}
-        look = {"theme": theme, "css": LOOK, "footer_links": []}
-        without = {"share": False, "ssr_mode": False, "run_history": False, "quiet": True}
-        _, url, _ = blocks.launch(**where, **look, **without, prevent_thread_lock=True)
-        print(url, flush=True)
-        try:
-            threading.Event().wait()
-        finally:
-            blocks.close(verbose=False)
+        serve(gr, args)
     return 0
 
 

@@ -21,7 +21,7 @@ from diffusion import Diffusion
 from interface import cli
 from interface.flags import export_flags
 from interface.requests import find_model
-from system.files import atomic_write, check_writable, optional
+from system.files import atomic_write, check_writable, first_line, optional
 from system.randomness import seeded_generator
 
 OPSET = 20  # of ONNX; onnxruntime has known it since 2023
@@ -95,15 +95,14 @@ def export_onnx(module: Sampler | Network, path: Path) -> None:
     dynamic = {name: {0: batch} for name in inputs}
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings(action="ignore"):
-        program = torch.onnx.export(
-            module,
-            kwargs=inputs,
-            input_names=list(inputs),
-            output_names=["picture" if isinstance(module, Sampler) else "prediction"],
-            dynamic_shapes=dynamic,
-            opset_version=OPSET,
-            dynamo=True,
-        )
+        names = {"input_names": list(inputs)}
+        names["output_names"] = ["picture" if isinstance(module, Sampler) else "prediction"]
+        how = {"dynamic_shapes": dynamic, "opset_version": OPSET, "dynamo": True}
+        try:
+            program = torch.onnx.export(module, kwargs=inputs, **names, **how)
+        except Exception as error:  # it has many kinds of its own
+            reason = f"torch {torch.__version__} cannot export it ({first_line(error)})"
+            raise ValueError(f"{path}: {reason}; update torch, onnx and onnxscript") from None
     graph = program.model_proto.SerializeToString()
     session = runtime.InferenceSession(graph, providers=["CPUExecutionProvider"])
     for B in TRIED:
