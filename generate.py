@@ -86,6 +86,8 @@ def write(loaded: LoadedModel, request: Request, states: list[Tensor]) -> None:
         return
     tiles = (picture.arrange(images, request.digits, request.count) for images in states)
     grids = [picture.image_grid(*each) for each in tiles]
+    if names := request.row_names:
+        grids = [picture.name_rows(grid, names) for grid in grids]
     if request.animated:
         picture.save_animation(grids, request.output)
         return

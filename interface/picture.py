@@ -1,6 +1,7 @@
 """Picture files: grids, PNGs that can be reproduced, animations, and .npz sets of images."""
 
 import json
+import math
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
@@ -30,6 +31,21 @@ def image_grid(images: Tensor, columns: int, gap: int = 2) -> Image.Image:
         grid[:, top : top + H, left : left + W] = image
     pixels = grid[0] if C == 1 else grid.permute(1, 2, 0)
     return Image.fromarray(pixels.numpy())
+
+
+def name_rows(grid: Image.Image, names: list[str], gap: int = 2) -> Image.Image:
+    """An image_grid with the name of each row on its left, except for names with characters that
+    Pillow's own font lacks."""
+    height = (grid.height - gap) // len(names)
+    font = ImageFont.load_default(size=min(12, height - gap))
+    shown = [name[:30] if name.isascii() else "" for name in names]
+    margin = 2 * gap + math.ceil(max(font.getlength(name) for name in shown))
+    page = Image.new(grid.mode, (margin + grid.width, grid.height), "#404040")
+    page.paste(grid, (margin, 0))
+    for row, name in enumerate(shown):
+        middle = (gap, gap + row * height + (height - gap) // 2)
+        ImageDraw.Draw(page).text(middle, name, "white", font, anchor="lm")
+    return page
 
 
 def arrange(images: Tensor, digits: str, count: int) -> tuple[Tensor, int]:

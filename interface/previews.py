@@ -9,7 +9,7 @@ from checkpoint import TrainState
 from data import to_uint8
 from diffusion import Diffusion
 from interface import folder
-from interface.picture import image_grid, save_png
+from interface.picture import image_grid, name_rows, save_png
 from interface.runs import Run
 from interface.terminal import sampling_bar
 from system import distributed
@@ -36,6 +36,8 @@ def draw_preview(run: Run, state: TrainState) -> None:
         x_0 = diffusion.draw(diffusion.guided(state.ema, state.guide), y, on_state)
         path.parent.mkdir(exist_ok=True)
         grid = image_grid(to_uint8(x_0), cfg.preview_columns)
+        if cfg.class_names:
+            grid = name_rows(grid, [cfg.label_names[label] for label in labels])
         save_png(grid, path)
         tqdm.write(f"wrote {path}")
         if run.board:

@@ -33,6 +33,8 @@ def record(loaded: LoadedModel, request: Request) -> dict[str, Any]:
     how = {"version": VERSION} | request.cfg.select("sampling", "picture")
     how["precision"] = pick_precision(request.cfg.precision, loaded.device)  # of "auto", what it is
     start = request.original.record() if request.original else {}
+    if request.row_names:
+        start["row names"] = True
     where = made_with(loaded.device) + (", compiled" if request.cfg.compile else "")
     all_ = what | how | start | {"made with": where}
     return {k: v for k, v in all_.items() if request.recorded is None or k in request.recorded}

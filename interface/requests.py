@@ -109,6 +109,14 @@ class Request:
         self.output = free_name(self.cfg, self.digits)
 
     @property
+    def row_names(self) -> list[str]:
+        """The names beside the rows of a grid of all labels, unless they are digits. Pictures of
+        earlier versions had none."""
+        earlier = self.recorded is not None and "row names" not in self.recorded
+        named = self.digits == "all" and self.cfg.class_names and not earlier
+        return self.cfg.label_names if named else []
+
+    @property
     def animated(self) -> bool:
         return self.output.suffix in ANIMATIONS
 

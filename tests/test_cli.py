@@ -5,7 +5,6 @@ import os
 import shlex
 import signal
 import sys
-import time
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import fields
@@ -346,10 +345,11 @@ def test_a_command_to_paste_comes_back_as_it_was():
 
 
 @unix
-def test_ctrl_c_while_importing_is_one_line():
-    process = start_script("train.py", {"epochs": 1})
-    time.sleep(0.6)  # of about three seconds
-    process.send_signal(signal.SIGINT)
+def test_ctrl_c_while_importing_is_one_line(tmp_path):
+    stops = "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nwhile True: pass"
+    (tmp_path / "torch.py").write_text(stops)
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    process = start_script("train.py", {"epochs": 1}, env=environment)
     assert process.communicate()[0] == "train.py: stopped\n"
     assert process.returncode == -signal.SIGINT
 

@@ -8,6 +8,7 @@ from PIL import Image
 from interface.picture import (
     arrange,
     image_grid,
+    name_rows,
     read_npz,
     save_animation,
     save_png,
@@ -37,6 +38,16 @@ def test_a_grid_of_colour_images_is_in_colour():
     grid = image_grid(red, columns=2)
     assert grid.mode == "RGB"
     assert grid.getpixel((3, 3)) == (200, 0, 0)
+
+
+def test_names_stand_beside_their_rows():
+    grid = image_grid(images(4), columns=2)
+    named = name_rows(grid, ["cat", "七"])
+    margin = named.width - grid.width
+    assert named.crop((margin, 0, *named.size)).tobytes() == grid.tobytes()
+    rows = np.array(named)[:, :margin]
+    assert (rows[:8] > 64).any()  # letters
+    assert (rows[8:] == 64).all()  # none that the font lacks
 
 
 def test_a_variant_of_a_number_is_one_picture():
