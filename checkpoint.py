@@ -24,13 +24,11 @@ from system.files import (
     read_safetensors,
     read_tensors,
     sha256,
-    write_safetensors,
     write_tensors,
 )
 from system.machine import check_size, check_step, compile_network, pick_precision
 
 FORMAT = 4  # format 3 is still read: config.ALIASES fills in the settings that it lacks
-TO_DRAW_WITH = ("format", "config", "progress", "ema", "guide", "levels")
 STUDENT, PRETRAINED = SHIPPED = ("student.pth", "pretrained.pth")  # the models in git
 
 
@@ -133,21 +131,6 @@ def save(path: Path, cfg: Config, state: TrainState) -> None:
     write_tensors(path, contents)
 
 
-def slim(source: Path, target: Path) -> None:
-    """Write only what drawing needs of a checkpoint: as .safetensors in full precision, otherwise
-    with half precision, a quarter of the size. Raises ValueError as load and save do."""
-    contents = load(source)
-    kept = {name: contents.get(name) for name in TO_DRAW_WITH}
-    kept["config"] |= Config().select("machine")  # nothing of this computer
-    if target.suffix == ".safetensors":
-        write_safetensors(target, kept)
-        return
-    for name in ("ema", "guide"):
-        weights = kept[name]
-        kept[name] = weights and {key: weight.half() for key, weight in weights.items()}
-    write_tensors(target, kept)
-
-
 def load(path: str | Path, *, only_look: bool = False) -> dict[str, Any]:
     """Read a checkpoint: {format, config, progress, ema, guide, levels} and, unless it is slim,
     {model, optimizers, metrics, data}. Raises ValueError with the path and the reason if it is not
@@ -200,12 +183,10 @@ def _check_tensors(contents: dict[str, Any], network: UNet) -> None:
     """Raise ValueError unless all tensors of a checkpoint have the shapes that `network` and its
     optimizers need, and are finite."""
     expected = {name: tensor.shape for name, tensor in network.state_dict().items()}
-    networks = {"ema": contents["ema"], "guide": contents["guide"]}
-    if networks["guide"] is None:
-        del networks["guide"]
-    if "model" in contents:
-        networks["model"] = contents["model"]
-    for name, weights in networks.items():
+    for name in ("ema", "guide", "model"):
+        weights = contents.get(name)
+        if weights is None and name != "ema":
+            continue
         if {key: tensor.shape for key, tensor in weights.items()} != expected:
             raise ValueError(f"its {name} does not fit this U-Net")
         _check_finite(weights.values(), f"its {name}")

@@ -132,11 +132,6 @@ class Diffusion:
         t is u^timestep_power · T, with u stratified over the batch (Kingma et al. 2021, appendix
         I). Each image loses its label with probability `label_dropout` (Ho & Salimans 2022,
         algorithm 1).
-
-        With `clip_loss` a pixel costs nothing where clamping x_0_hat to [-1, 1] gives x_0 exactly.
-        The sampler clamps as well, so a black pixel may be predicted as -1 or anything below, which
-        is far easier to learn than exactly -1. The best clamped estimate stays the same, because
-        the mean of all x_0 that fit an x_t lies within [-1, 1].
         """
         B, device, cfg = len(x_0), x_0.device, self.cfg
         shift = torch.rand(1, generator=generator, device=device)
@@ -152,7 +147,13 @@ class Diffusion:
     def prediction_loss(
         self, model: Model, x_t: Tensor, t: Tensor, y: Tensor, x_0: Tensor, eps: Tensor
     ) -> Tensor:
-        """The loss where x_0 and eps are the right answer for x_t (B, C, H, W); t int64 (B,)."""
+        """The loss where x_0 and eps are the right answer for x_t (B, C, H, W); t int64 (B,).
+
+        With `clip_loss` a pixel costs nothing where clamping x_0_hat to [-1, 1] gives x_0 exactly.
+        The sampler clamps as well, so a black pixel may be predicted as -1 or anything below, which
+        is far easier to learn than exactly -1. The best clamped estimate stays the same, because
+        the mean of all x_0 that fit an x_t lies within [-1, 1].
+        """
         prediction = self.predict(model, x_t, t, y)
         error = (prediction - self.target(x_0, t, eps)).square()  # (B, C, H, W)
         if self.cfg.clip_loss:
@@ -181,10 +182,9 @@ class Diffusion:
         """The denoiser (x_t, t, y) -> x_0_hat that the samplers need, with guidance w:
         worse + w · (x_0_hat - worse), or for w = 0 the model without the label.
 
-        `worse` is the estimate of `guide`, a weaker model that knows the label too (autoguidance,
-        Karras et al. 2024), or without a guide the model's own estimate without the label
-        (classifier-free guidance, Ho & Salimans 2022, eq. 6, whose w is ours minus 1). Both
-        estimates are clamped first, because `clip_loss` leaves what lies outside undetermined.
+        `worse` is the estimate of `guide`, a weaker model (autoguidance, Karras et al. 2024), or
+        without one the model's own without the label (classifier-free guidance, Ho & Salimans 2022,
+        eq. 6, whose w is ours minus 1). Both are clamped first, as `clip_loss` needs.
         """
 
         def denoiser(x: Tensor, t: int, y: Tensor) -> Tensor:

@@ -6,7 +6,6 @@ import interface  # noqa: F401  (first, so that errors are one line while import
 import itertools
 import time
 from argparse import Namespace
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,6 @@ from interface.requests import Request
 from interface.terminal import log, sampling_bar, show
 from system import distributed
 from system.machine import pick_device
-from system.values import shortened
 
 
 def draw_all(loaded: LoadedModel, wanted: list[Request], show_digits: bool) -> None:
@@ -100,33 +98,13 @@ def write(loaded: LoadedModel, request: Request, states: list[Tensor]) -> None:
             request.rename()
 
 
-def reproduce(
-    original: Path, output: Path | None, given: dict[str, Any], show_digits: bool
-) -> None:
-    """Draw a picture again from its text chunks, on the CPU unless a device is `given`. Raises
-    ValueError if it has none, if its model is neither among the models nor among those of earlier
-    runs, or if the bytes come out differently."""
-    if output and output.suffix != ".png":
-        raise ValueError(f"output = '{output}': --reproduce writes a .png")
-    recorded, expected = provenance.read(original), original.read_bytes()
-    here = {"output_dir": Config().output_dir, "device": "cpu"} | given  # a GPU rounds differently
-    device = pick_device(here["device"])
-    file = provenance.model_with_hash(recorded["model"], Path(here["output_dir"]))
-    if file is None:
-        lacks = f"its model, SHA-256 {shortened(recorded['model'])}, is not in {here['output_dir']}"
-        raise ValueError(f"{original}: {lacks}; try --output_dir")
-    loaded = replace(checkpoint.load_model(file, device), sha256=recorded["model"])
-    request = provenance.request_from_picture(recorded, original, loaded.cfg, here)
-    request.output = output or requests.free_name(request.cfg, f"{request.digits}_again")
-    request.if_taken = "replace" if output else "renumber"
-    if request.output.exists() and request.output.samefile(original):
-        raise ValueError(f"output = '{output}': this is the picture itself; choose another name")
-    draw_all(loaded, [request], show_digits)
-    if request.output.read_bytes() != expected:
-        said = shortened(recorded.get("made with"))
-        made = f"made with {said}; here: {provenance.made_with(device)}"
-        raise ValueError(f"{request.output}: its bytes differ from those of {original}, {made}")
-    log(f"the same bytes as {original}")
+def reproduce(picture: Path, args: Namespace, given: dict[str, Any]) -> None:
+    """Draw a picture again from what it records. Raises ValueError if it cannot be drawn here, or
+    if the bytes come out differently."""
+    loaded, request = provenance.again(picture, args.output, given)
+    draw_all(loaded, [request], args.show)
+    provenance.check_same(picture, request.output, loaded.device)
+    log(f"the same bytes as {picture}")
 
 
 def draw_what_is_asked(args: Namespace, given: dict[str, Any], device: torch.device) -> None:
@@ -150,8 +128,7 @@ def main() -> int:
     args = generate_flags()
     given = cli.given_settings(args)
     if args.reproduce:
-        output = Path(args.output) if args.output else None
-        reproduce(args.reproduce, output, given, args.show)
+        reproduce(args.reproduce, args, given)
         return 0
     device = pick_device(given.get("device", Config().device))
     try:

@@ -3,6 +3,7 @@
 import json
 import warnings
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,14 @@ import PIL
 import torch
 from PIL import Image
 
-from checkpoint import PRETRAINED, STUDENT, LoadedModel
+from checkpoint import PRETRAINED, STUDENT, LoadedModel, load_model
 from config import Config
 from interface.cli import settings_for_drawing
 from interface.original import Original
-from interface.requests import Request
+from interface.requests import Request, free_name
 from system.files import sha256
-from system.machine import pick_precision
+from system.machine import pick_device, pick_precision
+from system.values import shortened
 
 VERSION = "1.0"  # of a PNG's text chunks
 EARLIER_FILES = {  # of the shipped models, before they knew their grey levels
@@ -94,3 +96,33 @@ def request_from_picture(
         return Request(*what, cfg, picture, original=start, recorded=recorded)
     except (LookupError, TypeError, ValueError):
         raise ValueError(f"{picture}: not a PNG that generate.py wrote") from None
+
+
+def again(picture: Path, output: str | None, given: dict[str, Any]) -> tuple[LoadedModel, Request]:
+    """What to draw, and with which model, so that a picture comes out again: on the CPU unless a
+    device is `given`. Raises ValueError if it records nothing, or if its model is neither among the
+    models nor among those of earlier runs."""
+    if output and not output.endswith(".png"):
+        raise ValueError(f"output = '{output}': --reproduce writes a .png")
+    recorded = read(picture)
+    here = {"output_dir": Config().output_dir, "device": "cpu"} | given  # a GPU rounds differently
+    device = pick_device(here["device"])
+    file = model_with_hash(recorded["model"], Path(here["output_dir"]))
+    if file is None:
+        lacks = f"its model, SHA-256 {shortened(recorded['model'])}, is not in {here['output_dir']}"
+        raise ValueError(f"{picture}: {lacks}; try --output_dir")
+    loaded = replace(load_model(file, device), sha256=recorded["model"])
+    request = request_from_picture(recorded, picture, loaded.cfg, here)
+    request.output = Path(output) if output else free_name(request.cfg, f"{request.digits}_again")
+    request.if_taken = "replace" if output else "renumber"
+    if request.output.exists() and request.output.samefile(picture):
+        raise ValueError(f"output = '{output}': this is the picture itself; choose another name")
+    return loaded, request
+
+
+def check_same(picture: Path, output: Path, device: torch.device) -> None:
+    """Raise ValueError unless both files hold the same bytes."""
+    if output.read_bytes() != picture.read_bytes():
+        said = shortened(read(picture).get("made with"))
+        made = f"made with {said}; here: {made_with(device)}"
+        raise ValueError(f"{output}: its bytes differ from those of {picture}, {made}")

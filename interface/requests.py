@@ -1,4 +1,4 @@
-"""What a user asks for: which model, and what to draw, by flags, by answers or by a picture."""
+"""What a user asks for: which model, and what to draw, by flags or by answers."""
 
 import os
 import secrets

@@ -13,6 +13,7 @@ from conftest import TINY, assert_same
 from PIL import Image
 
 import checkpoint
+import export
 from checkpoint import Progress, TrainState
 from config import Config
 from interface import provenance
@@ -134,7 +135,7 @@ def test_a_model_is_rebuilt_from_the_file_alone(tmp_path):
 def test_a_slim_file_has_the_average_and_the_guide_in_half_precision(tmp_path):
     state = trained_state()
     checkpoint.save(tmp_path / "a.pth", CFG, state)
-    checkpoint.slim(tmp_path / "a.pth", tmp_path / "small.pth")
+    export.slim(tmp_path / "a.pth", tmp_path / "small.pth")
     loaded = checkpoint.load_model(tmp_path / "small.pth", CPU)
     assert (loaded.cfg, loaded.progress) == (CFG, state.progress)
     for network, original in ((loaded.model, state.ema), (loaded.guide, state.guide)):
@@ -146,7 +147,7 @@ def test_a_slim_file_has_the_average_and_the_guide_in_half_precision(tmp_path):
 
 def test_a_model_may_have_no_guide(tmp_path):
     checkpoint.save(tmp_path / "a.pth", CFG, without_guide())
-    checkpoint.slim(tmp_path / "a.pth", tmp_path / "small.pth")
+    export.slim(tmp_path / "a.pth", tmp_path / "small.pth")
     for name in ("a.pth", "small.pth"):
         assert checkpoint.load_model(tmp_path / name, CPU).guide is None
 
@@ -174,7 +175,7 @@ def test_an_old_file_draws_as_config_says_and_a_new_one_as_it_says_itself(tmp_pa
 
     old = save_in_format_3(tmp_path / "old.pth", checkpoint.load(new))
     slim = tmp_path / "slim.pth"
-    checkpoint.slim(old, slim)
+    export.slim(old, slim)
     for path in (old, slim):
         read = checkpoint.load_model(path, CPU).cfg
         assert read.select("sampling") == Config().select("sampling") | {"clip_x_0": False}

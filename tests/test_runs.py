@@ -11,6 +11,7 @@ import torch
 from conftest import assert_one_line, unix
 
 import checkpoint
+import export
 from checkpoint import Progress, TrainState
 from config import Config
 from interface.runs import Plan, describe, fraction_done, make_plan, note_stop_signals
@@ -208,7 +209,7 @@ def test_a_description_says_where_a_checkpoint_stands(tmp_path):
     saved = save(tmp_path, replace(CFG, budget="2m"))
     words = describe(plan_of(tmp_path, load=saved))
     assert "epoch 2 (step 20), a budget of 2m planned, 1.0 min trained" in words
-    checkpoint.slim(saved, tmp_path / "slim.pth")
+    export.slim(saved, tmp_path / "slim.pth")
     plan = plan_of(tmp_path, load=tmp_path / "slim.pth")
     assert not plan.trainable
     assert "a new run can begin with its weights" in describe(plan)

@@ -19,6 +19,7 @@ from conftest import MNIST, TINY, TINY_MODEL, assert_one_line, assert_same, star
 from PIL import Image
 
 import checkpoint
+import export
 import train
 from checkpoint import TrainState
 from config import Config
@@ -348,7 +349,7 @@ def test_checkpoints_that_cannot_be_read_stop_a_resume(run, tmp_path):
 
 def test_a_checkpoint_for_sampling_alone_begins_a_new_run(whole, run, tmp_path):
     whole_file, path = whole / "models" / "model_epoch_4.pth", tmp_path / "small.pth"
-    checkpoint.slim(whole_file, path)
+    export.slim(whole_file, path)
     assert path.stat().st_size < 0.4 * whole_file.stat().st_size
     start = {"load_checkpoint_path": path, "continue_training_epochs": 1}
     assert "a new run can begin with its weights" in run("train.py", load_checkpoint_path=path).out
@@ -360,7 +361,7 @@ def test_a_checkpoint_for_sampling_alone_begins_a_new_run(whole, run, tmp_path):
     for name, weight in ended.items():
         torch.testing.assert_close(weight, begun[name].float(), rtol=0, atol=1e-5)
     assert run("generate.py", digits=1, model=path, output_dir=tmp_path).code == 0
-    checkpoint.slim(whole_file, newest_of_run(tmp_path / "models"))
+    export.slim(whole_file, newest_of_run(tmp_path / "models"))
     result = run("train.py", resume=True, epochs=9, output_dir=tmp_path, data_dir=MNIST)
     assert_one_line(result, "reduced to what drawing needs")  # a resumed run does not begin anew
 
