@@ -211,9 +211,9 @@ def requests_from_answers(cfg: Config, seed: int | None) -> Iterator[Request]:
         names = cfg.label_names
         some = ", ".join(names[:20]) + (" …" if len(names) > 20 else "")
         question = f"What to draw: {some}, several with commas, or all"
-    log("? for help, q to quit.")
+    log(f"? for help, {'quit' if 'q' in cfg.label_names else 'q'} to quit.")
     while True:
-        digits = ask(question, None, digits_or_all)
+        digits = ask(question, None, digits_or_all, cfg.label_names)
         usual = count or usual_count(digits, cfg.label_names)
         count = ask("How many", usual, whole_number(MAX_IMAGES // 20))
         guidance = cfg.guidance if cfg.is_student else ask("Guidance", cfg.guidance, guidance_value)

@@ -3,7 +3,7 @@
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
@@ -21,7 +21,7 @@ RESET = "\x1b[0m"
 HELP = """  7     draws sevens
   2026  writes this number, in as many variants as you ask for
   all   draws every digit
-  ?     shows this help; q quits; Enter takes the answer in brackets
+  ?     shows this help; q or quit ends; Enter takes the answer in brackets
 Guidance 1 draws what the model learned; larger values draw clearer digits that look more alike."""
 
 
@@ -39,8 +39,11 @@ def sampling_bar(steps: int, batches: int) -> Iterator[Callable[[Tensor], object
         yield lambda _: bar.update()
 
 
-def ask(question: str, default: Any, parse: Callable[[str], Any]) -> Any:
-    """Ask until `parse` accepts the answer; Enter takes the default. Raises EOFError for `q`."""
+def ask(
+    question: str, default: Any, parse: Callable[[str], Any], names: Collection[str] = ()
+) -> Any:
+    """Ask until `parse` accepts the answer; Enter takes the default. Raises EOFError for "q" or
+    "quit", unless these are `names` to answer with."""
     prompt = f"{question}: " if default is None else f"{question} [{default}]: "
     while True:
         if sys.stdin.isatty() and sys.stdout.isatty():  # input() prompts on stdout
@@ -51,7 +54,7 @@ def ask(question: str, default: Any, parse: Callable[[str], Any]) -> Any:
                 answer = input().strip()
             except EOFError:
                 raise EOFError("no more answers on stdin; --digits draws without asking") from None
-        if answer.lower() == "q":
+        if answer.lower() in ("q", "quit") and answer not in names:
             raise EOFError
         if answer == "?":
             log(HELP)

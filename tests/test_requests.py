@@ -317,3 +317,13 @@ def test_an_answer_that_makes_no_sense_is_asked_for_again(
     request = next(requests_from_answers(replace(CFG, output_dir=str(tmp_path)), seed=0))
     assert request.digits == "1"
     assert message in capsys.readouterr().err
+
+
+def test_a_label_called_q_can_be_drawn(tmp_path, monkeypatch, capsys):
+    letters = replace(CFG, num_classes=2, class_names="p/q", output_dir=str(tmp_path))
+    answers(monkeypatch, "q", "1", "1", "quit")
+    asked = requests_from_answers(letters, seed=0)
+    assert next(asked).digits == "q"
+    assert "for help, quit to quit" in capsys.readouterr().err
+    with pytest.raises(EOFError):
+        next(asked)
