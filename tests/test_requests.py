@@ -320,7 +320,8 @@ def test_an_answer_that_makes_no_sense_is_asked_for_again(
 
 
 def test_a_label_called_q_can_be_drawn(tmp_path, monkeypatch, capsys):
-    letters = replace(CFG, num_classes=2, class_names="p/q", output_dir=str(tmp_path))
+    labels = {"num_classes": 2, "class_names": "p/q", "preview_digits": "all"}
+    letters = replace(CFG, **labels, output_dir=str(tmp_path))
     answers(monkeypatch, "q", "1", "1", "quit")
     asked = requests_from_answers(letters, seed=0)
     assert next(asked).digits == "q"
