@@ -1,6 +1,6 @@
 """Measure this machine's speed: python benchmark.py --json speed.json. Takes about a minute.
 
---gpu repeats everything that is claimed of a GPU, and --scaling tells how far training spreads.
+--gpu measures eager and compiled training and three short runs, --scaling estimates many GPUs.
 """
 
 import interface  # noqa: F401  (first, so that errors are one line while importing, too)

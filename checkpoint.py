@@ -1,4 +1,4 @@
-"""The state of a training run, and how a checkpoint file stores and restores it.
+"""The state of a training run and a model to draw with, and the file that both are read from.
 
 A file holds tensors and plain values only, so that reading one never runs code. It needs no random
 state, because every random number of training is a function of the seed and the progress.
@@ -132,9 +132,9 @@ def save(path: Path, cfg: Config, state: TrainState) -> None:
 
 
 def load(path: str | Path, *, only_look: bool = False) -> dict[str, Any]:
-    """Read a checkpoint: {format, config, progress, ema, guide, levels} and, unless it is slim,
-    {model, optimizers, metrics, data}. Raises ValueError with the path and the reason if it is not
-    one, if it is damaged, or if a tensor is not finite or does not fit the settings.
+    """Read a checkpoint: {format, config, progress, ema, guide, levels} and, unless export.slim
+    reduced it, {model, optimizers, metrics, data}. Raises ValueError with the path and the reason
+    if it is not one, if it is damaged, or if a tensor is not finite or does not fit the settings.
 
     With `only_look`, tensors are neither read nor checked: quick for looking at the rest.
     """

@@ -30,6 +30,7 @@ training = partial(setting, group="training")
 length = partial(setting, group="length")  # how long a run is
 sampling = partial(setting, group="sampling")  # how to draw with a model: comes with its checkpoint
 picture = partial(setting, group="picture")  # affects pixels too, but is chosen per picture
+# Pictures record both: provenance.request_from_picture says what older ones mean, which lack one
 
 
 @dataclass(frozen=True)

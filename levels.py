@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 FINE = 8  # steps of the curves per grey level
 LIGHT = 240  # from here on the levels depend on the white of an image
 WHITES = range(250, 256)  # each image's white is the most frequent of these
-REDRAWN, REDRAWN_FROM = 256, 0.2  # images to compare levels with, and their noise (t / T)
+REDRAWN = 256  # training images that the model draws again, to learn which levels it draws
+REDRAWN_FROM = 0.2  # from this t / T on
 LOOKED_AT = 8_000_000  # pixels of the training images that are counted: 10,000 of MNIST
 
 

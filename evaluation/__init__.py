@@ -1,1 +1,1 @@
-"""How samples are judged: the classifier, the metrics, the result files and the plots."""
+"""How samples are judged and speed is estimated, and the tables and plots of both."""

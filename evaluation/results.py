@@ -1,4 +1,4 @@
-"""The results of evaluate.py: JSON files that are written once and read again, and the tables."""
+"""The results of evaluate.py: JSON files, reused while nothing has changed, and tables of them."""
 
 import itertools
 import json

@@ -1,4 +1,4 @@
-"""A run of train.py: what it will do, and when it saves and logs."""
+"""A run of train.py: what it will do, its clock, when it saves and logs, how signals stop it."""
 
 import math
 import signal
@@ -224,6 +224,7 @@ class Run:
 
     @property
     def save_due(self) -> bool:
+        """At the end of an epoch or of the run: train.train has just averaged the totals."""
         progress = self.state.progress
         return self.done or (progress.images == 0 and progress.epoch % self.cfg.save_every == 0)
 

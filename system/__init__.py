@@ -1,1 +1,1 @@
-"""What the core asks of the computer: files, devices, several processes."""
+"""What every module may use: files, devices, several processes, checked values, random numbers."""

@@ -117,7 +117,7 @@ def read_tensors(path: Path, kind: str, *, only_look: bool = False) -> Any:
     where only the plain values matter.
     """
     if not path.is_file():
-        raise ValueError(f"{path}: no such file")
+        raise ValueError(f"{path}: no such file; choose another")
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
@@ -134,7 +134,8 @@ def read_tensors(path: Path, kind: str, *, only_look: bool = False) -> Any:
     except PermissionError:
         raise ValueError(f"{path}: cannot be read; change its permissions") from None
     except Exception as error:  # a damaged file can make zipfile and torch raise almost anything
-        raise ValueError(f"{path}: damaged, or not {kind} ({first_line(error)})") from None
+        reason = f"damaged, or not {kind} ({first_line(error)}); choose another"
+        raise ValueError(f"{path}: {reason}") from None
 
 
 def write_safetensors(path: Path, contents: dict[str, Any]) -> None:
@@ -166,7 +167,8 @@ def read_safetensors(path: Path) -> dict[str, Any]:
                 contents.setdefault(group, {})[key] = file.get_tensor(name)
             return contents
     except Exception as error:  # a damaged file can make the library raise kinds of its own
-        raise ValueError(f"{path}: damaged, or not safetensors ({first_line(error)})") from None
+        reason = f"damaged, or not safetensors ({first_line(error)}); choose another"
+        raise ValueError(f"{path}: {reason}") from None
 
 
 def check_sizes(members: list[zipfile.ZipInfo]) -> None:
