@@ -205,8 +205,8 @@ class Between:
         a, b = (end.draw() for end in self.ends)
         return torch.cat([slerp(a, b, share) for share in self.shares])
 
-    def chance(self) -> Tensor:
-        a, b = (end.chance() for end in self.ends)
+    def uniform(self) -> Tensor:
+        a, b = (end.uniform() for end in self.ends)
         return torch.cat([a if share < 0.5 else b for share in self.shares])
 
 

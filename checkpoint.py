@@ -29,7 +29,7 @@ from system.files import (
 from system.machine import check_size, check_step, compile_network, pick_precision
 
 FORMAT = 4  # format 3 is still read: config.ALIASES fills in the settings that it lacks
-STUDENT, PRETRAINED = SHIPPED = ("student.pth", "pretrained.pth")  # the models in git
+STUDENT, PRETRAINED = "student.pth", "pretrained.pth"  # the models in git
 
 
 @dataclass
@@ -45,8 +45,8 @@ class Progress:
     def __post_init__(self) -> None:
         for f in fields(self):
             value = getattr(self, f.name)
-            if type(value) not in (int, f.type) or not 0 <= value < 2**53:  # so that none is NaN
-                raise ValueError(f"{f.name} = {value!r}: not a progress")
+            if type(value) not in (int, f.type) or not 0 <= value < 2**53:  # nor NaN
+                raise ValueError(f"{f.name} = {value!r}: not a valid count")
 
     @property
     def name(self) -> str:
@@ -220,7 +220,7 @@ def restore(path: Path, state: TrainState) -> None:
     decay. Raises ValueError as load does, or if the file was reduced to what drawing needs."""
     contents, _ = _load(path, network=state.model)
     if "model" not in contents:
-        raise ValueError(f"{path}: reduced to what drawing needs; train another checkpoint")
+        raise ValueError(f"{path}: holds only what drawing needs; choose another checkpoint")
     state.model.load_state_dict(contents["model"])
     state.ema.load_state_dict(contents["ema"])
     if contents["guide"] is not None:
@@ -265,6 +265,6 @@ def list_checkpoints(folder: str | Path, pattern: str = "*.pth") -> list[tuple[P
     for path in sorted(Path(folder).glob(pattern)):
         with suppress(ValueError, OSError):  # some other file, or a damaged one, or just deleted
             progress = Progress(**load(path, only_look=True)["progress"])
-            rank = (*SHIPPED, path.name).index(path.name)
+            rank = {STUDENT: 0, PRETRAINED: 1}.get(path.name, 2)
             found.append(((rank, progress.step, path.stat().st_mtime), path, progress))
     return [(path, progress) for _, path, progress in sorted(found, key=lambda item: item[0])]

@@ -11,21 +11,21 @@ from system.values import parse_duration, parse_labels, problem_of, shortened
 
 VERSION = "1.2"  # of the program
 
-DATASETS = ("MNIST", "FashionMNIST", "KMNIST", "QMNIST", "EMNIST-digits", "EMNIST-letters")
-DATASETS += ("folder",)
+RELATIVES = ("FashionMNIST", "KMNIST", "QMNIST", "EMNIST-digits", "EMNIST-letters")
+DATASETS = ("MNIST", *RELATIVES, "folder")
 
 
 def setting(default: Any, help: str, **metadata: Any) -> Any:
-    """A field of Config. `metadata`: `group`; the limits `ge`, `gt`, `le`, `multiple_of` (numbers),
-    `choices` or `le`, its length (text); `flag`, where it differs from the name; `fixed_in_epoch`,
-    where a run that stopped inside an epoch cannot go on with another value."""
+    """A field of Config. `metadata`: `group`; the limits `ge`, `gt`, `le` (of a text, its length),
+    `multiple_of`, `choices`; `flag`, where it differs from the name; `fixed_in_epoch`, where a run
+    that goes on inside an epoch needs the same value."""
     return field(default=default, metadata={"help": help, **metadata})
 
 
 machine = partial(setting, group="machine")  # belongs to this computer: never from a checkpoint
 model = partial(setting, group="model")  # cannot change once a model has been trained with it
 student = partial(setting, group="student")  # cannot change either
-classes = partial(setting, group="classes")  # what the data set says of its labels: no flag
+classes = partial(setting, group="classes")  # given by the data set; has no flag
 training = partial(setting, group="training")
 length = partial(setting, group="length")  # how long a run is
 sampling = partial(setting, group="sampling")  # how to draw with a model: comes with its checkpoint
@@ -46,7 +46,7 @@ class Config:
     # Images
     dataset: str = training("MNIST", "data set; folder: data_dir/LABEL/*.png", choices=DATASETS)
     img_size: int = model(28, "image side in pixels", ge=4, le=256)
-    img_channels: int = model(1, "1: grey, 3: colour (of a folder only)", ge=1, le=4)
+    img_channels: int = model(1, "1: grey, 3: colour (of a folder only)", choices=(1, 3))
     num_classes: int = classes(10, "number of labels", ge=1, le=1000)
     class_names: str = classes("", "their names, with / between them (none: digits)", le=30_000)
     max_images: int = training(0, "train on the first N images (0: all)", ge=0, fixed_in_epoch=True)
@@ -96,15 +96,15 @@ class Config:
     teacher: str = student("", "train a student of this model: path, name, number or newest")
     student_steps: int = student(4, "network calls of a student per image", ge=1, le=8)
     save_every: int = training(5, "epochs between checkpoints", ge=1)
-    preview_digits: str = training("0123456789", "labels in each checkpoint's sample grid, or all")
+    preview_digits: str = training("0123456789", "labels in each sample grid; all: ten at most")
     preview_columns: int = training(10, "samples of each digit in that grid", ge=1, le=100)
 
     # Sampling, in the order in which pictures carry these settings
     sampler: str = sampling("dpmpp", "sampling method", choices=("ddpm", "ddim", "dpmpp"))
     steps: int = sampling(13, "sampling steps, at most timesteps", ge=1)
     guidance: float = sampling(2.8, "guidance w (1: none; larger: clearer, more alike)", ge=-1000)
-    guidance_low: float = sampling(0.4, "guide only where t / timesteps > this", ge=0, le=1)
-    guidance_high: float = sampling(0.9, "guide only where t / timesteps <= this", ge=0, le=1)
+    guidance_low: float = sampling(0.4, "guidance acts where t / timesteps > this", ge=0, le=1)
+    guidance_high: float = sampling(0.9, "guidance acts where t / timesteps <= this", ge=0, le=1)
     eta: float = sampling(0.3, "noise added by ddim and dpmpp (0: none, 1: as ddpm)", ge=0, le=1)
     precision: str = picture(
         "auto", "number type of the network; auto: the faster", choices=("auto", "float32", "bf16")
@@ -175,7 +175,8 @@ class Config:
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in known.items()})
 
 
-# Where an old checkpoint lacks a setting, the one whose value it takes: {lacking: read instead}
+# Where an old checkpoint lacks a setting, the one whose value it takes: {lacking: read instead}.
+# Its clip_x_0 meant both of today's settings
 ALIASES = {"guide_fraction": "guide_share", "clip_loss": "clip_x_0"}
 
 # train.py --model_size: 1.7, 6 and 20 million parameters. The default network has 1.3

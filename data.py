@@ -1,4 +1,4 @@
-"""Data sets as tensors, and the one way from pixels to the model's range and back."""
+"""Data sets as tensors, and how pixels become numbers in the model's range and back."""
 
 import hashlib
 from collections.abc import Sequence
@@ -74,7 +74,7 @@ def to_uint8(x: Tensor) -> Tensor:
 
 def draw_labels(count: int, seed: int, counts: Sequence[int] = LABEL_COUNTS) -> Tensor:
     """int64 labels (count,) in random order, each as often as in `counts`, usually MNIST's training
-    split, to within one: random frequencies would blur every comparison."""
+    split, to within one: frequencies drawn at random would add noise to every comparison."""
     random = np.random.default_rng(seed)
     share = np.array(counts) / sum(counts)
     # Evenly spaced points of the distribution, all shifted by one random number

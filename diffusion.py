@@ -61,7 +61,7 @@ class Diffusion:
         self.log_snr = self.snr.log()
         self._log_snr = self.log_snr.tolist()
         self.loss_weight = self._make_loss_weight()
-        self._on_device: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        self._tables: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
     def _make_loss_weight(self) -> Tensor:
         """Weight of the squared error of the prediction at t = 0…T; t = 0 is never trained.
@@ -82,35 +82,35 @@ class Diffusion:
         per_x_0_error = {"x_0": torch.ones_like(snr), "eps": snr, "v": snr + 1}[cfg.prediction]
         return torch.cat([torch.zeros(1), weight / per_x_0_error])
 
-    def _at(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _coefficients(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """sqrt(alpha_bar_t), sqrt(1 - alpha_bar_t) and the loss weight, each (B, 1, 1, 1), in the
         dtype of x and on its device."""
         key = (x.device, x.dtype)
-        if key not in self._on_device:
+        if key not in self._tables:
             table = [self.alpha_bar.sqrt(), (1 - self.alpha_bar).sqrt(), self.loss_weight]
-            self._on_device[key] = torch.stack(table).to(x.dtype).to(x.device)
-        return self._on_device[key][:, t, None, None, None].unbind()
+            self._tables[key] = torch.stack(table).to(x.dtype).to(x.device)
+        return self._tables[key][:, t, None, None, None].unbind()
 
     def add_noise(self, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """x_t from x_0 (B, C, H, W) and t int64 (B,). Ho et al. 2020, eq. 4."""
-        signal, noise, _ = self._at(t, x_0)
+        signal, noise, _ = self._coefficients(t, x_0)
         return signal * x_0 + noise * eps
 
     def noise_in(self, x_t: Tensor, x_0: Tensor, t: Tensor) -> Tensor:
         """The eps with which `add_noise` turns x_0 into x_t; t int64 (B,)."""
-        signal, noise, _ = self._at(t, x_t)
+        signal, noise, _ = self._coefficients(t, x_t)
         return (x_t - signal * x_0) / noise
 
     def target(self, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """What the network should predict: eps, x_0, or v of Salimans & Ho 2022, section 4."""
         if self.cfg.prediction != "v":
             return eps if self.cfg.prediction == "eps" else x_0
-        signal, noise, _ = self._at(t, x_0)
+        signal, noise, _ = self._coefficients(t, x_0)
         return signal * eps - noise * x_0
 
     def x_0_from(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """The x_0_hat (B, C, H, W) that a prediction for x_t implies; t int64 (B,)."""
-        signal, noise, _ = self._at(t, x_t)
+        signal, noise, _ = self._coefficients(t, x_t)
         if self.cfg.prediction == "eps":
             return (x_t - noise * prediction) / signal
         if self.cfg.prediction == "x_0":
@@ -159,7 +159,7 @@ class Diffusion:
         if self.cfg.clip_loss:
             x_0_hat = self.x_0_from(prediction, x_t, t)
             error = error.masked_fill(x_0_hat.clamp(-1, 1) == x_0, 0)
-        return (self._at(t, x_0)[2] * error).mean()
+        return (self._coefficients(t, x_0)[2] * error).mean()
 
     def predict(self, model: Model, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """The model's eps, v or x_0, in x_t's dtype, computed in the configured precision."""
@@ -226,7 +226,7 @@ class Diffusion:
         strength: float = 1.0,
         known: Tensor | None = None,
     ) -> Iterator[Tensor]:
-        """Yield the states x_t (B, C, H, W) to the images of the labels y, from pure noise.
+        """Yield every state x_t (B, C, H, W) on the way from noise to images of the labels y.
 
         With an original, (C, H, W) or one for each label, they begin with it under noise up to
         strength · T (SDEdit, Meng et al. 2022). If a part of it is `known`, bool (H, W), they begin
@@ -234,22 +234,16 @@ class Diffusion:
         """
         times, x = self.sampling_times(strength), noise.draw()
         if known is not None:
-            denoiser = self.completing(denoiser, original, known)
+            denoiser = keep_known(denoiser, original, known)
         elif original is not None:
             x = self.add_noise(original.expand_as(x), torch.full_like(y, times[0]), x)
         states = self.trajectory(denoiser, x, y, times, noise)
         for t, state in zip(times, states, strict=True):
             if t == 0 and self.levels:
-                state = self.levels.match(state, noise.chance())
+                state = self.levels.match(state, noise.uniform())
                 if known is not None:
                     state = torch.where(known, original, state)
             yield state
-
-    def completing(self, denoiser: Denoiser, x_0: Tensor, known: Tensor) -> Denoiser:
-        """A denoiser that knows a part of the image, x_0 (C, H, W) where `known` (H, W). The idea
-        of RePaint (Lugmayr et al. 2022), which adds noise to the known part itself, and repeats
-        steps."""
-        return lambda x, t, y: torch.where(known, x_0, denoiser(x, t, y))
 
     @torch.no_grad()
     def trajectory(
@@ -301,11 +295,11 @@ class Diffusion:
         denoiser: Denoiser,
         y: Tensor,
         on_state: Callable[[Tensor], object] | None = None,
-        parts: slice = slice(None),
+        batches: slice = slice(None),
         **start: Any,
     ) -> Tensor:
         """Draw an image for each label in y int64 (N,): (N, C, H, W), in [-1, 1] if clamped; or
-        only those of some of the batches (`parts` of all of them). `start` is for `sample`.
+        only those of the `batches` in this slice. `start` is passed on to `sample`.
 
         Image i is the same picture, up to rounding, for any N, batch size and device. Every state
         of every batch is passed to `on_state`.
@@ -313,7 +307,7 @@ class Diffusion:
         cfg = self.cfg
         shape = (cfg.img_channels, cfg.img_size, cfg.img_size)
         images = [torch.empty(0, *shape, device=y.device)]
-        for first in range(0, len(y), cfg.sample_batch_size)[parts]:
+        for first in range(0, len(y), cfg.sample_batch_size)[batches]:
             batch = y[first : first + cfg.sample_batch_size]
             indices = range(first, first + len(batch))
             noise = ImageNoise(cfg.seed, indices, shape, device=y.device)
@@ -323,6 +317,12 @@ class Diffusion:
             images.append(x)
         return torch.cat(images)
 
-    def batches(self, count: int) -> int:
+    def batch_count(self, count: int) -> int:
         """How many batches it takes to draw `count` images."""
         return -(-count // self.cfg.sample_batch_size)
+
+
+def keep_known(denoiser: Denoiser, x_0: Tensor, known: Tensor) -> Denoiser:
+    """A denoiser that knows a part of the image, x_0 (C, H, W) where `known` (H, W). The idea of
+    RePaint (Lugmayr et al. 2022), which adds noise to the known part itself, and repeats steps."""
+    return lambda x, t, y: torch.where(known, x_0, denoiser(x, t, y))

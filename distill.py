@@ -83,8 +83,8 @@ class Distillation:
         sizes = [segments.count(k) for k in range(count)]
         pieces = zip(x_t.split(sizes), y.split(sizes), self.segments, strict=True)
         goal = torch.cat([self.goal(x, labels, *ends) for x, labels, ends in pieces if len(x)])
-        eps = self.student.noise_in(x_t, goal, t)
-        return self.student.prediction_loss(model, x_t, t, y, goal, eps)
+        implied_eps = self.student.noise_in(x_t, goal, t)
+        return self.student.prediction_loss(model, x_t, t, y, goal, implied_eps)
 
     @torch.no_grad()
     def goal(self, x_t: Tensor, y: Tensor, t: int, s: int) -> Tensor:

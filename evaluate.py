@@ -38,7 +38,7 @@ def sample(
     batches of them. Returns all, the labels and what training and sampling have cost."""
     labels = draw_labels(count, cfg.seed, label_counts).to(loaded.device)
     diffusion = Diffusion(cfg, loaded.levels)
-    batches = range(diffusion.batches(count))
+    batches = range(diffusion.batch_count(count))
     [mine] = distributed.my_parts(len(batches))
     began = time.perf_counter()
     with sampling_bar(cfg.steps, len(batches[mine])) as on_state:

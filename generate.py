@@ -62,7 +62,7 @@ def draw(loaded: LoadedModel, request: Request, together: bool = True) -> list[T
     denoiser = diffusion.guided(loaded.model, loaded.guide)
     start = original.start(loaded.device) if original else {}
     steps = len(diffusion.sampling_times(original.strength if original else 1.0)) - 1
-    batches = range(diffusion.batches(len(y)))
+    batches = range(diffusion.batch_count(len(y)))
     [mine] = distributed.my_parts(len(batches)) if together else [slice(None)]
     states: dict[int, list[Tensor]] = {number: [] for number in request.kept_states(steps)}
     with sampling_bar(steps, len(batches[mine])) as advance:

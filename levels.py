@@ -2,7 +2,7 @@
 
 A network trained with a squared error predicts the mean of what is possible. So it draws faint
 halos around strokes, and no stroke is filled with a single grey, as each of MNIST's is: 253 in 43 %
-of the images, 254 in 28 %, 252 in 21 %, 255 in 5 %. An eye does not see it; a classifier does.
+of the images, 254 in 28 %, 252 in 21 %, 255 in 5 %. The eye does not notice it; a classifier does.
 """
 
 from dataclasses import asdict, dataclass
@@ -59,7 +59,8 @@ class GreyLevels:
     def measure(cls, images: Tensor, few: Tensor, drawn: Tensor) -> "GreyLevels | None":
         """The curves from the levels of `drawn`, in [-1, 1], to those of `few`, the uint8 images
         that they should look like, both (N, C, H, W); and from there to the levels of the first of
-        the training images, uint8 (M, C, H, W). None if none has a white, or for a NaN."""
+        the training images, uint8 (M, C, H, W). None if no image has a white, or for a
+        NaN in `drawn`."""
         images = images[: max(1, LOOKED_AT // images[0].numel())].cpu().flatten(1)
         whites = torch.stack([(images == white).sum(dim=1) for white in WHITES])  # (6, M)
         white = torch.where(whites.sum(dim=0) > 0, whites.argmax(dim=0), -1)  # (M,)

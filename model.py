@@ -56,7 +56,8 @@ class UNet(nn.Module):
             if level > 0:
                 h = self.shrink[level - 1](F.pixel_unshuffle(h, 2))  # (B, w[l], H/(P·2^l), …)
             if level == len(self.down) - 1:
-                h = h + self.label_picture(y).view(h.shape).to(h.dtype)  # no float32 in autocast
+                picture = self.label_picture(y).view(h.shape)
+                h = h + picture.to(h.dtype)  # or autocast makes it float32
             for block in blocks:
                 h = block(h, embedding)
                 skips.append(h)
@@ -95,7 +96,7 @@ def modulated_group_norm(h: Tensor, scale: Tensor, shift: Tensor, groups: int = 
     """Group norm of h (B, C, H, W), then h * scale + shift with a scale and shift (B, C) for each
     image. Computed as the group norm of a single image with B·C channels, because one pass over
     memory instead of three makes a training step 8 % shorter."""
-    if torch.compiler.is_exporting():  # such a graph would only take batches of one size
+    if torch.compiler.is_exporting():  # what follows would fix the graph's batch size
         normed = F.group_norm(h, groups)
         return normed * scale[:, :, None, None] + shift[:, :, None, None]
     B, C, H, W = h.shape

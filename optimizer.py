@@ -7,9 +7,8 @@ from config import Config
 
 
 def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """The parameters for Muon: the dense layer and the convolution kernels, except those of the
-    first and the last layer, some of whose channels are pixels. And those for AdamW: these two,
-    biases, norms, embeddings, and the small linear layers that the embedding passes through."""
+    """The parameters for Muon: the dense layer and all convolution kernels but those of the stem
+    and the head, some of whose channels are pixels. And those for AdamW: everything else."""
     matrices, others = [], []
     for name, parameter in model.named_parameters():
         inner_kernel = parameter.ndim == 4 and not name.startswith(("stem", "head"))
@@ -72,8 +71,8 @@ def orthogonalize(matrices: Tensor) -> Tensor:
     """Bring the singular values of the matrices (N, rows, columns) to about 0.7 to 1.2 (tiny ones
     stay smaller), by five Newton-Schulz steps x <- (a + b x xᵀ + c (x xᵀ)²) x, Jordan et al. 2024.
 
-    Every iterate is a square matrix times the original. Only that factor is iterated, on the
-    smaller side, which for these long, narrow matrices is two to four times less work.
+    Every iterate is a square matrix times the input, so only that matrix, of the smaller side, is
+    iterated. For these long, narrow matrices that is two to four times less work.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     wide = matrices.shape[1] <= matrices.shape[2]

@@ -1,4 +1,5 @@
-"""Data sets other than MNIST: its relatives, by torchvision, and a folder of your own pictures."""
+"""Readers of other data sets, and the names of their labels: MNIST's relatives, by torchvision, and
+a folder of your own pictures."""
 
 import string
 import warnings
@@ -99,8 +100,6 @@ def read_folder(cfg: Config, train: bool) -> tuple[Tensor, Tensor]:
     ]
     images, labels, unread = [], [], []
     seen = [0] * cfg.num_classes
-    if cfg.img_channels not in MODES:
-        raise ValueError(f"img_channels = {cfg.img_channels}: choose 1 (grey) or 3 (colour)")
     for path, label in tqdm(files, desc="reading pictures", leave=False, disable=None):
         try:
             pixels = read_picture(path, cfg)
@@ -128,9 +127,11 @@ def read_folder(cfg: Config, train: bool) -> tuple[Tensor, Tensor]:
 def read_picture(path: Path, cfg: Config) -> Tensor:
     """A .png or .jpg, cropped to a square and resized: uint8 (C, img_size, img_size). Whatever
     Pillow raises passes through."""
-    warnings.simplefilter("error", Image.DecompressionBombWarning)
     # These formats alone: for others, Pillow may start programs such as Ghostscript
-    with Image.open(path, formats=["PNG", "JPEG"]) as file:
+    with (
+        warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning),
+        Image.open(path, formats=["PNG", "JPEG"]) as file,
+    ):
         image = ImageOps.exif_transpose(file)  # as a camera was held
         if image.mode.startswith("I"):  # 16 bits a pixel
             image = Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))

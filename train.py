@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -48,8 +47,9 @@ def train(plan: Plan, device: torch.device, began: float) -> int:
     cfg = plan.cfg
     images, labels = load_split(cfg, train=True, device=device)
     few = min(VALIDATION_IMAGES, max(1, len(images) // 60))
-    unseen = [x[:few] for x in load_split(cfg, train=False, device=device)]
-    state, loss = start(plan, fingerprint(images, labels), device)
+    test = load_split(cfg, train=False, device=device)
+    unseen = [x[:: max(1, len(x) // few)][:few] for x in test]  # it may be sorted by label
+    state, loss = prepare(plan, fingerprint(images, labels), device)
     run = Run(plan, state, len(images), began)
     if run.done and distributed.from_first(lambda: folder.is_complete(cfg.output_dir)):
         print("nothing left to do: starting up took the rest of the budget")
@@ -60,10 +60,10 @@ def train(plan: Plan, device: torch.device, began: float) -> int:
         step_began = time.perf_counter()
         x_0, y = batch(cfg, images, labels, state.progress)
         training_step(cfg, loss, state, x_0, y, run.fraction)
-        state.epoch_seconds += time.perf_counter() - step_began
         run.update_clock()
         keep_guide(cfg, state, run.fraction)
         run.show_progress()
+        state.epoch_seconds += time.perf_counter() - step_began
         if run.epoch_done or run.done or run.stopped_by:
             distributed.average(state.totals)  # each process has added the loss of its own part
         if run.epoch_done or run.done:
@@ -86,7 +86,7 @@ def train(plan: Plan, device: torch.device, began: float) -> int:
     return 0
 
 
-def start(plan: Plan, data: dict[str, Any], device: torch.device) -> tuple[TrainState, Loss]:
+def prepare(plan: Plan, data: dict[str, Any], device: torch.device) -> tuple[TrainState, Loss]:
     """The state with which training begins, new or from a checkpoint, and the loss; `data` is the
     training data's fingerprint."""
     cfg = plan.cfg
@@ -140,7 +140,7 @@ def training_step(
         labels = y
         if state.guide is None and cfg.guide_fraction > 0:  # also while warm-up delays the guide
             labels = randomize_labels(y, cfg, generator)
-        # DistributedDataParallel takes the mean over processes, so that theirs count as one each
+        # DistributedDataParallel averages over the processes; this factor makes that a sum again
         weight = (part.stop - part.start) * distributed.processes() / B
         with distributed.averaging(state.network, part == parts[-1]):
             value = weight * loss(state.network, x_0, labels, generator, part)
@@ -197,7 +197,7 @@ def validation_loss(
     cfg: Config, loss: Loss, state: TrainState, images: Tensor, labels: Tensor
 ) -> float:
     """The average's loss on images (N, C, H, W) that it was not trained on, always with the same
-    noise and timesteps: it rises when the model begins to learn its training images by heart."""
+    noise and timesteps: it rises when the model overfits."""
     total = torch.zeros((), device=images.device)
     for first in range(0, len(images), cfg.batch_size):
         part = slice(first, first + cfg.batch_size)
@@ -212,13 +212,13 @@ def save(run: Run, images: Tensor, labels: Tensor) -> None:
     """Write a checkpoint, with its grey levels as they are now."""
     diffusion, state = Diffusion(run.cfg), run.state
     denoiser, state.levels = diffusion.guided(state.ema, state.guide), None
-    with run.side_output(Path("grey levels")):  # without which a checkpoint is still good
+    with run.side_output("grey levels"):  # without which a checkpoint is still good
         state.levels = GreyLevels.of_model(diffusion, denoiser, images, labels)
     run.save()
 
 
 def main() -> int:
-    began = time.perf_counter() - time.process_time()  # imports count too, as CPU time
+    began = time.perf_counter() - time.process_time()  # about when the process started
     args = train_flags()
     given, more = given_settings(args), args.continue_training_epochs
     if args.load_checkpoint_path and not more and "budget" not in given:
@@ -228,10 +228,10 @@ def main() -> int:
     device, out = pick_device(here.device), here.output_dir
     with distributed.joined(device), ExitStack() as stack:
         distributed.from_first(lambda: stack.enter_context(folder.own_folder(out)))
-        start = args.resume, args.load_checkpoint_path, more
+        resume, load = args.resume, args.load_checkpoint_path
         if distributed.is_restart() and distributed.from_first(lambda: folder.holds_this_run(out)):
-            start = True, None, 0
-        plan = distributed.from_first(lambda: make_plan(given, *start))
+            resume, load, more = True, None, 0
+        plan = distributed.from_first(lambda: make_plan(given, resume, load, more))
         if plan.action == "finished":
             print(f"nothing left to do. {runs.describe(plan)}")
             return 0

@@ -79,7 +79,7 @@ def add_settings(parser: Any, names: Collection[str]) -> None:
                 options["type"] = os.path.expanduser  # the shell leaves --data_dir=~/x alone
             name = {int: "INT", float: "FLOAT", tuple: "INT,INT"}.get(kind, "TEXT")
             choices = f.metadata.get("choices")
-            options["metavar"] = "{" + ",".join(choices) + "}" if choices else name
+            options["metavar"] = "{" + ",".join(map(str, choices)) + "}" if choices else name
         parser.add_argument(f"--{f.metadata.get('flag', f.name)}", **options)
 
 
@@ -190,9 +190,9 @@ class Output:
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep freed memory for the next step. By default it returns it to the system, which
-    then makes thousands of new pages in each step. On a virtual machine, training is 1.3 times as
-    fast without that, and drawing 1.6 times."""
+    """Have glibc keep freed memory for the next step. By default it returns it to the system, and
+    each step faults thousands of pages in again. On a virtual machine, keeping it makes training
+    1.3 times as fast, and drawing 1.6 times."""
     if platform.libc_ver()[0] == "glibc":
         with suppress(AttributeError, OSError):
             trim_threshold, top_pad, mmap_max = -1, -2, -4  # from glibc's malloc.h
@@ -226,7 +226,7 @@ def exit_code(name: str, main: Callable[[], int], errors: TextIO) -> int:
     try:
         return main()
     except SystemExit as stop:  # argparse, or the first process, has said why
-        return int(stop.code or 0)
+        return stop.code if isinstance(stop.code, int) else int(bool(stop.code))
     except KeyboardInterrupt as interrupt:
         error, line, code = interrupt, "stopped", 130
     except Exception as exception:

@@ -69,24 +69,22 @@ def checked_strength(value: float) -> float:
 def from_flags(args: Namespace, cfg: Config) -> Original | None:
     """What --complete and --edit, with the flags that belong to them, ask for. Raises ValueError
     for a picture that cannot be read, or a mask that leaves nothing to keep or to draw."""
-    path = args.complete or args.edit
-    if path is None:
-        return None
-    pixels = read(path, cfg)
-    if args.edit and cfg.is_student:
-        raise ValueError("--edit needs a model that is not a student; try --model pretrained")
     if args.edit:
-        return Original(pixels, strength=checked_strength(args.strength))
+        if cfg.is_student:
+            raise ValueError("--edit needs a model that is not a student; try --model pretrained")
+        return Original(read(args.edit, cfg), strength=checked_strength(args.strength))
+    if args.complete is None:
+        return None
     if args.mask:
         known = read(args.mask, cfg).float().mean(dim=0) > 127
+        if known.all() or not known.any():
+            raise ValueError(f"{args.mask}: needs white pixels, to keep, and black ones, to draw")
     else:
         half, known = cfg.img_size // 2, torch.zeros(cfg.img_size, cfg.img_size, dtype=torch.bool)
         rows = {"top": slice(half), "bottom": slice(half, None)}.get(args.keep, slice(None))
         columns = {"left": slice(half), "right": slice(half, None)}.get(args.keep, slice(None))
         known[rows, columns] = True
-    if known.all() or not known.any():
-        raise ValueError(f"{args.mask}: needs white pixels, to keep, and black ones, to draw")
-    return Original(pixels, known)
+    return Original(read(args.complete, cfg), known)
 
 
 def read(path: Path, cfg: Config) -> Tensor:

@@ -18,10 +18,12 @@ from system.files import atomic_write, check_sizes, first_line
 ANIMATIONS = (".gif", ".webp")
 ENDINGS = (".png", ".npz", *ANIMATIONS)
 MAX_FRAMES = 76  # of an animation: 1.5 s at 20 ms each
-MAX_ANIMATED = 500  # images: a larger WebP would exceed the format's 16,383 pixels
+MAX_ANIMATED = 500  # images
+LONGEST = 16_000  # side of an animation in pixels, as WebP has 16,383 at most
+GAP = 2  # grey pixels around each image of a grid
 
 
-def image_grid(images: Tensor, columns: int, gap: int = 2) -> Image.Image:
+def image_grid(images: Tensor, columns: int, gap: int = GAP) -> Image.Image:
     """uint8 images (N, C, H, W), C 1 or 3, row by row, with `gap` grey pixels around each."""
     N, C, H, W = images.shape
     rows = -(-N // columns)
@@ -33,7 +35,7 @@ def image_grid(images: Tensor, columns: int, gap: int = 2) -> Image.Image:
     return Image.fromarray(pixels.numpy())
 
 
-def name_rows(grid: Image.Image, names: list[str], gap: int = 2) -> Image.Image:
+def name_rows(grid: Image.Image, names: list[str], gap: int = GAP) -> Image.Image:
     """An image_grid with the name of each row on its left, except for names with characters that
     Pillow's own font lacks."""
     height = (grid.height - gap) // len(names)

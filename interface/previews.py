@@ -26,7 +26,7 @@ def draw_preview(run: Run, state: TrainState) -> None:
         labels = parse_labels(cfg.preview_digits, cfg.label_names)
     diffusion = Diffusion(cfg, state.levels)
     y = torch.tensor(labels).repeat_interleave(cfg.preview_columns).to(state.totals.device)
-    with run.side_output(path), sampling_bar(cfg.steps, diffusion.batches(len(y))) as advance:
+    with run.side_output(path), sampling_bar(cfg.steps, diffusion.batch_count(len(y))) as advance:
 
         def on_state(x: Tensor) -> None:
             advance(x)

@@ -113,7 +113,8 @@ def again(picture: Path, output: str | None, given: dict[str, Any]) -> tuple[Loa
         raise ValueError(f"{picture}: {lacks}; try --output_dir")
     loaded = replace(load_model(file, device), sha256=recorded["model"])
     request = request_from_picture(recorded, picture, loaded.cfg, here)
-    request.output = Path(output) if output else free_name(request.cfg, f"{request.digits}_again")
+    name = f"{request.digits[:14]}_again"
+    request.output = Path(output) if output else free_name(request.cfg, name)
     request.if_taken = "replace" if output else "renumber"
     if request.output.exists() and request.output.samefile(picture):
         raise ValueError(f"output = '{output}': this is the picture itself; choose another name")

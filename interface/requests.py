@@ -16,7 +16,7 @@ from config import Config
 from data import draw_labels
 from interface import original
 from interface.original import Original
-from interface.picture import ANIMATIONS, ENDINGS, MAX_ANIMATED, MAX_FRAMES
+from interface.picture import ANIMATIONS, ENDINGS, GAP, LONGEST, MAX_ANIMATED, MAX_FRAMES
 from interface.terminal import ask, log, whole_number
 from system.files import check_writable, make_folder, printable
 from system.values import parse_labels, shortened
@@ -82,7 +82,7 @@ class Request:
     output: Path
     if_taken: str = "replace"  # if `output` exists: "replace", "renumber" or "refuse"
     original: Original | None = None  # the picture to complete or to edit
-    recorded: Collection[str] | None = None  # what the picture says that is to be drawn again
+    recorded: Collection[str] | None = None  # what the picture records that is drawn again
 
     def __post_init__(self) -> None:
         names = self.cfg.label_names
@@ -96,7 +96,9 @@ class Request:
         if type(self.count) is not int or self.count < 1:
             raise ValueError(f"count = {shortened(self.count)}: must be a whole number, at least 1")
         images = self.count * numbers[self.digits]
-        largest = MAX_ANIMATED if self.animated else MAX_IMAGES
+        largest = MAX_IMAGES
+        if self.animated:
+            largest = min(MAX_ANIMATED, LONGEST // (self.cfg.img_size + GAP))
         if images > largest:
             most = f"{largest:,}{f' in {self.output.suffix}' if self.animated else ''}"
             asked = f"{images:,}" if images < 10**15 else "too many"

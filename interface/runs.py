@@ -50,10 +50,12 @@ def make_plan(
     Raises ValueError if a checkpoint cannot be read, or for flags that do not fit it."""
     if resume:
         load = folder.newest_of_run(Path(given.get("output_dir", Config().output_dir), "models"))
-    saved = checkpoint.load(load) if load else {"config": Config().to_dict(), "progress": {}}
-    trained = cfg = Config.from_dict(saved["config"])
-    progress = Progress(**saved["progress"])
-    plan = Plan(trained, "train", load, progress, "model" in saved)
+    trained, progress, plan = Config(), Progress(), Plan(Config())
+    if load:
+        saved = checkpoint.load(load, only_look=resume)  # which newest_of_run has just checked
+        trained, progress = Config.from_dict(saved["config"]), Progress(**saved["progress"])
+        plan = Plan(trained, "train", load, progress, "model" in saved)
+    cfg = trained
 
     if "epochs" in given:
         cfg = replace(trained, budget="")
@@ -71,8 +73,9 @@ def make_plan(
     elif not load:
         plan.cfg = with_classes(cfg, given)
     elif plan.action == "train":
-        late = {n: given[n] for n in ("preview_digits",) if n in given and "dataset" in given}
-        now = {name: value for name, value in given.items() if name not in late}
+        now, late = dict(given), {}
+        if {"dataset", "preview_digits"} <= given.keys():  # names of the new data set's labels
+            late["preview_digits"] = now.pop("preview_digits")
         inside = plan.trainable and progress.images > 0
         plan.cfg, plan.notes = settings_for_training(cfg, now, mid_epoch=inside)
         if "dataset" in given:
@@ -207,7 +210,8 @@ class Run:
 
     def heed_signals(self) -> None:
         """Stop if any process has received a signal."""
-        self.stopped_by = int(*distributed.largest(max(self.signals, default=0)))
+        [stop] = distributed.largest(max(self.signals, default=0))
+        self.stopped_by = int(stop)
 
     @property
     def fraction(self) -> float:
@@ -323,15 +327,15 @@ class Run:
         tqdm.write(f"wrote {path}")
 
     @contextmanager
-    def side_output(self, path: Path) -> Iterator[None]:
+    def side_output(self, what: Path | str) -> Iterator[None]:
         """Write a file that training can do without: if that fails, whatever the reason, say so
         once for its kind, and go on."""
         try:
             yield
         except Exception as error:
-            kind = path.stem.partition("_")[0]
+            kind = Path(what).stem.partition("_")[0]
             if kind not in self.warned:
-                tqdm.write(f"{path} not written: {first_line(error)}")
+                tqdm.write(f"{what} not written: {first_line(error)}")
             self.warned.add(kind)
 
     @distributed.first_only

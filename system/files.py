@@ -103,7 +103,9 @@ def write_tensors(path: Path, contents: dict[str, Any]) -> None:
     buffer = io.BytesIO()  # torch.save itself would hide that a disk is full
     torch.save(contents, buffer)
     if buffer.tell() > MAX_BYTES:
-        raise ValueError(f"{path}: would hold more than {MAX_BYTES / 1e6:.0f} MB; use less")
+        raise ValueError(
+            f"{path}: would hold more than {MAX_BYTES / 1e6:.0f} MB; choose a smaller network"
+        )
     with atomic_write(path) as file:
         file.write(buffer.getbuffer())
 
@@ -221,7 +223,7 @@ def download(path: Path) -> None:
 
 
 def optional(name: str) -> ModuleType:
-    """A module that only some features need. Raises ValueError if it is missing or unfit."""
+    """A module that only some features need. Raises ValueError if it is missing or broken."""
     try:
         return importlib.import_module(name)
     except Exception as error:  # one that does not fit its own needs can raise anything
@@ -230,12 +232,13 @@ def optional(name: str) -> ModuleType:
 
 
 def from_torchvision(name: str) -> ModuleType:
-    """A module of torchvision, which takes a second to import. Raises ValueError if it was built
-    for another torch."""
+    """A module of torchvision, which takes a second to import. Raises ValueError if it is missing
+    or was built for another torch."""
     try:
         return importlib.import_module(f"torchvision.{name}")
     except (ImportError, RuntimeError) as error:
-        reason = f"torchvision does not fit torch {torch.__version__} ({first_line(error)})"
+        reason = f"torchvision cannot be imported with torch {torch.__version__}"
+        reason += f" ({first_line(error)})"
         remedy = "install both from one source: pip install --force-reinstall torch torchvision"
         raise ValueError(f"{reason}; {remedy}") from None
 

@@ -16,7 +16,7 @@ class ImageNoise:
         self.generators = [seeded_generator(seed, index) for index in indices]
         self.shape, self.options = shape, options
 
-    def chance(self) -> Tensor:
+    def uniform(self) -> Tensor:
         """For each image the next number between 0 and 1, (len(indices),)."""
         return torch.stack([torch.rand((), generator=g) for g in self.generators])
 

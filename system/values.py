@@ -15,7 +15,7 @@ def problem_of(value: Any, kind: type, limits: Mapping[str, Any]) -> str:
     if type(value) is not kind and not (kind is float and type(value) is int):
         return f"must be of type {kind.__name__}"
     if "choices" in limits and value not in limits["choices"]:
-        return f"choose one of {', '.join(limits['choices'])}"
+        return f"choose one of {', '.join(map(str, limits['choices']))}"
     if "ge" in limits and value < limits["ge"]:
         return f"must be at least {limits['ge']}"
     if "gt" in limits and value <= limits["gt"]:
@@ -57,7 +57,7 @@ def parse_labels(text: str, names: list[str], setting: str = "digits") -> list[i
     parts = [part.strip() for part in text.split(",")] if "," in text else list(text)
     if not parts or not set(parts) <= set(names):
         known = ", ".join(names[:10]) + (" …" if len(names) > 10 else "")
-        if names == [str(number) for number in range(len(names))][:10]:
+        if names == list("0123456789")[: len(names)]:
             known = f"digits 0 to {len(names) - 1}"
         raise ValueError(f"{setting} = {shortened(text)}: use {known}")
     return [names.index(part) for part in parts]

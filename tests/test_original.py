@@ -11,7 +11,7 @@ from test_diffusion import GaussianData
 
 from config import Config
 from data import load_split, to_model_range
-from diffusion import Diffusion
+from diffusion import Diffusion, keep_known
 from interface.original import Original
 from system.randomness import ImageNoise, seeded_generator
 
@@ -108,7 +108,7 @@ def test_a_completion_of_gaussian_data_keeps_what_is_known_and_draws_the_rest():
     known = torch.zeros(8, 8, dtype=torch.bool)
     known[:4] = True
     plain = process.guided(GaussianData(process, 0.5))
-    drawn = process.draw(process.completing(plain, torch.full((1, 8, 8), 0.9), known), y)
+    drawn = process.draw(keep_known(plain, torch.full((1, 8, 8), 0.9), known), y)
     free = process.draw(plain, y)
     assert (drawn[:, :, :4] == 0.9).all()
     torch.testing.assert_close(drawn[:, :, 4:], free[:, :, 4:])
