@@ -142,7 +142,7 @@ def training_step(
             labels = randomize_labels(y, cfg, generator)
         # DistributedDataParallel averages over the processes; this factor makes that a sum again
         weight = (part.stop - part.start) * distributed.processes() / B
-        with distributed.averaging(state.network, part == parts[-1]):
+        with distributed.synchronized(state.network, part == parts[-1]):
             value = weight * loss(state.network, x_0, labels, generator, part)
             value.backward()
         total += value.detach()

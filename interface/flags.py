@@ -19,7 +19,7 @@ def train_flags() -> Namespace:
     parser = Parser(prog="train.py", description="Train a class-conditional DDPM.")
     start, length = (parser.add_mutually_exclusive_group() for _ in range(2))
     start.add_argument("--resume", action="store_true", help="continue the newest checkpoint")
-    load_help = "train it for --budget or K more epochs; with neither, describe it"
+    load_help = "go on from it, for K more epochs or --budget; alone: say where it stands"
     start.add_argument("--load_checkpoint_path", **PATH, help=load_help)
     options = {"type": int, "metavar": "K", "default": 0, "help": "train it for K more epochs"}
     length.add_argument("--continue_training_epochs", **options)
@@ -47,8 +47,10 @@ def generate_flags() -> Namespace:
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--digits", metavar="TEXT", help="what to draw: 7, 2026, all or mnist")
     picture = PATH | {"metavar": "PNG"}
-    what.add_argument("--reproduce", **picture, help="draw it again")
-    parser.add_argument("--count", **NUMBER, help="variants (default: 16 images; 160 for all)")
+    what.add_argument("--reproduce", **picture, help="draw a picture again, as it records")
+    parser.add_argument(
+        "--count", **NUMBER, help="variants (default: 16 images; for all, 16 of each)"
+    )
     parser.add_argument("--model", **WHICH_MODEL)
     file = {"type": output_name, "metavar": "FILE"}
     parser.add_argument("--output", **file, help=".png, .npz, .gif, .webp, or a folder/")
@@ -60,7 +62,9 @@ def generate_flags() -> Namespace:
     begin.add_argument("--complete", **picture, help="draw the rest of a picture (white on black)")
     begin.add_argument("--edit", **picture, help="draw a picture anew, from a noisy version of it")
     known = parser.add_mutually_exclusive_group()
-    known.add_argument("--keep", choices=KEEP, default="top", help="the half that --complete keeps")
+    known.add_argument(
+        "--keep", choices=KEEP, default="top", help="the half to keep (default: top)"
+    )
     known.add_argument("--mask", **picture, help="or: white where --complete keeps the pixels")
     strength = {"type": float, "default": 0.6, "metavar": "FLOAT"}
     parser.add_argument("--strength", **strength, help="noise of --edit, 0 to 1 (default: 0.6)")
@@ -77,7 +81,7 @@ def generate_flags() -> Namespace:
     parser.allows_only("--reproduce", *with_it)
     args = parser.parse_args()
     if args.digits is None and distributed.processes() > 1:
-        raise ValueError("several processes draw together only what --digits says; give it")
+        raise ValueError("torchrun's processes cannot ask what to draw; give --digits")
     return args
 
 
@@ -90,8 +94,8 @@ def evaluate_flags() -> Namespace:
     what.add_argument("--classify", action="store_true", help="name test images by denoising them")
     what.add_argument("--train_evaluator", action="store_true", help="train the classifier anew")
     parser.add_argument("--model", **WHICH_MODEL)
-    most = "images to draw (default: 10000, or as many as there are test images)"
-    parser.add_argument("--samples", **NUMBER, help=f"{most}, or to --classify (default: 1000)")
+    number = "how many images to draw (default: 10000) or to --classify (default: 1000)"
+    parser.add_argument("--samples", **NUMBER, help=number)
     parser.add_argument("--cas", action="store_true", help="also train a classifier on the samples")
     parser.add_argument(
         "--c2st", action="store_true", help="also train networks to tell samples from test images"
@@ -109,10 +113,12 @@ def evaluate_flags() -> Namespace:
 def benchmark_flags() -> Namespace:
     parser = Parser(prog="benchmark.py", description="Measure training and sampling speed.")
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--gpu", action="store_true", help="eager, compiled, and three training runs")
+    what.add_argument(
+        "--gpu", action="store_true", help="speed eager and compiled, and three training runs"
+    )
     what.add_argument("--scaling", action="store_true", help="estimate the speed of many GPUs")
     file = PATH | {"metavar": "FILE"}
-    parser.add_argument("--json", **file, help="write the figures too")
+    parser.add_argument("--json", **file, help="also write the figures as JSON")
     names = Config.names("machine", "model", "training", "sampling", "picture")
     add_settings(parser, set(names) - {"accumulate", "dataset"})  # steps are measured as a whole
     add_model_size(parser)
@@ -151,6 +157,6 @@ def app_flags() -> Namespace:
     parser.add_argument("--model", default="newest", **WHICH_MODEL)
     host = {"metavar": "TEXT", "default": "127.0.0.1"}
     parser.add_argument("--host", **host, help="who can see it (default: 127.0.0.1, this computer)")
-    parser.add_argument("--port", **NUMBER, help="(default: a free one from 7860)")
+    parser.add_argument("--port", **NUMBER, help="port (default: a free one from 7860)")
     add_settings(parser, Config.names("machine"))
     return parser.parse_args()

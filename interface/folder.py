@@ -91,8 +91,8 @@ def is_complete(output_dir: str) -> bool:
 
 
 def newest_of_run(models: Path) -> Path | None:
-    """The newest whole checkpoint of the run in a folder; None if it has none. Says so if damaged
-    ones are passed over. Raises ValueError if there are no others."""
+    """The newest whole checkpoint of the run in a folder; None if it has none. Says
+    which damaged ones it passes over. Raises ValueError if all are damaged."""
     listed = [path for path, _ in checkpoint.list_checkpoints(models, CHECKPOINTS)]
     unreadable = [path for path in models.glob(CHECKPOINTS) if path not in listed]
     damaged = [f"passed over: {path}: damaged" for path in unreadable]

@@ -174,6 +174,6 @@ def data_parallel(model: nn.Module) -> nn.Module:
     return DistributedDataParallel(model, gradient_as_bucket_view=True) if is_joined() else model
 
 
-def averaging(network: nn.Module, now: bool) -> AbstractContextManager:
+def synchronized(network: nn.Module, now: bool) -> AbstractContextManager:
     """A `with` block in which backward() averages gradients (`now`), or only adds them up."""
     return nullcontext() if now or not is_joined() else network.no_sync()
