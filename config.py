@@ -9,7 +9,7 @@ from typing import Any
 
 from system.values import parse_duration, parse_labels, problem_of, shortened
 
-VERSION = "1.2"  # of the program
+VERSION = "1.3"  # of the program
 
 RELATIVES = ("FashionMNIST", "KMNIST", "QMNIST", "EMNIST-digits", "EMNIST-letters")
 DATASETS = ("MNIST", *RELATIVES, "folder")
@@ -69,6 +69,9 @@ class Config:
     snr_power: float = training(0.25, "snr_power: x_0's error is weighted by snr^this", ge=0, le=1)
     min_snr_gamma: float = training(5.0, "min_snr: largest weight of x_0's error", gt=0)
     timestep_power: float = training(0.7, "t is T * u^this, u uniform (below 1: more noise)", gt=0)
+    absolute_snr: float = training(
+        10.0, "where snr is above this, x_0's error counts unsquared (0: nowhere)", ge=0
+    )
     clip_loss: bool = training(True, "no loss where clamping makes the estimate of x_0 exact")
     label_dropout: float = training(0.1, "fraction of images trained without a label", ge=0, le=1)
 
@@ -170,7 +173,8 @@ class Config:
     def from_dict(cls, values: dict[str, Any]) -> "Config":
         """The inverse of to_dict. A missing setting is read through ALIASES or takes its default,
         and an unknown one is dropped, so that old checkpoints stay readable."""
-        values = {new: values[old] for new, old in ALIASES.items() if old in values} | values
+        aliases = {new: values[old] for new, old in ALIASES.items() if old in values}
+        values = BEFORE | aliases | values
         known = {f.name: values[f.name] for f in fields(cls) if f.name in values}
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in known.items()})
 
@@ -178,6 +182,9 @@ class Config:
 # Where an old checkpoint lacks a setting, the one whose value it takes: {lacking: read instead}.
 # Its clip_x_0 meant both of today's settings
 ALIASES = {"guide_fraction": "guide_share", "clip_loss": "clip_x_0"}
+
+# What was in force before a setting existed, where that is not its default
+BEFORE = {"absolute_snr": 0.0}
 
 # train.py --model_size: 1.7, 6 and 20 million parameters. The default network has 1.3
 MODEL_SIZES = {

@@ -19,6 +19,7 @@ from system.randomness import ImageNoise
 
 Model = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x_t, t (B,), y) -> eps, v or x_0
 Denoiser = Callable[[Tensor, int, Tensor], Tensor]  # (x_t, t, y) -> x_0_hat
+NEGLIGIBLE = 0.02  # 2.5 grey levels: errors well below it are squared after all (pseudo-Huber)
 
 # Ho et al. 2020: beta rises linearly from 1e-4 to 0.02 in 1000 steps
 _HO_BETA = np.concatenate([[0.0], np.linspace(1e-4, 0.02, 1000)])
@@ -61,6 +62,7 @@ class Diffusion:
         self.log_snr = self.snr.log()
         self._log_snr = self.log_snr.tolist()
         self.loss_weight = self._make_loss_weight()
+        self._low_noise = self.snr > cfg.absolute_snr
         self._tables: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
     def _make_loss_weight(self) -> Tensor:
@@ -149,6 +151,9 @@ class Diffusion:
     ) -> Tensor:
         """The loss where x_0 and eps are the right answer for x_t (B, C, H, W); t int64 (B,).
 
+        Where little noise is left (snr above `absolute_snr`) the error of x_0 counts unsquared, as
+        squares of a few grey levels are too small to matter: they would stay as faint specks.
+
         With `clip_loss` a pixel costs nothing where clamping x_0_hat to [-1, 1] gives x_0 exactly.
         The sampler clamps as well, so a black pixel may be predicted as -1 or anything below, which
         is far easier to learn than exactly -1. The best clamped estimate stays the same, because
@@ -156,6 +161,9 @@ class Diffusion:
         """
         prediction = self.predict(model, x_t, t, y)
         error = (prediction - self.target(x_0, t, eps)).square()  # (B, C, H, W)
+        if self.cfg.absolute_snr and self.cfg.prediction == "x_0":
+            near = self._low_noise.to(t.device)[t][:, None, None, None]
+            error = torch.where(near, (error + NEGLIGIBLE**2).sqrt() - NEGLIGIBLE, error)
         if self.cfg.clip_loss:
             x_0_hat = self.x_0_from(prediction, x_t, t)
             error = error.masked_fill(x_0_hat.clamp(-1, 1) == x_0, 0)

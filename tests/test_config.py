@@ -151,6 +151,12 @@ def test_a_checkpoints_settings_survive_settings_that_come_and_go():
     assert Config.from_dict(values) == Config(widths=(16, 24), epochs=7)
 
 
+def test_an_old_checkpoint_goes_on_with_the_loss_that_it_had():
+    values = Config().to_dict()
+    del values["absolute_snr"]
+    assert Config.from_dict(values) == Config(absolute_snr=0.0)
+
+
 # A new name, an old name, and a value other than the default
 OLD_NAMES = [("guide_fraction", "guide_share", 0.25), ("clip_loss", "clip_x_0", False)]
 
