@@ -11,7 +11,7 @@ import PIL
 import torch
 from PIL import Image
 
-from checkpoint import PRETRAINED, STUDENT, LoadedModel, load_model
+from checkpoint import LoadedModel, load_model
 from config import Config
 from interface.cli import settings_for_drawing
 from interface.original import Original
@@ -21,10 +21,6 @@ from system.machine import pick_device, pick_precision
 from system.values import shortened
 
 VERSION = "1.0"  # of a PNG's text chunks
-EARLIER_FILES = {  # of the shipped models, before they knew their grey levels
-    PRETRAINED: "e291342c43ce427f25492019b3acf67801e4922eec5e2930a900cb896c2f5cf6",
-    STUDENT: "3f0e978e69a723b04548cf881f8bbffd7c5b30acee46ffa81b904df49cf27fb2",
-}
 
 
 def record(loaded: LoadedModel, request: Request) -> dict[str, Any]:
@@ -65,11 +61,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def model_with_hash(expected: str, output_dir: Path) -> Path | None:
-    """The model with a SHA-256, among those of a run folder and of its earlier runs; for that of an
-    earlier file of a shipped model, the present one, whose weights are the same."""
-    for name, earlier in EARLIER_FILES.items():
-        if expected == earlier and (output_dir / "models" / name).is_file():
-            return output_dir / "models" / name
+    """The model with a SHA-256, among those of a run folder and of its earlier runs."""
     for path in (*output_dir.glob("models/*"), *output_dir.glob("earlier/*/*")):
         with suppress(OSError):  # one that cannot be read
             if path.suffix in (".pth", ".safetensors") and sha256(path) == expected:
@@ -110,7 +102,9 @@ def again(picture: Path, output: str | None, given: dict[str, Any]) -> tuple[Loa
     file = model_with_hash(recorded["model"], Path(here["output_dir"]))
     if file is None:
         lacks = f"its model, SHA-256 {shortened(recorded['model'])}, is not in {here['output_dir']}"
-        raise ValueError(f"{picture}: {lacks}; try --output_dir")
+        raise ValueError(
+            f"{picture}: {lacks}; try --output_dir, or for a shipped one git's history"
+        )
     loaded = replace(load_model(file, device), sha256=recorded["model"])
     request = request_from_picture(recorded, picture, loaded.cfg, here)
     name = f"{request.digits[:14]}_again"
