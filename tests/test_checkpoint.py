@@ -141,7 +141,7 @@ def test_a_slim_file_has_the_average_and_the_guide_in_half_precision(tmp_path):
     for network, original in ((loaded.model, state.ema), (loaded.guide, state.guide)):
         halved = {k: weight.half().float() for k, weight in original.state_dict().items()}
         assert_same(dict(network.state_dict()), halved)
-    with pytest.raises(ValueError, match=r"small\.pth.*reduced to what drawing needs"):
+    with pytest.raises(ValueError, match=r"small\.pth.*holds only what drawing needs"):
         checkpoint.restore(tmp_path / "small.pth", TrainState.initial(CFG, CPU))
 
 

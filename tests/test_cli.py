@@ -160,6 +160,7 @@ def test_no_setting_of_the_model_can_change_once_it_is_trained(name):
     others = {"widths": (8,), "schedule": "linear", "prediction": "v", "attention": True}
     others |= {
         "teacher": "other",
+        "img_channels": 3,
         "img_size": 56,
         "patch_size": 1,
         "embedding_size": 64,

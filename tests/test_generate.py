@@ -490,7 +490,7 @@ def test_an_animation_runs_from_noise_to_the_digits(draw, pixels, tmp_path, endi
             frames.append(np.asarray(moving.convert("L")).astype(int))
             seconds += moving.info["duration"] / 1000
     assert 2 <= seconds <= 3
-    assert abs(frames[-1] - still).max() <= 1
+    assert abs(frames[-1] - still).max() <= 2  # a GIF's palette lacks some greys
     assert frames[0].std() > 50  # noise
 
 
