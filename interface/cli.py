@@ -218,6 +218,9 @@ def run_script(name: str, main: Callable[[], int]) -> None:
         out.flush()
     if silent and code:
         time.sleep(1)  # when one process ends, torchrun ends the others: let the first speak
+    if distributed.has_left:
+        errors.flush()
+        os._exit(code)  # torch's threads sometimes crash where Python ends in its usual way
     sys.exit(code)
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 T = TypeVar("T")
+has_left = False  # whether this process was connected to others and is not any more
 TIMEOUT = datetime.timedelta(hours=2)  # how long the others wait while one draws or evaluates
 
 
@@ -80,6 +81,8 @@ def joined(device: torch.device) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
+        global has_left
+        has_left = True
 
 
 def meeting_point() -> "dist.Store | None":
