@@ -62,7 +62,6 @@ class Diffusion:
         self.log_snr = self.snr.log()
         self._log_snr = self.log_snr.tolist()
         self.loss_weight = self._make_loss_weight()
-        self._low_noise = self.snr > cfg.absolute_snr
         self._tables: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
     def _make_loss_weight(self) -> Tensor:
@@ -161,13 +160,14 @@ class Diffusion:
         """
         prediction = self.predict(model, x_t, t, y)
         error = (prediction - self.target(x_0, t, eps)).square()  # (B, C, H, W)
+        signal, noise, weight = self._coefficients(t, x_0)
         if self.cfg.absolute_snr and self.cfg.prediction == "x_0":
-            near = self._low_noise.to(t.device)[t][:, None, None, None]
+            near = signal.square() > self.cfg.absolute_snr * noise.square()
             error = torch.where(near, (error + NEGLIGIBLE**2).sqrt() - NEGLIGIBLE, error)
         if self.cfg.clip_loss:
             x_0_hat = self.x_0_from(prediction, x_t, t)
             error = error.masked_fill(x_0_hat.clamp(-1, 1) == x_0, 0)
-        return (self._coefficients(t, x_0)[2] * error).mean()
+        return (weight * error).mean()
 
     def predict(self, model: Model, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """The model's eps, v or x_0, in x_t's dtype, computed in the configured precision."""

@@ -102,9 +102,8 @@ def again(picture: Path, output: str | None, given: dict[str, Any]) -> tuple[Loa
     file = model_with_hash(recorded["model"], Path(here["output_dir"]))
     if file is None:
         lacks = f"its model, SHA-256 {shortened(recorded['model'])}, is not in {here['output_dir']}"
-        raise ValueError(
-            f"{picture}: {lacks}; try --output_dir, or for a shipped one git's history"
-        )
+        remedy = "try --output_dir; earlier shipped models are in git's history"
+        raise ValueError(f"{picture}: {lacks}; {remedy}")
     loaded = replace(load_model(file, device), sha256=recorded["model"])
     request = request_from_picture(recorded, picture, loaded.cfg, here)
     name = f"{request.digits[:14]}_again"
