@@ -19,13 +19,7 @@ from config import Config
 from levels import GreyLevels
 from model import UNet
 from optimizer import make_optimizers, split_parameters
-from system.files import (
-    first_line,
-    read_safetensors,
-    read_tensors,
-    sha256,
-    write_tensors,
-)
+from system.files import first_line, read_safetensors, read_tensors, sha256, write_tensors
 from system.machine import check_size, check_step, compile_network, pick_precision
 
 FORMAT = 4  # format 3 is still read: config.ALIASES fills in the settings that it lacks
@@ -138,13 +132,7 @@ def load(path: str | Path, *, only_look: bool = False) -> dict[str, Any]:
 
     With `only_look`, tensors are neither read nor checked: quick for looking at the rest.
     """
-    return _load(Path(path), only_look)[0]
-
-
-def _load(
-    path: Path, only_look: bool = False, network: UNet | None = None
-) -> tuple[dict[str, Any], UNet | None]:
-    """A checkpoint, and the network that its tensors fit: a given one, or else a new one."""
+    path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such checkpoint; python generate.py lists the models")
     if path.suffix == ".safetensors":
@@ -163,20 +151,16 @@ def _load(
         cfg = Config.from_dict(contents["config"])
         if not only_look:
             check_size(cfg)
-            network = network or UNet(cfg)
+            with torch.device("meta"):  # shapes without memory
+                network = UNet(cfg)
             _check_tensors(contents, network)
-            _levels(contents)
+            GreyLevels.from_dict(contents.get("levels"))
     except ValueError as error:
         reason = first_line(error)
         raise ValueError(f"{path}: {reason}; choose another checkpoint, or train one") from None
     except Exception:  # contents of another program or of a stranger can be anything
         raise ValueError(f"{path}: not a checkpoint of this program; choose another") from None
-    return contents, network
-
-
-def _levels(contents: dict[str, Any]) -> GreyLevels | None:
-    """The grey levels of a checkpoint; files of older versions have none."""
-    return GreyLevels(**contents["levels"]) if contents.get("levels") else None
+    return contents
 
 
 def _check_tensors(contents: dict[str, Any], network: UNet) -> None:
@@ -218,7 +202,7 @@ def _check_finite(tensors: Iterable[Tensor], what: str) -> None:
 def restore(path: Path, state: TrainState) -> None:
     """Fill `state` from a checkpoint. The optimizers keep their current settings, such as weight
     decay. Raises ValueError as load does, or if the file was reduced to what drawing needs."""
-    contents, _ = _load(path, network=state.model)
+    contents = load(path)
     if "model" not in contents:
         raise ValueError(f"{path}: holds only what drawing needs; choose another checkpoint")
     state.model.load_state_dict(contents["model"])
@@ -232,13 +216,13 @@ def restore(path: Path, state: TrainState) -> None:
     state.progress = Progress(**contents["progress"])
     state.totals = state.totals.new_tensor(contents["metrics"]["totals"])
     state.epoch_seconds = contents["metrics"]["seconds"]
-    state.levels = _levels(contents)
+    state.levels = GreyLevels.from_dict(contents.get("levels"))
     state.data = contents.get("data")  # missing in files of older versions
 
 
 def load_model(path: str | Path, device: torch.device, compiled: bool = False) -> LoadedModel:
     """The model of a checkpoint, built from the file alone. Raises ValueError as load does."""
-    contents, ema = _load(Path(path))
+    contents = load(path)
     cfg, progress = Config.from_dict(contents["config"]), Progress(**contents["progress"])
     if contents["format"] == 3:  # at that time config.py, not the checkpoint, said how to draw
         usual = Config().select("sampling")
@@ -247,15 +231,15 @@ def load_model(path: str | Path, device: torch.device, compiled: bool = False) -
     # Without gradients, channels_last is faster or a tie in float32, and slower in bf16
     bf16 = pick_precision("auto", device) == "bf16"
     layout = torch.contiguous_format if bf16 else torch.channels_last
-    ema = ema.to(device, memory_format=layout).requires_grad_(False).eval()
+    ema = UNet(cfg).to(device, memory_format=layout).requires_grad_(False).eval()
     guide = copy.deepcopy(ema) if contents["guide"] else None
     for name, network in (("ema", ema), ("guide", guide)):
         if network:
             network.load_state_dict(contents[name])
             if compiled:
                 compile_network(network)
-    found = progress, device, sha256(Path(path)), _levels(contents)
-    return LoadedModel(Path(path), cfg, ema, guide, *found)
+    levels = GreyLevels.from_dict(contents.get("levels"))
+    return LoadedModel(Path(path), cfg, ema, guide, progress, device, sha256(Path(path)), levels)
 
 
 def list_checkpoints(folder: str | Path, pattern: str = "*.pth") -> list[tuple[Path, Progress]]:

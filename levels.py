@@ -96,6 +96,12 @@ class GreyLevels:
         """Tensors, for a checkpoint."""
         return asdict(self)
 
+    @classmethod
+    def from_dict(cls, tensors: dict[str, Any] | None) -> "GreyLevels | None":
+        """The inverse of to_dict; None for None, as in checkpoints of older versions. Raises
+        ValueError for tensors that are no such curves."""
+        return cls(**tensors) if tensors else None
+
 
 def _codes(x: Tensor) -> Tensor:
     """Which point of a curve each value of x, in [-1, 1], is: int64, 0 to 255 · FINE."""
