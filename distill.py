@@ -20,11 +20,15 @@ from diffusion import Diffusion, Model
 
 TEACHER_STEPS = 16  # of a teacher that is not itself a student
 ROUNDING = 1e-3  # a goal this close to black or white is meant to be exactly that
+LOWEST_SNR = 1e-6  # below that of any timestep
 
 
 def student_settings(teacher: Config, student_steps: int) -> Config:
     """The settings of a student: its teacher's network, the usual training, and sampling in
-    `student_steps` steps of ddim. Raises ValueError if these cannot share the teacher's steps."""
+    `student_steps` steps of ddim. Raises ValueError if these cannot share the teacher's steps.
+
+    At any noise its errors count unsquared, which blurs less: there is one right answer for each
+    x_t, not a mean of many."""
     steps = teacher_settings(teacher).steps
     possible = [str(n) for n in range(1, steps) if steps % n == 0]
     if not possible:
@@ -35,16 +39,19 @@ def student_settings(teacher: Config, student_steps: int) -> Config:
     drawing = {"sampler": "ddim", "steps": student_steps, "eta": 0.0, "guidance": 1.0}
     own = {"student_steps": student_steps, "guide_fraction": 0.0, "clip_x_0": teacher.clip_x_0}
     own |= {"dataset": teacher.dataset, "preview_digits": teacher.preview_digits}
+    own |= {"absolute_snr": LOWEST_SNR}
     return replace(Config(), **teacher.select("model", "classes") | drawing | own)
 
 
 def teacher_settings(cfg: Config) -> Config:
-    """How a teacher draws for its student: without added noise, and in steps that can be shared."""
+    """How a teacher draws for its student: without added noise, and in steps that can be shared.
+    Without noise, digits come out right only if guidance begins as early as in config.py."""
     if cfg.is_student:
         return cfg
     if cfg.timesteps < TEACHER_STEPS:
         raise ValueError(f"teacher: it has {cfg.timesteps} timesteps; at least {TEACHER_STEPS}")
-    return replace(cfg, sampler="dpmpp", steps=TEACHER_STEPS, eta=0.0)
+    high = max(cfg.guidance_high, Config().guidance_high)
+    return replace(cfg, sampler="dpmpp", steps=TEACHER_STEPS, eta=0.0, guidance_high=high)
 
 
 class Distillation:
