@@ -155,8 +155,10 @@ class Studio:
 
     def complete(self, sketch: str | None, label: str, keep: str, seed: str) -> Iterator[str]:
         """Completions of half a sketch, a PNG as a data: URL."""
-        if not sketch or len(sketch) > MOST_SKETCHED:
-            raise ValueError("sketch: nothing there, or too much; draw one half first")
+        if not sketch:
+            raise ValueError("sketch: nothing there; draw one half first")
+        if len(sketch) > MOST_SKETCHED:
+            raise ValueError("sketch: too large a file; clear it and draw again")
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "sketch.png")
             path.write_bytes(base64.b64decode(sketch.partition(",")[2]))
@@ -332,8 +334,8 @@ def main() -> int:
     args = app_flags()
     check_address(args.host, args.port)
     with tempfile.TemporaryDirectory() as folder:
-        # Uploads are kept there, and nothing goes to the makers of gradio. It asks its own page
-        # whether it is there, which no proxy can answer
+        # gradio keeps uploads in this folder, and is told to send its makers nothing. When it
+        # starts it asks for its own page, which must not go through a proxy
         no_proxy = ",".join(filter(None, [os.environ.get("NO_PROXY"), args.host]))
         os.environ |= {"GRADIO_TEMP_DIR": folder, "GRADIO_ANALYTICS_ENABLED": "False"}
         os.environ["NO_PROXY"] = no_proxy

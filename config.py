@@ -30,7 +30,7 @@ training = partial(setting, group="training")
 length = partial(setting, group="length")  # how long a run is
 sampling = partial(setting, group="sampling")  # how to draw with a model: comes with its checkpoint
 picture = partial(setting, group="picture")  # affects pixels too, but is chosen per picture
-# Pictures record both: provenance.request_from_picture says what older ones mean, which lack one
+# A PNG records the last two groups; provenance.request_from_picture adds what old ones lack
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,10 @@ class Config:
     """All settings. Raises a ValueError that names the setting, its value and the remedy."""
 
     # Where things are
-    data_dir: str = machine("mnist_data", "folder of the MNIST files; missing ones are downloaded")
+    data_dir: str = machine("mnist_data", "folder of the data set, to which MNIST is downloaded")
     output_dir: str = machine("results", "folder for models, pictures and metrics")
     device: str = machine("auto", "auto (CUDA or Apple's MPS, else CPU) or a torch device")
-    compile: bool = machine(False, "compile the network: a minute's wait, then faster on a GPU")
+    compile: bool = machine(False, "compile the network: a minute's wait, meant for a GPU")
 
     # Images
     dataset: str = training("MNIST", "data set; folder: data_dir/LABEL/*.png", choices=DATASETS)
@@ -180,7 +180,7 @@ class Config:
 
 
 # Where an old checkpoint lacks a setting, the one whose value it takes: {lacking: read instead}.
-# Its clip_x_0 meant both of today's settings
+# Its clip_x_0 stood for today's clip_x_0 and clip_loss
 ALIASES = {"guide_fraction": "guide_share", "clip_loss": "clip_x_0"}
 
 # What was in force before a setting existed, where that is not its default

@@ -136,8 +136,10 @@ def measure(
             picture = file.parent.parent / "images" / name
             save_png(grid, picture)
             tqdm.write(f"wrote {picture}")
-    except (OSError, ValueError) as error:  # the figures have been shown, or will be
-        tqdm.write(f"not written: {first_line(error)}", file=sys.stderr)
+    except (OSError, ValueError) as error:
+        if not args.sweep:  # the figures have been shown
+            raise
+        tqdm.write(first_line(error), file=sys.stderr)
     return result
 
 

@@ -138,6 +138,8 @@ def slim(source: Path, target: Path) -> None:
     contents = checkpoint.load(source)
     kept = {name: contents.get(name) for name in TO_DRAW_WITH}
     kept["config"] |= Config().select("machine")  # nothing of this computer
+    if teacher := kept["config"].get("teacher"):
+        kept["config"]["teacher"] = Path(teacher).stem
     if target.suffix == ".safetensors":
         write_safetensors(target, kept)
         return

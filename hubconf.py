@@ -33,8 +33,8 @@ class Sampler(torch.nn.Module):
         "cat,dog". `settings` are those of config.py, such as seed, steps or guidance. Raises
         ValueError for unknown labels, and for settings that this model cannot have."""
         possible = Config.names("sampling", "picture")
-        if not set(settings) <= set(possible):
-            raise ValueError(f"settings: choose some of {', '.join(possible)}")
+        if wrong := sorted(set(settings) - set(possible)):
+            raise ValueError(f"{', '.join(wrong)}: no setting for drawing; choose from {possible}")
         cfg = settings_for_drawing(self.cfg, settings)
         labels = parse_labels(digits, cfg.label_names)
         y = torch.tensor(labels, device=next(self.network.parameters()).device)
@@ -43,7 +43,7 @@ class Sampler(torch.nn.Module):
 
 
 def mnist_diffusion(path: str = PRETRAINED, device: str = "cpu") -> Sampler:
-    """The pretrained model, or that of a checkpoint's `path`."""
+    """The pretrained model, or the one in the checkpoint at `path`."""
     shipped = Path(__file__).parent / "results" / "models" / path
     return Sampler(load_model(shipped if shipped.is_file() else path, torch.device(device)))
 

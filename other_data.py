@@ -42,8 +42,8 @@ def class_names(cfg: Config) -> list[str]:
         root = Path(cfg.data_dir)
         found = sorted(p.name for p in root.glob("*") if p.is_dir() and not p.name.startswith("."))
         if not 1 <= len(found) <= MAX_CLASSES:
-            kind = f"{len(found)} subfolders; it needs one for each label, at most {MAX_CLASSES}"
-            raise ValueError(f"data_dir = {cfg.data_dir!r}: {kind}, with its images")
+            needs = f"needs one for each label, 1 to {MAX_CLASSES}; choose another folder"
+            raise ValueError(f"data_dir = {cfg.data_dir!r}: has {len(found)} subfolders, {needs}")
         for name in found:
             if name in ("all", "mnist") or "," in name or name != name.strip():
                 raise ValueError(f"{root / name}: a label cannot have this name; rename the folder")
@@ -73,9 +73,10 @@ def read_by_torchvision(cfg: Config, train: bool) -> tuple[Tensor, Tensor]:
     options = {"split": split} if split else {}
     try:
         kind = getattr(from_torchvision("datasets"), name)
-        # Several processes must not download to one place
+        options["train"] = train
+        # Several processes must not download to one place. "and None": only small things travel
         distributed.from_first(lambda: kind(cfg.data_dir, download=True, **options) and None)
-        data = kind(cfg.data_dir, train=train, **options)
+        data = kind(cfg.data_dir, **options)
     except (OSError, RuntimeError, ValueError) as error:
         remedy = f"go online, or put its files where torchvision's {name} looks for them"
         raise ValueError(
@@ -117,7 +118,8 @@ def read_folder(cfg: Config, train: bool) -> tuple[Tensor, Tensor]:
         print(*unread[:5], *["…"][: len(unread) > 5], sep="\n")
     if train and 0 in seen:
         empty = class_names(cfg)[seen.index(0)]
-        raise ValueError(f"{Path(cfg.data_dir, empty)}: no .png or .jpg that can be read; add some")
+        remedy = "no .png or .jpg that can be read; add some, or choose another --data_dir"
+        raise ValueError(f"{Path(cfg.data_dir, empty)}: {remedy}")
     if not images:
         return read_folder(cfg, train=True)  # nothing is set aside from so few
     order = torch.from_numpy(np.random.default_rng(0).permutation(len(images)))  # for max_images

@@ -36,9 +36,10 @@ class Evaluator:
         followed by it, (20, C, H, W). Raises ValueError for too few images."""
         N = len(images)
         if N < classifier.FEATURES:
-            raise ValueError(f"{N} images: the metrics need at least {classifier.FEATURES}")
+            raise ValueError(f"{N} images: too few for the metrics; {classifier.FEATURES} at least")
         if len(self.test_images) < N:
-            raise ValueError(f"{N} images, but only {len(self.test_images)} test images to compare")
+            most = len(self.test_images)
+            raise ValueError(f"{N} images: measure at most {most}, as there are {most} test images")
         if N not in self._real:
             some = shuffled(len(self.test_images), seed=1)[:N].to(self.device)
             real, distances, _ = self._metrics(self.test_images[some], self.test_labels[some])

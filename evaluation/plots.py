@@ -47,6 +47,7 @@ def plot_sweep(results: list[dict[str, Any]], best: list[bool], path: Path) -> N
     figure = Figure(figsize=(7, 4.5))
     axes = figure.subplots()
     lines: dict[str, list[tuple[int, float]]] = {}
+    data_set = results[0].get("dataset", "MNIST")
     points = [(result["sampling"]["calls"], result["samples"]["fd"]) for result in results]
     for result, point in zip(results, points, strict=True):
         label = (
@@ -59,7 +60,7 @@ def plot_sweep(results: list[dict[str, Any]], best: list[bool], path: Path) -> N
     calls, fd = zip(*itertools.compress(points, best), strict=True)
     axes.scatter(calls, fd, s=140, facecolors="none", edgecolors="black", label="best")
     axes.axhline(results[0]["real"]["fd"], linestyle="--", color="grey", label="real test images")
-    axes.set(xlabel="network calls per image", ylabel="FD-MNIST", xscale="log", yscale="log")
+    axes.set(xlabel="network calls per image", ylabel=f"FD-{data_set}", xscale="log", yscale="log")
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.set_major_formatter("{x:g}")

@@ -21,7 +21,7 @@ def _say(kind: type[BaseException], error: BaseException, where: TracebackType |
     elif issubclass(kind, ImportError):
         reason += "; pip install -r requirement.txt"
     else:
-        reason = f"{kind.__name__}: {reason}; a bug, please report it with TRACEBACK=1's output"
+        reason = f"{kind.__name__}: {reason}; a bug: report it with what TRACEBACK=1 shows"
     print(f"{os.path.basename(sys.argv[0])}: {reason}", file=sys.stderr)
 
 

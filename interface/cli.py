@@ -239,15 +239,16 @@ def exit_code(name: str, main: Callable[[], int], errors: TextIO) -> int:
         kind, line, code = type(error).__name__, first_line(error), 2
         if "MemoryError" in kind or "allocate memory" in line:  # torch has kinds of its own
             reason = line if str(error) else "out of memory"
-            line = f"{reason}; use smaller batches, or draw fewer images"
+            line = f"{reason}; choose a smaller --batch_size or --sample_batch_size"
         elif isinstance(error, FloatingPointError):
             code = 1
         elif type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             line = f"the network cannot be compiled here ({line[:200]}); drop --compile"
         elif distributed.lost_others(error):
-            line, code = f"lost the connection to another process ({line[:80]})", 1
+            lost = f"lost the connection to another process ({line[:80]})"
+            line, code = f"{lost}; start all again, training with --resume", 1
         elif not isinstance(error, (ValueError, OSError)):
-            line, code = f"{kind}: {line}; a bug, please report it with TRACEBACK=1's output", 1
+            line, code = f"{kind}: {line}; a bug: report it with what TRACEBACK=1 shows", 1
     if distributed.processes() > 1:
         name += f", process {distributed.rank()}"
     if distributed.should_report(error):

@@ -65,7 +65,7 @@ def generate_flags() -> Namespace:
     known.add_argument(
         "--keep", choices=KEEP, default="top", help="the half to keep (default: top)"
     )
-    known.add_argument("--mask", **picture, help="or: white where --complete keeps the pixels")
+    known.add_argument("--mask", **picture, help="instead of --keep: white where pixels are kept")
     strength = {"type": float, "default": 0.6, "metavar": "FLOAT"}
     parser.add_argument("--strength", **strength, help="noise of --edit, 0 to 1 (default: 0.6)")
     in_terminal = {"action": BooleanOptionalAction, "default": sys.stderr.isatty()}
@@ -81,7 +81,7 @@ def generate_flags() -> Namespace:
     parser.allows_only("--reproduce", *with_it)
     args = parser.parse_args()
     if args.digits is None and distributed.processes() > 1:
-        raise ValueError("torchrun's processes cannot ask what to draw; give --digits")
+        raise ValueError("several processes can only draw --digits; give it, or leave out torchrun")
     return args
 
 
@@ -127,7 +127,7 @@ def benchmark_flags() -> Namespace:
     if distributed.processes() > 1:
         raise ValueError("benchmark.py measures a single process; start it without torchrun")
     if args.gpu and getattr(args, "img_size", 28) != 28:
-        raise ValueError(f"img_size = {args.img_size}: --gpu evaluates models, which needs 28")
+        raise ValueError(f"img_size = {args.img_size}: --gpu trains on MNIST of 28; drop the flag")
     return args
 
 
@@ -156,7 +156,7 @@ def app_flags() -> Namespace:
     parser = Parser(prog="app.py", description="Draw digits on a page in the browser.")
     parser.add_argument("--model", default="newest", **WHICH_MODEL)
     host = {"metavar": "TEXT", "default": "127.0.0.1"}
-    parser.add_argument("--host", **host, help="who can see it (default: 127.0.0.1, this computer)")
+    parser.add_argument("--host", **host, help="address (default: 127.0.0.1, this computer alone)")
     parser.add_argument("--port", **NUMBER, help="port (default: a free one from 7860)")
     add_settings(parser, Config.names("machine"))
     return parser.parse_args()

@@ -29,7 +29,7 @@ def record(loaded: LoadedModel, request: Request) -> dict[str, Any]:
     if request.digits == "mnist":
         what["labels"] = "exact"  # older versions drew them at random
     how = {"version": VERSION} | request.cfg.select("sampling", "picture")
-    how["precision"] = pick_precision(request.cfg.precision, loaded.device)  # of "auto", what it is
+    how["precision"] = pick_precision(request.cfg.precision, loaded.device)  # not "auto"
     start = request.original.record() if request.original else {}
     if request.row_names:
         start["row names"] = True
@@ -102,7 +102,7 @@ def again(picture: Path, output: str | None, given: dict[str, Any]) -> tuple[Loa
     file = model_with_hash(recorded["model"], Path(here["output_dir"]))
     if file is None:
         lacks = f"its model, SHA-256 {shortened(recorded['model'])}, is not in {here['output_dir']}"
-        remedy = "try --output_dir; earlier shipped models are in git's history"
+        remedy = "copy it there, or try --output_dir; git's history has earlier shipped ones"
         raise ValueError(f"{picture}: {lacks}; {remedy}")
     loaded = replace(load_model(file, device), sha256=recorded["model"])
     request = request_from_picture(recorded, picture, loaded.cfg, here)

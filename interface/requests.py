@@ -204,9 +204,10 @@ def requests_from_answers(cfg: Config, seed: int | None) -> Iterator[Request]:
 
     def guidance_value(text: str) -> float:
         try:
-            return replace(cfg, guidance=float(text)).guidance
+            value = float(text)
         except ValueError:
             raise ValueError(f"{text!r} is not a number such as 1 or 1.5") from None
+        return replace(cfg, guidance=value).guidance
 
     question = "Digits to draw, such as 7, 2026 or all"
     if cfg.class_names:
@@ -216,8 +217,10 @@ def requests_from_answers(cfg: Config, seed: int | None) -> Iterator[Request]:
     log(f"? for help, {'quit' if 'q' in cfg.label_names else 'q'} to quit.")
     while True:
         digits = ask(question, None, digits_or_all, cfg.label_names)
-        usual = count or usual_count(digits, cfg.label_names)
-        count = ask("How many", usual, whole_number(MAX_IMAGES // 20))
+        names = cfg.label_names
+        most = MAX_IMAGES // len(names if digits == "all" else parse_labels(digits, names))
+        usual = min(count or usual_count(digits, names), most)
+        count = ask("How many", usual, whole_number(most))
         guidance = cfg.guidance if cfg.is_student else ask("Guidance", cfg.guidance, guidance_value)
         picture_seed = secrets.randbelow(2**31) if seed is None else seed
         cfg = replace(cfg, guidance=guidance, seed=picture_seed)

@@ -222,7 +222,7 @@ def test_in_drawing_the_seed_the_folders_and_the_device_come_from_config():
         (
             RuntimeError("can't allocate memory: 9 TB\nat"),
             2,
-            "can't allocate memory: 9 TB; use smaller batches",
+            "can't allocate memory: 9 TB; choose a smaller --batch_size",
         ),
         (MemoryError(), 2, "a.py: out of memory; use smaller"),
         (torch.cuda.OutOfMemoryError("CUDA is full"), 2, "a.py: CUDA is full; use smaller"),
@@ -252,7 +252,7 @@ def test_a_programming_error_is_one_line_that_asks_for_a_report(capsys):
         run_script("a.py", main)
     assert stop.value.code == 1
     shown = capsys.readouterr().err
-    assert shown.startswith("a.py: RuntimeError: shapes do not match; a bug, please report it")
+    assert shown.startswith("a.py: RuntimeError: shapes do not match; a bug: report it with")
     assert "TRACEBACK=1" in shown
     assert shown.count("\n") == 1
 

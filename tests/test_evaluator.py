@@ -153,5 +153,5 @@ def test_too_few_images_are_an_error(evaluator, real):
 
 def test_more_images_than_there_are_real_ones_to_compare_are_refused(evaluator, real, monkeypatch):
     monkeypatch.setattr(evaluator, "test_images", evaluator.test_images[:300])
-    with pytest.raises(ValueError, match="500 images, but only 300 test images"):
+    with pytest.raises(ValueError, match="500 images: measure at most 300, as there are 300 test"):
         evaluator.measure(*real)

@@ -11,6 +11,7 @@ from conftest import MNIST, REPO, TINY, assert_one_line
 from PIL import Image
 
 import checkpoint
+import other_data
 from config import Config
 from data import load_split
 from other_data import class_names, read_picture, with_classes
@@ -90,7 +91,7 @@ def test_what_cannot_be_read_is_named_and_counted(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda root: root.mkdir(), "0 subfolders; it needs one for each label"),
+        (lambda root: root.mkdir(), "has 0 subfolders, needs one for each label"),
         (lambda root: (root / "cat").mkdir(parents=True), "no .png or .jpg that can be read"),
         (lambda root: make_folder(root, ["cat"]) and (root / "dog").mkdir(), "dog"),
     ],
@@ -176,6 +177,24 @@ def test_a_relative_that_is_not_there(run, tmp_path):
     flags = TINY | {"dataset": "QMNIST", "data_dir": tmp_path / "no", "output_dir": tmp_path}
     (tmp_path / "no").write_text("")  # where a folder has to be made
     assert_one_line(run("train.py", **flags, epochs=1), "QMNIST", "torchvision")
+
+
+def test_a_data_set_that_is_downloaded_split_by_split(tmp_path, monkeypatch):
+    there = set()
+
+    class QMNIST:  # like torchvision's, which downloads only the split that it is asked for
+        def __init__(self, root: str, train: bool = True, download: bool = False) -> None:
+            there.update({train} if download else ())
+            if train not in there:
+                raise RuntimeError("Dataset not found")
+            self.data = torch.zeros(3, 28, 28, dtype=torch.uint8)
+            self.targets = torch.zeros(3, 8, dtype=torch.long)
+
+    datasets = type("datasets", (), {"QMNIST": QMNIST})
+    monkeypatch.setattr(other_data, "from_torchvision", lambda name: datasets)
+    cfg = Config(dataset="QMNIST", data_dir=str(tmp_path))
+    for train in (False, True):
+        assert load_split(cfg, train, CPU)[0].shape == (3, 1, 28, 28)
 
 
 def test_letters_are_labels_too():

@@ -303,9 +303,11 @@ def test_without_a_seed_every_picture_gets_one_of_its_own(tmp_path, monkeypatch)
         (("1x", "1"), "digits = '1x': use digits 0 to 9"),
         (("mnist", "1"), "digits = 'mnist': use digits 0 to 9"),
         (("1" * 21, "1"), "too long: 20 labels at most"),
-        (("1", "10001"), "'10001' is not a whole number from 1 to 5000"),
+        (("1", "100001"), "'100001' is not a whole number from 1 to 100000"),
+        (("all", "10001"), "'10001' is not a whole number from 1 to 10000"),
         (("1", "3", "strong"), "'strong' is not a number such as 1 or 1.5"),
-        (("1", "3", "inf"), "'inf' is not a number such as 1 or 1.5"),
+        (("1", "3", "inf"), "guidance = inf: must be a finite number"),
+        (("1", "3", "-2000"), "guidance = -2000.0: must be at least -1000"),
     ],
     ids=lambda value: value[-1] if isinstance(value, tuple) else "",
 )
