@@ -125,8 +125,8 @@ def measure(
     if args.cas:
         result["cas"] = evaluator.accuracy_score(images, labels)
     if args.c2st:
-        result["c2st"], given_away = evaluator.two_sample_test(images)
-        pictures["two_sample.png"] = image_grid(given_away, columns=10)
+        result["c2st"], most_obvious = evaluator.two_sample_test(images)
+        pictures["two_sample.png"] = image_grid(most_obvious, columns=10)
     if not args.sweep:
         print(results.table(result))
     try:

@@ -89,7 +89,7 @@ class Evaluator:
         some = shuffled(len(self.train_images), seed=3)[: len(images)].to(self.device)
         kinds = {"samples": images, "real": self.train_images[some]}
         found: Result = {view: {kind: [] for kind in kinds} for view in two_sample.VIEWS}
-        given_away, seeds = [], (1, 2, 3)
+        most_obvious, seeds = [], (1, 2, 3)
         total = len(two_sample.VIEWS) * len(kinds) * len(seeds)
         with tqdm(total=total, desc="two-sample tests", leave=False, disable=None) as bar:
             for view, look in two_sample.VIEWS.items():
@@ -102,8 +102,8 @@ class Evaluator:
                     found[view][kind] = [accuracy for accuracy, _ in tests]
                     if kind == "samples":
                         logit = torch.stack([logit for _, logit in tests]).amin(dim=0)
-                        given_away.append(images[logit.argsort()[:10]])
-        return found, torch.cat(given_away)
+                        most_obvious.append(images[logit.argsort()[:10]])
+        return found, torch.cat(most_obvious)
 
 
 def shuffled(count: int, seed: int) -> Tensor:

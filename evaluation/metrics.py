@@ -55,7 +55,7 @@ def feature_metrics(features: Tensor, real: Tensor) -> dict[str, float]:
 
 def pixel_metrics(images: Tensor) -> dict[str, Any]:
     """Of uint8 images (N, C, H, W): the fraction of exactly black pixels, the mean and standard
-    deviation in grey levels, and the fraction of pixels between two GREY_EDGES each."""
+    deviation in grey levels, and the fraction of pixels between neighbouring GREY_EDGES."""
     counts = torch.bincount(images.flatten().int(), minlength=256).cpu().double() / images.numel()
     grey = torch.arange(256, dtype=torch.float64)
     mean = (counts * grey).sum()

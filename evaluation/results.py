@@ -34,7 +34,7 @@ ROWS = (
         for i, (low, high) in enumerate(itertools.pairwise(GREY_EDGES))
     ),
     ("nearest training image", lambda m: f"{m['nearest_median']:.2f} (median distance)"),
-    ("closer than any test image", lambda m: f"{m['copies']}"),
+    ("closer to training than any test image", lambda m: f"{m['copies']}"),
 )
 
 MOST_LABELS = 20  # that have a row each
@@ -74,7 +74,7 @@ def table(result: Result) -> str:
         rows.append((title, show(samples), show(real)))
     if "cas" in result:
         accuracy = [f"{np.mean(result['cas'][kind]):.2%}" for kind in ("synthetic", "real")]
-        rows.append(("CAS: accuracy on real tests", *accuracy))
+        rows.append(("CAS: accuracy on test images", *accuracy))
     for view, found in result.get("c2st", {}).items():
         shown = [f"{np.mean(a):.2%} ± {np.std(a, ddof=1):.2%}" for a in found.values()]
         rows.append((f"C2ST, {view} pixels", shown[0], f"{shown[1]} (training images)"))

@@ -138,7 +138,7 @@ def settings_for_training(
     """
     defaults, notes = Config(), []
     fixed = {"model", "student", "classes"} | ({"sampling"} if trained.is_student else set())
-    silent = {"machine", "length"} | (fixed - {"model"})
+    needs_no_note = {"machine", "length"} | (fixed - {"model"})
     cfg = replace(trained, **{**defaults.select("machine"), **given})
     for f in fields(Config):
         name, group = f.name, f.metadata["group"]
@@ -151,7 +151,7 @@ def settings_for_training(
             raise ValueError(f"{name} = {new!r}: {reason}; finish it without the flag")
         if group != "machine" and new != old:
             notes.append(f"{name} = {new} (the checkpoint had {old})")
-        elif group not in silent and name not in given and new != default:
+        elif group not in needs_no_note and name not in given and new != default:
             notes.append(f"{name} = {new}, as in the checkpoint (config.py says {default})")
     return cfg, notes
 
@@ -211,12 +211,12 @@ def run_script(name: str, main: Callable[[], int]) -> None:
     nothing = open(os.devnull, "r+")  # noqa: SIM115 (stands in for streams that the shell closed)
     sys.stdin = sys.stdin or nothing
     errors = Output(sys.stderr or nothing)
-    silent = distributed.rank() > 0  # the first of several processes speaks for all
-    out = Output(nothing if silent else sys.stdout or nothing)
-    with redirect_stdout(out), redirect_stderr(Output(nothing) if silent else errors):
+    needs_no_note = distributed.rank() > 0  # the first of several processes speaks for all
+    out = Output(nothing if needs_no_note else sys.stdout or nothing)
+    with redirect_stdout(out), redirect_stderr(Output(nothing) if needs_no_note else errors):
         code = exit_code(name, main, errors)
         out.flush()
-    if silent and code:
+    if needs_no_note and code:
         time.sleep(1)  # when one process ends, torchrun ends the others: let the first speak
     if distributed.has_left:
         errors.flush()

@@ -152,7 +152,8 @@ def what_to_set_aside(
     if start is None or start.resolve().parent != models.resolve():
         return [*files, metrics, curves, out / "tensorboard"], [], []
     listed = checkpoint.list_checkpoints(models, CHECKPOINTS)
-    names = {path.stem.partition("_")[2] for path, now in listed if now.step <= step}  # to keep
+    # What to keep, as "epoch_5" of model_epoch_5.pth and samples_epoch_5.png
+    names = {path.stem.partition("_")[2] for path, now in listed if now.step <= step}
     moved = [path for path in files if path.stem.partition("_")[2] not in names]
     copied = [rewritten] if rewritten and rewritten not in moved else []
     try:

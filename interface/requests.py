@@ -82,7 +82,7 @@ class Request:
     output: Path
     if_taken: str = "replace"  # if `output` exists: "replace", "renumber" or "refuse"
     original: Original | None = None  # the picture to complete or to edit
-    recorded: Collection[str] | None = None  # what the picture records that is drawn again
+    recorded: Collection[str] | None = None  # names that a PNG drawn again records
 
     def __post_init__(self) -> None:
         names = self.cfg.label_names

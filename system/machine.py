@@ -13,7 +13,7 @@ from system import distributed
 from system.files import first_line
 
 MAX_PARAMETERS = 40_000_000  # twice what a large network for MNIST has
-MAX_STEP_BYTES = 64_000_000_000
+MAX_STEP_BYTES = 64_000_000_000  # beyond the memory of common machines
 
 
 def check_size(cfg: Config) -> None:

@@ -51,7 +51,7 @@ def parse_duration(text: str) -> float:
 
 def parse_labels(text: str, names: list[str], setting: str = "digits") -> list[int]:
     """The labels that a text names: one ("cat"), several with commas ("cat,dog,cat"), or without
-    them if each name is a single character ("707": [7, 0, 7]). Raises ValueError for others."""
+    commas if each name is a single character ("707": [7, 0, 7]). Raises ValueError for others."""
     if text in names:
         return [names.index(text)]
     parts = [part.strip() for part in text.split(",")] if "," in text else list(text)

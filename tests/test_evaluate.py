@@ -88,7 +88,7 @@ def test_cas_trains_on_the_samples_of_a_file_if_it_has_labels(
     flags = {"data_dir": MNIST, "output_dir": tmp_path, "cas": True}
     result = run("evaluate.py", images=save(tmp_path / "with.npz", images, labels), **flags)
     assert result.code == 0, result
-    assert "CAS: accuracy on real tests" in result.out
+    assert "CAS: accuracy on test images" in result.out
     (written,) = tmp_path.glob("metrics/with-*.json")
     assert len(json.loads(written.read_text())["cas"]["synthetic"]) == 3
     without = save(tmp_path / "without.npz", images)

@@ -59,7 +59,7 @@ def test_the_table_has_the_samples_beside_the_real_images():
     assert row(shown, "pixel mean, std") == "33.3, 78.6 33.3, 78.6"
     assert row(shown, "pixels 1 to 63") == "5.00% 5.00%"
     assert row(shown, "pixels 255 to 255") == "1.00% 1.00%"
-    assert row(shown, "closer than any test image") == "3 0"
+    assert row(shown, "closer to training than any test image") == "3 0"
     assert row(shown, "label agreement") == "99.50% 99.90%"
     assert row(shown, "  digit 9") == "90.00% 90.00%"
     assert row(shown, "  confusions") == "4 as 9: 7 4 as 9: 7"
@@ -71,7 +71,7 @@ def test_the_table_leaves_out_what_was_not_measured():
     assert "classifier" not in shown
     score = {"cas": {"synthetic": [0.9, 0.92], "real": [0.97, 0.99]}}
     shown = results.table(result() | score)
-    assert row(shown, "CAS: accuracy on real tests") == "91.00% 98.00%"
+    assert row(shown, "CAS: accuracy on test images") == "91.00% 98.00%"
     of_a_file = result()
     del of_a_file["sampling"], of_a_file["settings"]
     for name in ("agreement", "by_digit", "confusions"):
