@@ -45,7 +45,7 @@ def student_settings(teacher: Config, student_steps: int) -> Config:
 
 def teacher_settings(cfg: Config) -> Config:
     """How a teacher draws for its student: without added noise, and in steps that can be shared.
-    Without noise, digits come out right only if guidance begins as early as in config.py."""
+    Its guidance begins no later than config.py's: without noise, more digits would be wrong."""
     if cfg.is_student:
         return cfg
     if cfg.timesteps < TEACHER_STEPS:

@@ -11,7 +11,7 @@ import distill
 from checkpoint import LoadedModel, Progress
 from config import Config
 from diffusion import Diffusion
-from distill import Distillation, student_settings, x_0_between
+from distill import Distillation, student_settings, teacher_settings, x_0_between
 from system.randomness import seeded_generator
 
 CPU = torch.device("cpu")
@@ -76,7 +76,7 @@ def test_the_loss_is_least_for_the_exact_student(student_steps):
         return loss.loss(model, x_0, y, seeded_generator(3)).item()
 
     best = value(exact)
-    assert best < 1e-3  # 16 steps of the teacher are almost exact
+    assert best < 2e-3  # 16 steps of the teacher are almost exact
     for change in (-0.1, 0.1):
         assert value(lambda *x, change=change: exact(*x) + change) > best + 0.003
     teacher = loss.denoiser  # a student as it begins
@@ -116,6 +116,34 @@ def test_what_a_teacher_leaves_black_costs_a_student_nothing_however_black():
         model = lambda x, t, y, v=black_enough: torch.full_like(x, v)  # noqa: E731
         assert loss.loss(model, x_0, y, seeded_generator(0)).item() == 0
     assert loss.loss(lambda x, t, y: x * 0 - 0.9, x_0, y, seeded_generator(0)).item() > 0.001
+
+
+@pytest.mark.parametrize("error", [0.001, 0.1])
+def test_at_any_noise_a_students_error_counts_unsquared(error):
+    loss, y = distillation(4), torch.arange(64) % 10
+    goals = [
+        loss.goal(x, labels, *ends)
+        for x, labels, ends in zip(batch_of(loss), y.split(16), loss.segments, strict=True)
+    ]
+    off = torch.cat(goals) + error
+    x_0 = MEAN[y][:, None, None, None].float().expand(64, 1, 8, 8)
+    value = loss.loss(lambda x, t, y: off, x_0, y, seeded_generator(3))
+    weight = loss.student.loss_weight[[t for t, _ in loss.segments]].mean()
+    unsquared = (error**2 + 0.02**2) ** 0.5 - 0.02
+    assert value.item() == pytest.approx(float(weight) * unsquared, rel=2e-3)
+
+
+def batch_of(loss: Distillation) -> tuple[torch.Tensor, ...]:
+    """The noisy images that the loss of 64 images draws from seeded_generator(3), by segment."""
+    y = torch.arange(64) % 10
+    x_0 = MEAN[y][:, None, None, None].float().expand(64, 1, 8, 8)
+    eps = torch.randn(64, 1, 8, 8, generator=seeded_generator(3))
+    return loss.student.add_noise(x_0, loss.starts.repeat_interleave(16), eps).split(16)
+
+
+def test_a_teachers_guidance_begins_no_later_than_usual():
+    for high, used in ((0.8, 0.9), (0.9, 0.9), (1.0, 1.0)):
+        assert teacher_settings(Config(guidance_high=high)).guidance_high == used
 
 
 def test_a_student_has_its_teachers_network_and_its_own_sampling():
