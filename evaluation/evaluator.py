@@ -36,7 +36,7 @@ class Evaluator:
         followed by it, (20, C, H, W). Raises ValueError for too few images."""
         N = len(images)
         if N < classifier.FEATURES:
-            raise ValueError(f"{N} images: too few for the metrics; {classifier.FEATURES} at least")
+            raise ValueError(f"{N} images: too few; metrics need at least {classifier.FEATURES}")
         if len(self.test_images) < N:
             most = len(self.test_images)
             raise ValueError(f"{N} images: measure at most {most}, as there are {most} test images")

@@ -304,9 +304,8 @@ def test_without_a_seed_every_picture_gets_one_of_its_own(tmp_path, monkeypatch)
         (("mnist", "1"), "digits = 'mnist': use digits 0 to 9"),
         (("1" * 21, "1"), "too long: 20 labels at most"),
         (("1", "100001"), "'100001' is not a whole number from 1 to 100000"),
-        (("all", "10001"), "'10001' is not a whole number from 1 to 10000"),
         (("1", "3", "strong"), "'strong' is not a number such as 1 or 1.5"),
-        (("1", "3", "inf"), "guidance = inf: must be a finite number"),
+        (("1", "3", "inf"), "guidance = inf: must be at most 1000000000"),
         (("1", "3", "-2000"), "guidance = -2000.0: must be at least -1000"),
     ],
     ids=lambda value: value[-1] if isinstance(value, tuple) else "",
@@ -319,6 +318,14 @@ def test_an_answer_that_makes_no_sense_is_asked_for_again(
     request = next(requests_from_answers(replace(CFG, output_dir=str(tmp_path)), seed=0))
     assert request.digits == "1"
     assert message in capsys.readouterr().err
+
+
+def test_of_many_labels_fewer_variants_can_be_asked_for(tmp_path, monkeypatch, capsys):
+    answers(monkeypatch, "1", "10001", "1", "all", "10001", "", "1")
+    asked = requests_from_answers(replace(CFG, output_dir=str(tmp_path)), seed=0)
+    assert next(asked).count == 10001
+    assert next(asked).count == 10000  # ten labels: what Enter takes then
+    assert "'10001' is not a whole number from 1 to 10000" in capsys.readouterr().err
 
 
 def test_a_label_called_q_can_be_drawn(tmp_path, monkeypatch, capsys):
