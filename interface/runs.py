@@ -140,7 +140,8 @@ def fraction_done(cfg: Config, progress: Progress, images_per_epoch: float) -> f
 def describe(plan: Plan) -> str:
     """Where the plan's checkpoint stands, and how to go on from it."""
     cfg, progress = plan.cfg, plan.progress
-    length = f"a budget of {cfg.budget}" if cfg.budget else f"{cfg.epochs} epochs"
+    epochs = "1 epoch" if cfg.epochs == 1 else f"{cfg.epochs} epochs"
+    length = f"a budget of {cfg.budget}" if cfg.budget else epochs
     stands = f"{plan.start}: {progress}, {length} planned, {progress.seconds / 60:.1f} min trained."
     if not plan.trainable:
         stands += "\nIt holds only what drawing needs, but a new run can begin with its weights."
