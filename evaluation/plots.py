@@ -18,7 +18,6 @@ from system.files import atomic_write
 
 
 def save(figure: Figure, path: Path) -> None:
-    figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=110)
@@ -30,7 +29,9 @@ def plot_training(rows: list[dict[str, Any]], path: Path) -> None:
     """Plot loss, learning rate and images per second of metrics.csv over the optimizer steps."""
     steps = [int(row["step"]) for row in rows]
     figure = Figure(figsize=(12, 3.2))
-    panels = figure.subplots(1, 3)
+    # Margins of a layout engine would look the same, and need half the time of the whole plot
+    margins = {"left": 0.04, "right": 0.98, "bottom": 0.15, "top": 0.9, "wspace": 0.2}
+    panels = figure.subplots(1, 3, gridspec_kw=margins)
     for axes, name in zip(panels, ("loss", "learning_rate", "images_per_second"), strict=True):
         axes.plot(steps, [float(row[name]) for row in rows], marker=".", label="training")
         unseen = [float(row.get("validation_loss") or "nan") for row in rows]
@@ -39,13 +40,15 @@ def plot_training(rows: list[dict[str, Any]], path: Path) -> None:
             axes.legend()
         axes.set(xlabel="step", title=name.replace("_", " "))
         axes.set_ylim(bottom=0)
+        axes.locator_params("x", nbins=6)
     save(figure, path)
 
 
 def plot_sweep(results: list[dict[str, Any]], best: list[bool], path: Path) -> None:
     """Plot quality against network calls, a line for each choice of the other settings."""
     figure = Figure(figsize=(7, 4.5))
-    axes = figure.subplots()
+    margins = {"left": 0.13, "right": 0.98, "bottom": 0.11, "top": 0.98}
+    axes = figure.subplots(gridspec_kw=margins)
     lines: dict[str, list[tuple[int, float]]] = {}
     data_set = results[0].get("dataset", "MNIST")
     points = [(result["sampling"]["calls"], result["samples"]["fd"]) for result in results]

@@ -1,14 +1,19 @@
 """What the tests share: tiny settings, and ways to run the scripts."""
 
+import functools
 import importlib
+import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # the tests of other files run at the same time
     os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is imported, here and in scripts
@@ -17,7 +22,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+import data
 from interface.cli import run_script
+from system.files import read_idx
 
 usual = {"deadline": None, "suppress_health_check": list(HealthCheck)}
 settings.register_profile("short", max_examples=60, **usual)
@@ -64,13 +71,24 @@ def as_words(flags: dict[str, object]) -> list[str]:
     return words
 
 
+@functools.cache
+def read_mnist_once(folder: Path, name: str, dimensions: int) -> torch.Tensor:
+    """What read_idx returns for the files in this repository, which no test changes."""
+    return read_idx(folder, name, dimensions)
+
+
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable[..., Result]:
     """Run a script in this process: run("train.py", epochs=1, resume=True), or with words as they
     are typed, run("train.py", "--epochs", 1)."""
 
+    def read(folder: Path, name: str, dimensions: int) -> torch.Tensor:
+        reads = read_mnist_once if folder.is_relative_to(MNIST) else read_idx
+        return reads(folder, name, dimensions)
+
     def run_it(script: str, *words: object, **flags: object) -> Result:
         module = importlib.import_module(script.removesuffix(".py"))
+        monkeypatch.setattr(data, "read_idx", read)
         monkeypatch.setattr(sys, "argv", [script, *map(str, words), *as_words(flags)])
         handlers = {s: signal.getsignal(s) for s in STOP_SIGNALS}
         capsys.readouterr()
@@ -102,6 +120,78 @@ def start_script(script: str, flags: dict[str, object], **options: object) -> su
     command = [sys.executable, str(REPO / script), *as_words(flags)]
     usual = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen(command, **(usual | {"env": environment} | options))
+
+
+@dataclass
+class Outcome:
+    """What came of a process: a negative code is the signal that ended it."""
+
+    code: int
+    text: str
+    peak_mb: float
+    seen: int  # moments at which a fault could have struck
+    open_files: int
+
+
+class Server:
+    """tests/server.py, which runs scripts as processes that need not import torch first."""
+
+    def __init__(self, folder: Path) -> None:
+        command = [sys.executable, str(REPO / "tests" / "server.py")]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self.process = subprocess.Popen(command, cwd=REPO, **pipes)
+        self.folder, self.count, self.logs = folder, 0, {}
+
+    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+    def start(
+        self,
+        script: str,
+        flags: dict[str, Any],
+        kind: str = "",
+        number: int = 0,
+        environment: dict[str, str] | None = None,
+    ) -> int:
+        """Start a run; `kind` of fault strikes at its `number`-th moment. Returns its process."""
+        self.count += 1
+        log = str(self.folder / f"log{self.count}")
+        request = {"script": script, "words": as_words(flags), "log": log}
+        request |= {"environment": environment or {}, "kind": kind, "number": number}
+        request["folder"] = str(flags.get("output_dir", self.folder))
+        Path(log).touch()
+        pid = self.ask(request)["pid"]
+        self.logs[pid] = log
+        return pid
+
+    def wait_for_text(self, pid: int, pattern: str) -> None:
+        """Wait until the run has written a line that begins with `pattern`."""
+        while not re.search(f"^{pattern}", Path(self.logs[pid]).read_text(), re.MULTILINE):
+            time.sleep(0.01)
+
+    def wait(self, pid: int) -> Outcome:
+        answer, log = self.ask({"wait": pid}), self.logs.pop(pid)
+        text, file = Path(log).read_text(), Path(log + ".counts")
+        assert "Traceback" not in text, text
+        assert "a bug" not in text, text
+        counts = json.loads(file.read_text()) if file.exists() else {"seen": 0, "open_files": 0}
+        return Outcome(answer["code"], text, answer["peak_mb"], **counts)
+
+    def run(self, *what: Any, **fault: Any) -> Outcome:
+        return self.wait(self.start(*what, **fault))
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    server = Server(tmp_path_factory.mktemp("logs"))
+    yield server
+    server.close()
 
 
 def assert_one_line(result: Result, *words: str) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import REPO, TINY, as_words, assert_one_line, assert_same, unix
+from conftest import REPO, TINY, Server, as_words, assert_one_line, assert_same, unix
 from PIL import Image
 
 import checkpoint
@@ -26,7 +26,7 @@ from system.machine import check_step
 FLAGS = TINY | {
     "precision": "float32",
     "batch_size": 33,
-    "max_images": 1000,
+    "max_images": 500,
     "epochs": 7,
     "save_every": 2,
 }
@@ -41,6 +41,23 @@ def torchrun(script: str, flags: dict, *options: str, processes: int = 2) -> sub
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen([*command, *as_words(flags)], env=environment, **pipes)
+
+
+def in_two_processes(server: Server, script: str, flags: dict) -> tuple[int, str]:
+    """Run a script in two processes, started without torchrun, which takes long. Returns their
+    exit code and all that they said."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    told = {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    told |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    pids = [
+        server.start(script, flags, environment=told | {"RANK": rank, "LOCAL_RANK": rank})
+        for rank in ("0", "1")
+    ]
+    outcomes = [server.wait(pid) for pid in pids]
+    assert outcomes[0].code == outcomes[1].code, outcomes
+    return outcomes[0].code, "".join(each.text for each in outcomes)
 
 
 def finished(process: subprocess.Popen, code: int = 0) -> str:
@@ -72,10 +89,11 @@ def workers(process: subprocess.Popen) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def pair(server, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run by two processes."""
     out = tmp_path_factory.mktemp("pair")
-    said = finished(torchrun("train.py", FLAGS | {"output_dir": out}))
+    code, said = in_two_processes(server, "train", FLAGS | {"output_dir": out})
+    assert code == 0, said
     assert "2 processes (cpu)" in said
     assert said.count("epoch 7: loss") == 1  # only one of them speaks
     return out
@@ -94,7 +112,7 @@ def assert_close(out: Path, reference: Path) -> None:
     np.testing.assert_allclose(losses(out), losses(reference), rtol=1e-4)
     a, b = (checkpoint.load(newest(each)) for each in (out, reference))
     assert a.keys() == b.keys()
-    assert a["progress"]["step"] == b["progress"]["step"] == 210
+    assert a["progress"]["step"] == b["progress"]["step"] == 105
     one, other = (torch.cat([w.flatten() for w in each["ema"].values()]) for each in (a, b))
     assert (one - other).norm() < 1e-3 * one.norm(), (one - other).norm() / one.norm()
     grids = [
@@ -104,7 +122,7 @@ def assert_close(out: Path, reference: Path) -> None:
 
 
 def test_processes_train_as_one(run, pair, tmp_path):
-    """210 steps by two processes, by one, and by one that divides each batch into four parts."""
+    """105 steps by two processes, by one, and by one that divides each batch into four parts."""
     for name, flags in {"one": {}, "parts": {"accumulate": 4}}.items():
         assert run("train.py", **FLAGS, **flags, output_dir=tmp_path / name).code == 0
         assert_close(tmp_path / name, pair)
@@ -121,10 +139,11 @@ def test_sigterm_stops_all_at_one_step_and_one_process_goes_on(run, pair, tmp_pa
     assert_close(tmp_path, pair)
 
 
-def test_two_processes_go_on_where_one_stopped(run, pair, tmp_path):
+def test_two_processes_go_on_where_one_stopped(run, server, tmp_path):
     flags = FLAGS | {"output_dir": tmp_path}
     assert run("train.py", **(flags | {"epochs": 2})).code == 0
-    finished(torchrun("train.py", flags | {"resume": True, "epochs": 3}))
+    code, said = in_two_processes(server, "train", flags | {"resume": True, "epochs": 3})
+    assert code == 0, said
     assert len(losses(tmp_path)) == 3
 
 
@@ -172,16 +191,18 @@ def test_without_restarts_a_killed_process_ends_the_run(tmp_path):
     assert "SIGKILL" in out
 
 
-def test_a_budget_is_one_clock(tmp_path):
-    flags = FLAGS | {"output_dir": tmp_path, "budget": "12s"}
+def test_a_budget_is_one_clock(server, tmp_path):
+    flags = FLAGS | {"output_dir": tmp_path, "budget": "4s"}
     del flags["epochs"]
-    out = finished(torchrun("train.py", flags))
-    assert f"wrote {newest(tmp_path)}" in out
-    assert checkpoint.load(newest(tmp_path))["progress"]["seconds"] >= 12
+    code, said = in_two_processes(server, "train", flags)
+    assert code == 0, said
+    assert f"wrote {newest(tmp_path)}" in said
+    assert 4 <= checkpoint.load(newest(tmp_path))["progress"]["seconds"] < 8
 
 
-def test_a_mistake_is_one_line(tmp_path):
-    out = finished(torchrun("train.py", FLAGS | {"output_dir": tmp_path / "x", "lr": -1}), code=1)
+def test_a_mistake_is_one_line(server, tmp_path):
+    code, out = in_two_processes(server, "train", FLAGS | {"output_dir": tmp_path / "x", "lr": -1})
+    assert code == 2
     message = "train.py, process 0: learning_rate = -1.0: must be greater than 0"
     assert out.count("learning_rate") == out.count(message) == 1
     assert not (tmp_path / "x" / "models").exists()
@@ -198,9 +219,10 @@ def test_processes_without_a_gpu_or_an_image_each(run, two_processes, monkeypatc
         check_step(Config(batch_size=7, accumulate=4))
 
 
-def test_a_folder_in_use_ends_all(tmp_path):
+def test_a_folder_in_use_ends_all(server, tmp_path):
     with folder.own_folder(str(tmp_path)):
-        out = finished(torchrun("train.py", FLAGS | {"output_dir": tmp_path}), code=1)
+        code, out = in_two_processes(server, "train", FLAGS | {"output_dir": tmp_path})
+    assert code == 2
     assert out.count("is training there; wait for it, or choose another --output_dir") == 1
 
 
@@ -216,7 +238,7 @@ def test_a_taken_port_is_named_and_nothing_written(tmp_path):
     assert not (tmp_path / "x").exists()
 
 
-def test_processes_draw_the_same_images(run, pair, tmp_path):
+def test_processes_draw_the_same_images(run, server, pair, tmp_path):
     """An .npz and a folder have the same bytes whether one or two processes draw."""
     flags = {"model": newest(pair), "device": "cpu", "sample_batch_size": 4, "seed": 3, "steps": 2}
     for name, what in {"a.npz": "mnist", "folder/": "7"}.items():
@@ -226,7 +248,8 @@ def test_processes_draw_the_same_images(run, pair, tmp_path):
             path.parent.mkdir(parents=True, exist_ok=True)
         slash = "/" if name.endswith("/") else ""
         alone = run("generate.py", **asked, output=f"{one}{slash}")
-        out = finished(torchrun("generate.py", asked | {"output": f"{two}{slash}"}))
+        code, out = in_two_processes(server, "generate", asked | {"output": f"{two}{slash}"})
+        assert code == 0, out
         for line in alone.out.splitlines():
             other = line.replace(str(tmp_path / "one"), str(tmp_path / "two"))
             assert other in out

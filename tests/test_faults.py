@@ -4,7 +4,6 @@ The normal suite tries a few of each; `python -m pytest -m long` tries hundreds.
 """
 
 import csv
-import json
 import os
 import queue
 import random
@@ -16,14 +15,13 @@ import time
 import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import MNIST, REPO, TINY_MODEL, as_words, assert_same, unix
+from conftest import MNIST, REPO, TINY_MODEL, Outcome, Server, as_words, assert_same, unix
 
 import checkpoint
 from config import Config
@@ -34,66 +32,6 @@ from system.files import MAX_BYTES
 pytestmark = unix
 CPU = torch.device("cpu")
 MAX_REFUSAL_MB = 1200
-
-
-@dataclass
-class Outcome:
-    code: int
-    text: str
-    peak_mb: float
-    seen: int  # moments at which a fault could have struck
-    open_files: int
-
-
-class Server:
-    """tests/faulty.py, which runs scripts with faults."""
-
-    def __init__(self, folder: Path) -> None:
-        command = [sys.executable, str(REPO / "tests" / "faulty.py")]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        self.process = subprocess.Popen(command, cwd=REPO, **pipes)
-        self.folder, self.count, self.logs = folder, 0, {}
-
-    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        self.process.stdin.write(json.dumps(request) + "\n")
-        self.process.stdin.flush()
-        return json.loads(self.process.stdout.readline())
-
-    def start(self, script: str, flags: dict, kind: str = "", number: int = 0) -> int:
-        """Start a run; `kind` of fault strikes at its `number`-th moment. Returns its process."""
-        self.count += 1
-        log = str(self.folder / f"log{self.count}")
-        fault = {
-            "kind": kind,
-            "number": number,
-            "folder": str(flags.get("output_dir", self.folder)),
-        }
-        request = {"script": script, "words": as_words(flags), "log": log} | fault
-        pid = self.ask(request)["pid"]
-        self.logs[pid] = log
-        return pid
-
-    def wait(self, pid: int) -> Outcome:
-        answer, log = self.ask({"wait": pid}), self.logs.pop(pid)
-        text, file = Path(log).read_text(), Path(log + ".counts")
-        assert "Traceback" not in text, text
-        assert "a bug" not in text, text
-        counts = json.loads(file.read_text()) if file.exists() else {"seen": 0, "open_files": 0}
-        return Outcome(answer["code"], text, answer["peak_mb"], **counts)
-
-    def run(self, *what: Any, **fault: Any) -> Outcome:
-        return self.wait(self.start(*what, **fault))
-
-    def close(self) -> None:
-        self.process.stdin.close()
-        self.process.wait()
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory) -> Iterator[Server]:
-    server = Server(tmp_path_factory.mktemp("logs"))
-    yield server
-    server.close()
 
 
 @pytest.fixture(scope="module")

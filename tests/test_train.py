@@ -15,7 +15,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import MNIST, TINY, TINY_MODEL, assert_one_line, assert_same, start_script, unix
+from conftest import (
+    MNIST,
+    TINY,
+    TINY_MODEL,
+    Server,
+    assert_one_line,
+    assert_same,
+    start_script,
+    unix,
+)
 from PIL import Image
 
 import checkpoint
@@ -112,26 +121,24 @@ def long_run(tmp_path_factory) -> Path:
     return out
 
 
-def stop_when(pattern: str, out: Path, signum: int, delay: float = 0.25) -> tuple[int, str]:
-    """Start the long run, wait for output that has `pattern`, then send the signal."""
-    process = start_script("train.py", LONG | {"output_dir": out})
-    output = ""
-    for line in process.stdout:
-        output += line
-        if re.search(pattern, line):
-            break
-    time.sleep(delay)
-    process.send_signal(signum)
-    output += process.stdout.read()
-    return process.wait(), output
+def stop_when(server: Server, pattern: str, out: Path, signum: int) -> tuple[int, str]:
+    """Start the long run, wait for a line that begins with `pattern`, then send the signal."""
+    process = server.start("train", LONG | {"output_dir": out})
+    server.wait_for_text(process, pattern)
+    time.sleep(0.25)
+    os.kill(process, signum)
+    outcome = server.wait(process)
+    return outcome.code, outcome.text
 
 
 @unix
 @pytest.mark.parametrize(
     ("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["ctrl-c", "term"]
 )
-def test_an_interrupted_epoch_resumes_to_the_same_bits(long_run, tmp_path, run, signum, code):
-    returned, output = stop_when("^training from", tmp_path, signum)
+def test_an_interrupted_epoch_resumes_to_the_same_bits(
+    long_run, server, tmp_path, run, signum, code
+):
+    returned, output = stop_when(server, "training from", tmp_path, signum)
     assert returned == code, output
     stopped = newest_of_run(tmp_path / "models")
     assert 0 < checkpoint.load(stopped)["progress"]["images"] < 1600
@@ -148,8 +155,8 @@ def test_an_interrupted_epoch_resumes_to_the_same_bits(long_run, tmp_path, run, 
 
 
 @unix
-def test_a_killed_run_resumes_to_the_same_bits(long_run, tmp_path, run):
-    returned, output = stop_when(r"^wrote .*model_epoch_1\.pth", tmp_path, signal.SIGKILL)
+def test_a_killed_run_resumes_to_the_same_bits(long_run, server, tmp_path, run):
+    returned, output = stop_when(server, r"wrote .*model_epoch_1\.pth", tmp_path, signal.SIGKILL)
     assert returned == -signal.SIGKILL, output
     result = run("train.py", **LONG, resume=True, output_dir=tmp_path)
     assert result.code == 0
@@ -274,19 +281,19 @@ def test_sampling_never_disturbs_training(whole, tmp_path, run):
     assert Image.open(tmp_path / "images/samples_epoch_1.png").height == 2 * 30 + 2
 
 
-def test_a_budget_ends_the_run_in_time_with_the_learning_rate_at_zero(tmp_path):
+@unix
+def test_a_budget_ends_the_run_in_time_with_the_learning_rate_at_zero(server, tmp_path):
     began = time.perf_counter()
-    flags = TINY | {"max_images": 0, "budget": "12s", "output_dir": tmp_path}
-    process = start_script("train.py", flags)
-    output = process.communicate()[0]
-    assert process.returncode == 0, output
-    assert 11 < time.perf_counter() - began < 25  # the last grid and curves come after the 12 s
+    flags = TINY | {"max_images": 0, "budget": "5s", "output_dir": tmp_path}
+    outcome = server.run("train", flags)
+    assert outcome.code == 0, outcome
+    assert 5 < time.perf_counter() - began < 12  # the last grid and curves come after the 5 s
     rows = metrics(tmp_path)
     assert float(rows[-1]["learning_rate"]) < 0.05 * Config().learning_rate
-    assert 11.9 < float(rows[-1]["seconds"]) < 14
+    assert 4.9 < float(rows[-1]["seconds"]) < 7
     grid = newest_of_run(tmp_path / "models").stem.replace("model", "samples")
     assert (tmp_path / "images" / f"{grid}.png").exists()
-    assert "12s" in output
+    assert "until 5s are spent" in outcome.text
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_last_good_checkpoint(
@@ -304,12 +311,12 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_last_good_checkpo
     assert [p.name for p in (tmp_path / "models").iterdir()] == ["model_epoch_2.pth"]
 
 
-def test_a_budget_from_a_checkpoint_counts_from_there(whole, tmp_path):
+@unix
+def test_a_budget_from_a_checkpoint_counts_from_there(whole, server, tmp_path):
     path = whole / "models" / "model_epoch_4.pth"
-    flags = TINY | {"load_checkpoint_path": path, "budget": "10s", "output_dir": tmp_path}
-    process = start_script("train.py", flags)
-    output = process.communicate()[0]
-    assert process.returncode == 0, output
+    flags = TINY | {"load_checkpoint_path": path, "budget": "4s", "output_dir": tmp_path}
+    outcome = server.run("train", flags)
+    assert outcome.code == 0, outcome
     first, last = metrics(tmp_path)[0], metrics(tmp_path)[-1]
     assert float(first["learning_rate"]) > float(last["learning_rate"])
     newest = newest_of_run(tmp_path / "models")
@@ -318,14 +325,15 @@ def test_a_budget_from_a_checkpoint_counts_from_there(whole, tmp_path):
     assert progress["step"] > 40
 
 
-def test_a_continuation_killed_before_its_first_save_keeps_its_plan(whole, tmp_path, run):
+@unix
+def test_a_continuation_killed_before_its_first_save_keeps_its_plan(whole, server, tmp_path, run):
     path = whole / "models" / "model_epoch_4.pth"
     flags = TINY | {"max_images": 6400, "load_checkpoint_path": path}
     flags |= {"continue_training_epochs": 1, "output_dir": tmp_path}
-    process = start_script("train.py", flags)
-    assert any(line.startswith("wrote") for line in process.stdout)  # its plan, before any step
-    process.kill()
-    process.wait()
+    process = server.start("train", flags)
+    server.wait_for_text(process, "wrote")  # its plan, before any step
+    os.kill(process, signal.SIGKILL)
+    server.wait(process)
     result = run("train.py", **TINY, resume=True, output_dir=tmp_path)
     assert result.code == 0, result
     assert newest_of_run(tmp_path / "models").name == "model_epoch_5.pth"

@@ -1,4 +1,5 @@
-"""Runs the scripts with faults at a chosen moment: a kill, a signal, or a disk that is full.
+"""Runs the scripts as processes of their own, on request with a fault at a chosen moment: a kill,
+a signal, or a disk that is full.
 
 The scripts are imported once, and every run is a fork of this process, because importing and first
 use take longer than a small run does. Requests are lines of JSON on stdin, answers on stdout.
@@ -68,6 +69,8 @@ def run(request: dict) -> None:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
     os.dup2(1, 2)
+    sys.stdout.reconfigure(line_buffering=True)
+    os.environ.update(request["environment"])
     script = request["script"]
     sys.argv = [f"{script}.py", *request["words"]]
     fault = Fault(request["kind"], request["number"], request["folder"])
