@@ -221,21 +221,21 @@ def main() -> int:
     began = time.perf_counter() - time.process_time()  # about when the process started
     args = train_flags()
     given, more = given_settings(args), args.continue_training_epochs
-    if args.load_checkpoint_path and not more and "budget" not in given:
-        print(runs.describe(make_plan(given, load=args.load_checkpoint_path)))
+    resume, load = args.resume, args.load_checkpoint_path
+    if load and (plan := make_plan(given, load=load, more_epochs=more)).action == "describe":
+        print(runs.describe(plan))
         return 0
     here = replace(Config(), **{n: given[n] for n in Config.names("machine") if n in given})
     device, out = pick_device(here.device), here.output_dir
     with distributed.joined(device), ExitStack() as stack:
         distributed.from_first(lambda: stack.enter_context(folder.own_folder(out)))
-        resume, load = args.resume, args.load_checkpoint_path
         if distributed.is_restart() and distributed.from_first(lambda: folder.holds_this_run(out)):
             resume, load, more = True, None, 0
         plan = distributed.from_first(lambda: make_plan(given, resume, load, more))
         if plan.action == "finished":
             print(f"nothing left to do. {runs.describe(plan)}")
             return 0
-        if args.resume and not plan.start:
+        if resume and not plan.start:
             print(f"nothing to resume in {plan.cfg.output_dir}: starting from scratch")
         for note in plan.notes:
             print(note)
