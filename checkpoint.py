@@ -17,10 +17,10 @@ from torch import Tensor
 
 from config import Config
 from levels import GreyLevels
-from model import UNet
+from model import UNet, without_weights
 from optimizer import make_optimizers, split_parameters
 from system.files import first_line, read_safetensors, read_tensors, sha256, write_tensors
-from system.machine import check_size, check_step, compile_network, pick_precision
+from system.machine import check_step, compile_network, pick_precision
 
 FORMAT = 4  # format 3 is still read: config.ALIASES fills in the settings that it lacks
 STUDENT, PRETRAINED = "student.pth", "pretrained.pth"  # the models in git
@@ -58,20 +58,20 @@ class TrainState:
 
     model: UNet
     ema: UNet  # the running average of the weights, which draws better than the weights do
-    guide: UNet | None  # a weaker model for autoguidance: the average early in the run
+    guide: UNet | None  # a weaker model for autoguidance: `ema` early in the run
     optimizers: list[torch.optim.Optimizer]
     progress: Progress
     totals: Tensor  # (2,) sums over the current epoch's steps: loss, gradient norm
     network: Callable[..., Tensor]  # the model as a step calls it (distributed.data_parallel)
     epoch_seconds: float = 0.0  # training time of the current epoch
-    levels: GreyLevels | None = None  # how the average's samples get real grey levels
+    levels: GreyLevels | None = None  # give samples of `ema` real grey levels
     data: dict[str, Any] | None = None  # what is trained on, as data.fingerprint says
 
     @classmethod
     def initial(cls, cfg: Config, device: torch.device) -> "TrainState":
         """The state before the first step; the random weights depend on cfg.seed alone. Raises
         ValueError for a network or a batch that is too large."""
-        check_size(cfg)
+        without_weights(cfg)
         check_step(cfg)
         torch.manual_seed(cfg.seed)
         model = UNet(cfg).to(device)
@@ -130,7 +130,7 @@ def load(path: str | Path, *, only_look: bool = False) -> dict[str, Any]:
     reduced it, {model, optimizers, metrics, data}. Raises ValueError with the path and the reason
     if it is not one, if it is damaged, or if a tensor is not finite or does not fit the settings.
 
-    With `only_look`, tensors are neither read nor checked: quick for looking at the rest.
+    With `only_look`, tensors are not checked, nor read from a .pth: quick for looking at the rest.
     """
     path = Path(path)
     if not path.is_file():
@@ -150,10 +150,7 @@ def load(path: str | Path, *, only_look: bool = False) -> dict[str, Any]:
             raise TypeError
         cfg = Config.from_dict(contents["config"])
         if not only_look:
-            check_size(cfg)
-            with torch.device("meta"):  # shapes without memory
-                network = UNet(cfg)
-            _check_tensors(contents, network)
+            _check_tensors(contents, without_weights(cfg))
             GreyLevels.from_dict(contents.get("levels"))
     except ValueError as error:
         reason = first_line(error)
@@ -172,31 +169,30 @@ def _check_tensors(contents: dict[str, Any], network: UNet) -> None:
         if weights is None and name != "ema":
             continue
         if {key: tensor.shape for key, tensor in weights.items()} != expected:
-            raise ValueError(f"its {name} does not fit this U-Net")
-        _check_finite(weights.values(), f"its {name}")
+            raise ValueError(f"{name}: weights that do not fit this U-Net")
+        _check_finite(weights.values(), f"{name}: weights")
     if "model" in contents:
-        names = {"average"}, {"step", "exp_avg", "exp_avg_sq"}
-        if len(contents["optimizers"]) != len(names):
-            raise ValueError("it needs two optimizers, Muon and AdamW")
-        for parameters, saved, known in zip(
-            split_parameters(network), contents["optimizers"], names, strict=True
+        keys_of_each = {"average"}, {"step", "exp_avg", "exp_avg_sq"}
+        if len(contents["optimizers"]) != len(keys_of_each):
+            raise ValueError("optimizers: there must be two, Muon and AdamW")
+        for parameters, saved, keys in zip(
+            split_parameters(network), contents["optimizers"], keys_of_each, strict=True
         ):
             for index, state in saved["state"].items():
-                shape = parameters[index].shape
-                fits = (t.shape == (() if name == "step" else shape) for name, t in state.items())
-                if state.keys() != known or not all(fits):
-                    raise ValueError("its optimizers do not fit this U-Net")
-                _check_finite(state.values(), "its optimizer state")
+                shapes = {key: () if key == "step" else parameters[index].shape for key in keys}
+                if {key: tensor.shape for key, tensor in state.items()} != shapes:
+                    raise ValueError("optimizers: state that does not fit this U-Net")
+                _check_finite(state.values(), "optimizers: state")
         totals, seconds = contents["metrics"]["totals"], contents["metrics"]["seconds"]
         if len(totals) != 2 or not all(map(math.isfinite, (*totals, seconds))):
-            raise ValueError("its totals are not finite")
+            raise ValueError("metrics: not two finite totals and a finite time")
 
 
 def _check_finite(tensors: Iterable[Tensor], what: str) -> None:
     for tensor in tensors:
         kind_is_right = tensor.dtype in (torch.float32, torch.float16)
         if not kind_is_right or not tensor.abs().max().isfinite():
-            raise ValueError(f"{what} is not all finite float32 or float16")
+            raise ValueError(f"{what} that are not finite float32 or float16 numbers")
 
 
 def restore(path: Path, state: TrainState) -> None:

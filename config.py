@@ -11,14 +11,14 @@ from system.values import parse_duration, parse_labels, problem_of, shortened
 
 VERSION = "1.4"  # of the program
 
-RELATIVES = ("FashionMNIST", "KMNIST", "QMNIST", "EMNIST-digits", "EMNIST-letters")
-DATASETS = ("MNIST", *RELATIVES, "folder")
+DATASETS = ("MNIST", "FashionMNIST", "KMNIST", "QMNIST", "EMNIST-digits", "EMNIST-letters")
+DATASETS += ("folder",)
 
 
 def setting(default: Any, help: str, **metadata: Any) -> Any:
     """A field of Config. `metadata`: `group`; the limits `ge`, `gt`, `le` (of a text, its length),
-    `multiple_of`, `choices`; `flag`, where it differs from the name; `fixed_in_epoch`, where a run
-    that goes on inside an epoch needs the same value."""
+    `multiple_of`, `choices`; `flag`, where it differs from the name; `fixed_in_epoch`, if it must
+    not change when a run resumes in the middle of an epoch."""
     return field(default=default, metadata={"help": help, **metadata})
 
 
@@ -70,9 +70,9 @@ class Config:
     min_snr_gamma: float = training(5.0, "min_snr: largest weight of x_0's error", gt=0)
     timestep_power: float = training(0.7, "t is T * u^this, u uniform (below 1: more noise)", gt=0)
     absolute_snr: float = training(
-        10.0, "where snr is above this, x_0's error counts unsquared (0: nowhere)", ge=0
+        10.0, "predicting x_0: its error counts unsquared where snr > this (0: nowhere)", ge=0
     )
-    clip_loss: bool = training(True, "no loss where clamping makes the estimate of x_0 exact")
+    clip_loss: bool = training(True, "no loss where clamping (clip_x_0) makes x_0_hat exact")
     label_dropout: float = training(0.1, "fraction of images trained without a label", ge=0, le=1)
 
     # Training
@@ -91,7 +91,7 @@ class Config:
         0.1, "width of the weight average, as a fraction of the run", gt=0, le=0.28
     )
     guide_fraction: float = model(
-        0.1, "fraction of the run that makes the guide (0: no guide)", ge=0, le=0.5
+        0.1, "keep the averaged model at this fraction of the run as guide (0: none)", ge=0, le=0.5
     )
     guide_label_noise: float = training(
         0.3, "fraction of random labels while the guide is made", ge=0, le=1
@@ -127,9 +127,13 @@ class Config:
                 problem = problem_of(each, kind, f.metadata)
                 if problem:
                     raise ValueError(f"{f.name} = {shortened(each)}: {problem}")
-        coarsest = self.patch_size * 2 ** (len(self.widths) - 1)
-        if self.img_size % coarsest:
-            raise ValueError(f"img_size = {self.img_size}: must be a multiple of {coarsest}")
+        factor = self.patch_size * 2 ** (len(self.widths) - 1)  # by which the U-Net shrinks images
+        if self.img_size % factor:
+            why = f"{factor}, which patch_size and the number of widths imply"
+            raise ValueError(f"img_size = {self.img_size}: must be a multiple of {why}")
+        if self.img_size == factor and self.widths[-1] == 8:  # nothing to take a group norm of
+            why = "the last must be at least 16, as the coarsest level has a single pixel"
+            raise ValueError(f"widths = {self.widths}: {why}")
         if self.steps > self.timesteps:
             raise ValueError(f"steps = {self.steps}: must be at most timesteps = {self.timesteps}")
         if self.budget:
@@ -171,8 +175,8 @@ class Config:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Config":
-        """The inverse of to_dict. A missing setting is read through ALIASES or takes its default,
-        and an unknown one is dropped, so that old checkpoints stay readable."""
+        """The inverse of to_dict. A missing setting is read through ALIASES or BEFORE, or takes its
+        default, and an unknown one is dropped, so that old checkpoints stay readable."""
         aliases = {new: values[old] for new, old in ALIASES.items() if old in values}
         values = BEFORE | aliases | values
         known = {f.name: values[f.name] for f in fields(cls) if f.name in values}

@@ -1,6 +1,7 @@
 """Data sets as tensors, and how pixels become numbers in the model's range and back."""
 
 import hashlib
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -31,8 +32,11 @@ def load_split(cfg: Config, train: bool, device: torch.device) -> tuple[Tensor, 
     size = [cfg.img_size, cfg.img_size]
     if list(images.shape[2:]) != size:
         if len(images) * cfg.img_size**2 > MAX_BYTES:
-            few = MAX_BYTES // cfg.img_size**2
-            raise ValueError(f"img_size = {cfg.img_size}: too large without --max_images {few}")
+            split = f"{len(images):,} {'training' if train else 'test'} images"
+            remedy = f"choose at most {math.isqrt(MAX_BYTES // len(images))}"
+            if train:
+                remedy += f", or --max_images {MAX_BYTES // cfg.img_size**2}"
+            raise ValueError(f"img_size = {cfg.img_size}: too large for {split}; {remedy}")
         print(f"resizing images of {images.shape[3]} x {images.shape[2]} pixels to {cfg.img_size}")
         resize = from_torchvision("transforms.v2.functional").resize
         images = torch.cat([resize(part, size) for part in images.split(4096)])

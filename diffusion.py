@@ -57,10 +57,10 @@ class Diffusion:
         self.T = cfg.timesteps
         self.eta = 1.0 if cfg.sampler == "ddpm" else cfg.eta
         self.alpha_bar = make_alpha_bar(cfg.schedule, self.T)
-        self._alpha_bar = self.alpha_bar.tolist()  # numbers, which torch.export can follow
+        self.alpha_bar_at = self.alpha_bar.tolist()  # floats, which are constants to torch.export
         self.snr = self.alpha_bar / (1 - self.alpha_bar)  # infinite at t = 0
         self.log_snr = self.snr.log()
-        self._log_snr = self.log_snr.tolist()
+        self.log_snr_at = self.log_snr.tolist()
         self.loss_weight = self._make_loss_weight()
         self._tables: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
@@ -80,8 +80,9 @@ class Diffusion:
         else:
             snr = snr.clamp(0.01, 100)
             weight = snr**cfg.snr_power
-        per_x_0_error = {"x_0": torch.ones_like(snr), "eps": snr, "v": snr + 1}[cfg.prediction]
-        return torch.cat([torch.zeros(1), weight / per_x_0_error])
+        # The squared error of the prediction over that of x_0
+        ratio = {"x_0": torch.ones_like(snr), "eps": snr, "v": snr + 1}[cfg.prediction]
+        return torch.cat([torch.zeros(1), weight / ratio])
 
     def _coefficients(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """sqrt(alpha_bar_t), sqrt(1 - alpha_bar_t) and the loss weight, each (B, 1, 1, 1), in the
@@ -126,8 +127,8 @@ class Diffusion:
         generator: torch.Generator,
         part: slice = slice(None),
     ) -> Tensor:
-        """Weighted mean squared error of the prediction, a scalar, over a `part` of the batch;
-        x_0 (B, C, H, W) in [-1, 1], y int64 (B,).
+        """The weighted loss of the prediction (see prediction_loss), a scalar, over a `part` of the
+        batch; x_0 (B, C, H, W) in [-1, 1], y int64 (B,).
 
         All random numbers of the batch come from `generator`, on x_0's device, whatever the part.
         t is u^timestep_power · T, with u stratified over the batch (Kingma et al. 2021, appendix
@@ -150,13 +151,14 @@ class Diffusion:
     ) -> Tensor:
         """The loss where x_0 and eps are the right answer for x_t (B, C, H, W); t int64 (B,).
 
-        Where little noise is left (snr above `absolute_snr`) the error of x_0 counts unsquared, as
-        squares of a few grey levels are too small to matter: they would stay as faint specks.
+        It is a weighted mean squared error. But a network that predicts x_0 has errors that count
+        unsquared where little noise is left (snr above `absolute_snr`): the squares of a few grey
+        levels are too small to matter, and such errors would remain as faint specks.
 
         With `clip_loss` a pixel costs nothing where clamping x_0_hat to [-1, 1] gives x_0 exactly.
-        The sampler clamps as well, so a black pixel may be predicted as -1 or anything below, which
-        is far easier to learn than exactly -1. The best clamped estimate stays the same, because
-        the mean of all x_0 that fit an x_t lies within [-1, 1].
+        With `clip_x_0` the sampler clamps as well, so a black pixel may be predicted as -1 or
+        anything below, which is far easier to learn than exactly -1. The best clamped estimate
+        stays the same, because the mean of all x_0 that fit an x_t lies within [-1, 1].
         """
         prediction = self.predict(model, x_t, t, y)
         error = (prediction - self.target(x_0, t, eps)).square()  # (B, C, H, W)
@@ -192,7 +194,8 @@ class Diffusion:
 
         `worse` is the estimate of `guide`, a weaker model (autoguidance, Karras et al. 2024), or
         without one the model's own without the label (classifier-free guidance, Ho & Salimans 2022,
-        eq. 6, whose w is ours minus 1). Both are clamped first, as `clip_loss` needs.
+        eq. 6, whose w is ours minus 1). With `clip_x_0` both are clamped first, as a model trained
+        with `clip_loss` needs.
         """
 
         def denoiser(x: Tensor, t: int, y: Tensor) -> Tensor:
@@ -219,8 +222,8 @@ class Diffusion:
         return sum(1 if each in (0, 1) else 2 for each in w)
 
     def sampling_times(self, strength: float = 1.0) -> list[int]:
-        """T = t_0 > t_1 > … > t_steps = 0, evenly spaced. With a strength below 1, strength · T and
-        those of the times that lie below it."""
+        """T = t_0 > t_1 > … > t_steps = 0, evenly spaced. With a strength below 1 the list begins
+        with strength · T and goes on with those of these times that are lower."""
         steps, first = self.cfg.steps, max(1, round(strength * self.T))
         times = [(self.T * i + steps // 2) // steps for i in range(steps, -1, -1)]
         return [first, *(t for t in times if t < first)]
@@ -236,9 +239,9 @@ class Diffusion:
     ) -> Iterator[Tensor]:
         """Yield every state x_t (B, C, H, W) on the way from noise to images of the labels y.
 
-        With an original, (C, H, W) or one for each label, they begin with it under noise up to
-        strength · T (SDEdit, Meng et al. 2022). If a part of it is `known`, bool (H, W), they begin
-        with noise alone and keep that part, and the sampler draws the rest to fit.
+        With an original, (C, H, W) or one for each label, the first state is the original noised
+        to strength · T (SDEdit, Meng et al. 2022). If a part of it is `known`, bool (H, W), the
+        first state is noise alone, that part is kept, and the sampler draws the rest to fit.
         """
         times, x = self.sampling_times(strength), noise.draw()
         if known is not None:
@@ -286,7 +289,7 @@ class Diffusion:
     ) -> Tensor:
         """x_s from x_t and x_0_hat. Song et al. 2021, eq. 12 and 16; with eta = 1 it is the
         posterior q(x_s | x_t, x_0) of Ho et al. 2020, eq. 6 and 7. At s = 0 no noise is added."""
-        a_t, a_s = self._alpha_bar[t], self._alpha_bar[s]
+        a_t, a_s = self.alpha_bar_at[t], self.alpha_bar_at[s]
         variance = self.eta**2 * (1 - a_s) / (1 - a_t) * (1 - a_t / a_s)
         kept = math.sqrt(max(1 - a_s - variance, 0) / (1 - a_t))
         x_s = kept * x + (math.sqrt(a_s) - kept * math.sqrt(a_t)) * x_0_hat
@@ -295,7 +298,7 @@ class Diffusion:
     def multistep_coefficient(self, t_before: int, t: int, s: int) -> float:
         """How far dpmpp extrapolates the last change of x_0_hat: half the ratio of the steps'
         lengths in log_snr. DPM-Solver++, Lu et al. 2022, algorithm 2; with noise, its SDE form."""
-        before, now, after = (self._log_snr[each] for each in (t_before, t, s))
+        before, now, after = (self.log_snr_at[each] for each in (t_before, t, s))
         return (after - now) / (now - before) / 2
 
     def draw(
@@ -306,8 +309,9 @@ class Diffusion:
         batches: slice = slice(None),
         **start: Any,
     ) -> Tensor:
-        """Draw an image for each label in y int64 (N,): (N, C, H, W), in [-1, 1] if clamped; or
-        only those of the `batches` in this slice. `start` is passed on to `sample`.
+        """Draw an image for each label in y int64 (N,): (N, C, H, W), within [-1, 1] if `clip_x_0`.
+        With a slice of `batches`, only their images are drawn. `start` goes to `sample` for each
+        batch, so that an original must be a single one.
 
         Image i is the same picture, up to rounding, for any N, batch size and device. Every state
         of every batch is passed to `on_state`.
@@ -331,6 +335,7 @@ class Diffusion:
 
 
 def keep_known(denoiser: Denoiser, x_0: Tensor, known: Tensor) -> Denoiser:
-    """A denoiser that knows a part of the image, x_0 (C, H, W) where `known` (H, W). The idea of
-    RePaint (Lugmayr et al. 2022), which adds noise to the known part itself, and repeats steps."""
+    """A denoiser that knows a part of the image, x_0 (C, H, W) where `known` (H, W). A simple form
+    of RePaint (Lugmayr et al. 2022), which puts the known part, noised, into x_t, and repeats
+    steps."""
     return lambda x, t, y: torch.where(known, x_0, denoiser(x, t, y))

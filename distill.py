@@ -25,19 +25,21 @@ LOWEST_SNR = 1e-6  # below that of any timestep
 
 def student_settings(teacher: Config, student_steps: int) -> Config:
     """The settings of a student: its teacher's network, the usual training, and sampling in
-    `student_steps` steps of ddim. Raises ValueError if these cannot share the teacher's steps.
+    `student_steps` steps of ddim. Raises ValueError unless those divide the teacher's steps and are
+    fewer.
 
-    At any noise its errors count unsquared, which blurs less: there is one right answer for each
-    x_t, not a mean of many."""
+    If it predicts x_0, its errors count unsquared at any noise, which blurs less: there is one
+    right answer for each x_t, not a mean of many."""
     steps = teacher_settings(teacher).steps
     possible = [str(n) for n in range(1, steps) if steps % n == 0]
     if not possible:
-        raise ValueError("teacher: it draws in a single step already; choose another")
+        raise ValueError("teacher: draws in a single step already; choose another")
     if str(student_steps) not in possible:
         choices = f"with this teacher, choose {' or '.join(possible)}"
         raise ValueError(f"student_steps = {student_steps}: {choices}")
     drawing = {"sampler": "ddim", "steps": student_steps, "eta": 0.0, "guidance": 1.0}
-    own = {"student_steps": student_steps, "guide_fraction": 0.0, "clip_x_0": teacher.clip_x_0}
+    own = {"student_steps": student_steps, "guide_fraction": 0.0}
+    own |= {"clip_x_0": teacher.clip_x_0, "clip_loss": teacher.clip_x_0}
     own |= {"dataset": teacher.dataset, "preview_digits": teacher.preview_digits}
     own |= {"absolute_snr": LOWEST_SNR}
     return replace(Config(), **teacher.select("model", "classes") | drawing | own)
@@ -45,11 +47,13 @@ def student_settings(teacher: Config, student_steps: int) -> Config:
 
 def teacher_settings(cfg: Config) -> Config:
     """How a teacher draws for its student: without added noise, and in steps that can be shared.
-    Its guidance begins no later than config.py's: without noise, more digits would be wrong."""
+    Its `guidance_high` is at least config.py's, as without added noise more digits come out wrong
+    if they are guided from a later point only."""
     if cfg.is_student:
         return cfg
     if cfg.timesteps < TEACHER_STEPS:
-        raise ValueError(f"teacher: it has {cfg.timesteps} timesteps; at least {TEACHER_STEPS}")
+        needs = f"needs at least {TEACHER_STEPS}; choose another"
+        raise ValueError(f"teacher: has {cfg.timesteps} timesteps, but {needs}")
     high = max(cfg.guidance_high, Config().guidance_high)
     return replace(cfg, sampler="dpmpp", steps=TEACHER_STEPS, eta=0.0, guidance_high=high)
 
@@ -74,24 +78,24 @@ class Distillation:
         generator: torch.Generator,
         part: slice = slice(None),
     ) -> Tensor:
-        """Weighted mean squared error, a scalar, between the model's prediction and the one whose
-        single step lands where the teacher lands, over a `part` of the batch; x_0 (B, C, H, W) in
-        [-1, 1], y int64 (B,).
+        """The weighted loss (see Diffusion.prediction_loss), a scalar, where the right answer takes
+        x_t to where the teacher arrives, over a `part` of the batch; x_0 (B, C, H, W) in [-1, 1], y
+        int64 (B,).
 
-        The first images of the batch are noised to the start of the first segment, and so on; the
-        noise of the batch comes from `generator`, whatever the part.
+        The batch is divided among the segments, in order, and each image is noised to the start of
+        its segment. The noise of the batch comes from `generator`, whatever the part.
         """
-        B, count = len(y), len(self.segments)
-        t = self.starts[torch.arange(B, device=x_0.device) * count // B][part]
+        count = len(self.segments)
+        segment = (torch.arange(len(y)) * count // len(y))[part]
         eps = torch.randn(x_0.shape, generator=generator, device=x_0.device)
         x_0, y, eps = x_0[part], y[part], eps[part]
+        t = self.starts[segment.to(x_0.device)]
         x_t = self.student.add_noise(x_0, t, eps)
-        segments = [i * count // B for i in range(B)][part]
-        sizes = [segments.count(k) for k in range(count)]
+        sizes = segment.bincount(minlength=count).tolist()
         pieces = zip(x_t.split(sizes), y.split(sizes), self.segments, strict=True)
-        goal = torch.cat([self.goal(x, labels, *ends) for x, labels, ends in pieces if len(x)])
-        implied_eps = self.student.noise_in(x_t, goal, t)
-        return self.student.prediction_loss(model, x_t, t, y, goal, implied_eps)
+        goals = torch.cat([self.goal(x, labels, *ends) for x, labels, ends in pieces if len(x)])
+        implied_eps = self.student.noise_in(x_t, goals, t)
+        return self.student.prediction_loss(model, x_t, t, y, goals, implied_eps)
 
     @torch.no_grad()
     def goal(self, x_t: Tensor, y: Tensor, t: int, s: int) -> Tensor:

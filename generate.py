@@ -28,29 +28,31 @@ from system.machine import pick_device
 def draw_all(loaded: LoadedModel, wanted: list[Request], show_digits: bool) -> None:
     """Draw and write all requests, and print their paths on stdout. Several processes divide the
     images of a single request, or else the requests, among them."""
-    seconds, count, together = 0.0, 0, len(wanted) == 1
+    seconds, images, together = 0.0, 0, len(wanted) == 1
     [mine] = [slice(None)] if together else distributed.my_parts(len(wanted))
     for request in wanted[mine]:
         began = time.perf_counter()
         states = draw(loaded, request, together)
-        seconds, count = seconds + time.perf_counter() - began, count + len(states[-1])
+        seconds, images = seconds + time.perf_counter() - began, images + len(states[-1])
         if not together or distributed.rank() == 0:
             write(loaded, request, states)
         if show_digits:
             side = request.cfg.img_size
-            margin = 0 if request.cfg.class_names else side // 14  # MNIST's are empty
+            margin = 0 if request.cfg.class_names else side // 14  # around digits it is empty
             inside = states[-1][..., margin : side - margin, margin : side - margin]
             show(picture.arrange(inside, request.digits, request.count)[0])
         print(request.output, flush=True)
     distributed.barrier()
-    for request in () if together else wanted[mine.stop :]:  # which other processes have written
-        print(request.output, flush=True)
-    cfg, count = wanted[0].cfg, count if together else len(wanted)
+    if not together:
+        for request in wanted[mine.stop :]:  # which other processes have drawn; the first speaks
+            print(request.output, flush=True)
+        images = len(wanted)
+    cfg = wanted[0].cfg
     if cfg.class_names and wanted[0].digits == "all":
         log(f"the rows from the top: {', '.join(cfg.label_names)}")
     eta = "" if cfg.sampler == "ddpm" else f", eta {cfg.eta:g}"
     how = f"{cfg.sampler}{eta}, {cfg.steps} steps, guidance {cfg.guidance:g}, seed {cfg.seed}"
-    log(f"{count} images in {seconds:.2f} s with {loaded.path}: {how}")
+    log(f"{images} images in {seconds:.2f} s with {loaded.path}: {how}")
 
 
 def draw(loaded: LoadedModel, request: Request, together: bool = True) -> list[Tensor]:
@@ -58,7 +60,7 @@ def draw(loaded: LoadedModel, request: Request, together: bool = True) -> list[T
     each state, from noise to the images, otherwise a single one. With `together` all processes
     draw them, each some of the batches."""
     cfg, y, original = request.cfg, request.labels.to(loaded.device), request.original
-    diffusion, count = Diffusion(cfg, loaded.levels), itertools.count()
+    diffusion, state_numbers = Diffusion(cfg, loaded.levels), itertools.count()
     denoiser = diffusion.guided(loaded.model, loaded.guide)
     start = original.start(loaded.device) if original else {}
     steps = len(diffusion.sampling_times(original.strength if original else 1.0)) - 1
@@ -69,7 +71,7 @@ def draw(loaded: LoadedModel, request: Request, together: bool = True) -> list[T
 
         def on_state(x: Tensor) -> None:
             advance(x)
-            number = next(count) % (steps + 1)
+            number = next(state_numbers) % (steps + 1)
             if number in states:
                 states[number].append(to_uint8(x).cpu())
 
@@ -98,13 +100,13 @@ def write(loaded: LoadedModel, request: Request, states: list[Tensor]) -> None:
             request.rename()
 
 
-def reproduce(picture: Path, args: Namespace, given: dict[str, Any]) -> None:
+def reproduce(png: Path, args: Namespace, given: dict[str, Any]) -> None:
     """Draw a picture again from what it records. Raises ValueError if it cannot be drawn here, or
     if the bytes come out differently."""
-    loaded, request = provenance.again(picture, args.output, given)
+    loaded, request = provenance.again(png, args.output, given)
     draw_all(loaded, [request], args.show)
-    provenance.check_same(picture, request.output, loaded.device)
-    log(f"the same bytes as {picture}")
+    provenance.check_same(png, request.output, loaded.device)
+    log(f"the same bytes as {png}")
 
 
 def draw_what_is_asked(args: Namespace, given: dict[str, Any], device: torch.device) -> None:

@@ -1,4 +1,4 @@
-"""Grey levels: what a model draws gets those of the training images, by a rising curve.
+"""Grey levels: rising curves map those that a model draws to those of the training images.
 
 A network trained with a squared error predicts the mean of what is possible. So it draws faint
 halos around strokes, and no stroke is filled with a single grey, as each of MNIST's is: 253 in 43 %
@@ -22,8 +22,8 @@ FINE = 8  # steps of the curves per grey level
 LIGHT = 240  # from here on the levels depend on the white of an image
 WHITES = range(250, 256)  # each image's white is the most frequent of these
 REDRAWN = 256  # training images that the model draws again, to learn which levels it draws
-REDRAWN_FROM = 0.2  # from this t / T on
-LOOKED_AT = 8_000_000  # pixels of the training images that are counted: 10,000 of MNIST
+REDRAWN_FROM = 0.2  # noised to at least this t / T
+LOOKED_AT = 8_000_000  # how many training pixels are counted: those of 10,000 MNIST images
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class GreyLevels:
         shapes = (len(WHITES),), (len(WHITES), 255 * FINE + 1)
         fits = (self.share.shape, self.curves.shape) == shapes and self.curves.dtype == torch.uint8
         if not fits or not (self.share >= 0).all() or not 0.99 < float(self.share.sum()) < 1.01:
-            raise ValueError("its grey levels are no curves from levels to levels")
+            raise ValueError("its grey levels are not the curves that they should be")
 
     @classmethod
     @torch.no_grad()
@@ -57,31 +57,33 @@ class GreyLevels:
 
     @classmethod
     def measure(cls, images: Tensor, few: Tensor, drawn: Tensor) -> "GreyLevels | None":
-        """The curves from the levels of `drawn`, in [-1, 1], to those of `few`, the uint8 images
-        that they should look like, both (N, C, H, W); and from there to the levels of the first of
-        the training images, uint8 (M, C, H, W). None if no image has a white, or for a
-        NaN in `drawn`."""
+        """The curves for the training images, uint8 (M, C, H, W), of which the first are counted.
+        None if none of them has a white, or if `drawn` holds NaN.
+
+        Levels are matched by rank. A level's rank among the pixels of `drawn`, float (N, C, H, W)
+        in [-1, 1], is its rank among those of `few`, the uint8 images that `drawn` should look
+        like. As these are few, that rank is then looked up among all `images`, and the level taken
+        that has it there, or for light levels the one that has it in the images of one white."""
         images = images[: max(1, LOOKED_AT // images[0].numel())].cpu().flatten(1)
-        whites = torch.stack([(images == white).sum(dim=1) for white in WHITES])  # (6, M)
-        white = torch.where(whites.sum(dim=0) > 0, whites.argmax(dim=0), -1)  # (M,)
-        if (white < 0).all() or drawn.isnan().any():
+        counts = torch.stack([(images == white).sum(dim=1) for white in WHITES])  # (6, M)
+        number = torch.where(counts.sum(dim=0) > 0, counts.argmax(dim=0), -1)  # (M,), of its white
+        if (number < 0).all() or drawn.isnan().any():
             return None
         shares = _shares(_codes(drawn), 255 * FINE + 1)
         rank = shares.cumsum() - shares / 2  # of a level, among the pixels drawn: 0 to 1
-        few_up_to, up_to = (_shares(x, 256).cumsum() for x in (few, images))
-        rank = np.interp(rank, np.r_[0, few_up_to], np.r_[0, up_to])  # among all training pixels
+        few_cdf, cdf = (_shares(x, 256).cumsum() for x in (few, images))
+        rank = np.interp(rank, np.r_[0, few_cdf], np.r_[0, cdf])  # among all training pixels
         curves = []
-        for number in range(len(WHITES)):
-            light = images[white == number]
-            light = light[light >= LIGHT]
-            own = up_to.copy()
+        for each in range(len(WHITES)):
+            pixels = images[number == each]
+            light, cdf_of_white = pixels[pixels >= LIGHT], cdf.copy()
             if len(light):
-                below = up_to[LIGHT - 1]
-                own[LIGHT:] = below + (1 - below) * _shares(light, 256).cumsum()[LIGHT:]
-            curve = np.searchsorted(own, rank).clip(max=255)
+                below = cdf[LIGHT - 1]
+                cdf_of_white[LIGHT:] = below + (1 - below) * _shares(light, 256).cumsum()[LIGHT:]
+            curve = np.searchsorted(cdf_of_white, rank.clip(max=cdf_of_white[-1]))
             curve[0] = 0  # what the network drew black stays black
             curves.append(torch.from_numpy(curve.astype(np.uint8)))
-        share = torch.bincount(white[white >= 0], minlength=len(WHITES)).float()
+        share = torch.bincount(number[number >= 0], minlength=len(WHITES)).float()
         return cls(share / share.sum(), torch.stack(curves))
 
     def match(self, x: Tensor, chance: Tensor) -> Tensor:

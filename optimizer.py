@@ -71,8 +71,8 @@ def orthogonalize(matrices: Tensor) -> Tensor:
     """Bring the singular values of the matrices (N, rows, columns) to about 0.7 to 1.2 (tiny ones
     stay smaller), by five Newton-Schulz steps x <- (a + b x xᵀ + c (x xᵀ)²) x, Jordan et al. 2024.
 
-    Every iterate is a square matrix times the input, so only that matrix, of the smaller side, is
-    iterated. For these long, narrow matrices that is two to four times less work.
+    Every iterate is a square matrix times the input, so only that matrix, whose side is the
+    shorter one, is iterated. For these long, narrow matrices that is two to four times less work.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     wide = matrices.shape[1] <= matrices.shape[2]

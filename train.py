@@ -64,13 +64,14 @@ def train(plan: Plan, device: torch.device, began: float) -> int:
         keep_guide(cfg, state, run.fraction)
         run.show_progress()
         state.epoch_seconds += time.perf_counter() - step_began
-        if run.epoch_done or run.done or run.stopped_by:
+        epoch_done = run.epoch_done
+        if epoch_done or run.done or run.stopped_by:
             distributed.average(state.totals)  # each process has added the loss of its own part
-        if run.epoch_done or run.done:
+        if epoch_done or run.done:
             run.log_epoch(validation_loss(cfg, loss, state, *unseen))
-        if run.epoch_done:
+        if epoch_done:
             state.start_next_epoch()
-        if run.save_due and (run.done or not run.stopped_by):
+        if run.save_due(epoch_done) and (run.done or not run.stopped_by):
             save(run, images, labels)
             draw_preview(run, state)
             run.draw_curves()
@@ -88,19 +89,20 @@ def train(plan: Plan, device: torch.device, began: float) -> int:
 
 def prepare(plan: Plan, data: dict[str, Any], device: torch.device) -> tuple[TrainState, Loss]:
     """The state with which training begins, new or from a checkpoint, and the loss; `data` is the
-    training data's fingerprint."""
+    training data's fingerprint, to which a student's gets its teacher's hash added."""
     cfg = plan.cfg
     state, loss = TrainState.initial(cfg, device), Diffusion(cfg).loss
     if plan.start:
         checkpoint.restore(plan.start, state)
-        state.progress = plan.progress
+        state.progress = plan.progress  # the same, but where a new budget begins
     if plan.weights:
         state.start_from(load_model(plan.weights, device))
     if cfg.is_student:
         expected = (state.data or {}).get("teacher")
         teacher = load_model(runs.find_teacher(cfg, expected), device)
-        print(f"a student of {teacher.path}")
-        loss, data["teacher"] = Distillation(cfg, teacher).loss, teacher.sha256
+        print(f"training a student of {teacher.path}")
+        loss = Distillation(cfg, teacher).loss
+        data["teacher"] = teacher.sha256
         if not plan.start and not plan.weights:
             state.start_from(teacher)
     runs.check_data(plan, state, data)
@@ -128,7 +130,8 @@ def training_step(
     cfg: Config, loss: Loss, state: TrainState, x_0: Tensor, y: Tensor, fraction: float
 ) -> None:
     """Take one optimizer step on the loss of x_0 (B, C, H, W) in [-1, 1] and labels y int64 (B,),
-    when `fraction` of the run is done. Updates all of `state` but its times and its guide.
+    when `fraction` of the run is done. Updates the weights, their average, the optimizers, the
+    totals, and the counts of steps and images.
 
     The batch is computed in parts, some by each process. All of them draw the random numbers of
     the whole batch, so that the parts add up to the same step however many there are."""
@@ -179,7 +182,8 @@ def randomize_labels(y: Tensor, cfg: Config, generator: torch.Generator) -> Tens
 
 
 def keep_guide(cfg: Config, state: TrainState, fraction: float) -> None:
-    """Keep the average as the guide, once `guide_fraction` of the run and the warm-up are over."""
+    """Keep a copy of the averaged model as the guide, once `guide_fraction` of the run and the
+    warm-up are over."""
     warm = state.progress.step >= cfg.warmup_steps
     if state.guide is None and warm and fraction >= cfg.guide_fraction > 0:
         state.guide = copy.deepcopy(state.ema)
@@ -196,8 +200,8 @@ def ema_gamma(sigma_rel: float) -> float:
 def validation_loss(
     cfg: Config, loss: Loss, state: TrainState, images: Tensor, labels: Tensor
 ) -> float:
-    """The average's loss on images (N, C, H, W) that it was not trained on, always with the same
-    noise and timesteps: it rises when the model overfits."""
+    """The averaged model's loss on images (N, C, H, W) that it was not trained on, always with the
+    same noise and timesteps: it rises when the model overfits."""
     total = torch.zeros((), device=images.device)
     for first in range(0, len(images), cfg.batch_size):
         part = slice(first, first + cfg.batch_size)
@@ -209,7 +213,7 @@ def validation_loss(
 
 @distributed.first_only
 def save(run: Run, images: Tensor, labels: Tensor) -> None:
-    """Write a checkpoint, with its grey levels as they are now."""
+    """Measure the grey levels of the averaged model, and write a checkpoint with them."""
     diffusion, state = Diffusion(run.cfg), run.state
     denoiser, state.levels = diffusion.guided(state.ema, state.guide), None
     with run.side_output("grey levels"):  # without which a checkpoint is still good
@@ -222,11 +226,12 @@ def main() -> int:
     args = train_flags()
     given, more = given_settings(args), args.continue_training_epochs
     resume, load = args.resume, args.load_checkpoint_path
+    # To describe a checkpoint needs neither folder nor device; other plans are made again below
     if load and (plan := make_plan(given, load=load, more_epochs=more)).action == "describe":
         print(runs.describe(plan))
         return 0
-    here = replace(Config(), **{n: given[n] for n in Config.names("machine") if n in given})
-    device, out = pick_device(here.device), here.output_dir
+    machine = replace(Config(), **{n: given[n] for n in Config.names("machine") if n in given})
+    device, out = pick_device(machine.device), machine.output_dir
     with distributed.joined(device), ExitStack() as stack:
         distributed.from_first(lambda: stack.enter_context(folder.own_folder(out)))
         if distributed.is_restart() and distributed.from_first(lambda: folder.holds_this_run(out)):

@@ -1,9 +1,7 @@
-"""Command lines: flags made from settings, rules between flags, which value wins, errors."""
+"""Command lines: flags made from settings, kinds of rules, which value wins, errors."""
 
 import argparse
-import ctypes
 import os
-import platform
 import re
 import shlex
 import subprocess
@@ -15,11 +13,10 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TextIO
 
-import torch
-
 from config import MODEL_SIZES, VERSION, Config
 from system import distributed
 from system.files import first_line
+from system.machine import prepare
 
 
 class Parser(argparse.ArgumentParser):
@@ -159,12 +156,17 @@ def settings_for_training(
 def settings_for_drawing(trained: Config, given: dict[str, Any]) -> Config:
     """The settings with which to draw: flags win over the model's own (`trained`), and config.py
     only supplies the machine settings and those of a picture, such as the seed. Raises ValueError
-    for flags that would have a student draw as it has not learned to."""
+    for flags that would have a student draw as it has not learned to, or guidance never act."""
     for name in Config.names("sampling") if trained.is_student else ():
         own = getattr(trained, name)
         if given.get(name, own) != own:
             raise ValueError(f"{name} = {given[name]!r}: a student learned {own!r}; drop the flag")
-    return replace(trained, **{**Config().select("machine", "picture"), **given})
+    cfg = replace(trained, **{**Config().select("machine", "picture"), **given})
+    flags = given.keys() & {"guidance_low", "guidance_high"}
+    if flags and cfg.guidance_low >= cfg.guidance_high:
+        needed = f"below guidance_high = {cfg.guidance_high}, or guidance never acts"
+        raise ValueError(f"guidance_low = {cfg.guidance_low}: must be {needed}")
+    return cfg
 
 
 class Output:
@@ -189,25 +191,10 @@ class Output:
             self.stream.flush()
 
 
-def keep_freed_memory() -> None:
-    """Have glibc keep freed memory for the next step. By default it returns it to the system, and
-    each step faults thousands of pages in again. On a virtual machine, keeping it makes training
-    1.3 times as fast, and drawing 1.6 times."""
-    if platform.libc_ver()[0] == "glibc":
-        with suppress(AttributeError, OSError):
-            trim_threshold, top_pad, mmap_max = -1, -2, -4  # from glibc's malloc.h
-            mallopt = ctypes.CDLL(None).mallopt
-            mallopt(mmap_max, 0)  # large blocks come from the heap too …
-            mallopt(trim_threshold, 2**31 - 1)  # … which keeps them
-            mallopt(top_pad, 64 << 20)
-
-
 def run_script(name: str, main: Callable[[], int]) -> None:
     """Run a script's main() and exit. A user's mistake becomes one line and exit code 2, training
     that diverged or a bug one line and 1, Ctrl-C 130. TRACEBACK=1 shows where an error arose."""
-    keep_freed_memory()
-    torch.set_flush_denormal(True)  # denormals are slow; to be set before any thread starts
-    torch.backends.cudnn.allow_tf32 = False  # float32 means just that; bf16 is there for speed
+    prepare()
     nothing = open(os.devnull, "r+")  # noqa: SIM115 (stands in for streams that the shell closed)
     sys.stdin = sys.stdin or nothing
     errors = Output(sys.stderr or nothing)

@@ -227,11 +227,10 @@ class Run:
     def epoch_done(self) -> bool:
         return self.state.progress.images >= self.images_per_epoch
 
-    @property
-    def save_due(self) -> bool:
-        """At the end of an epoch or of the run: train.train has just averaged the totals."""
-        progress = self.state.progress
-        return self.done or (progress.images == 0 and progress.epoch % self.cfg.save_every == 0)
+    def save_due(self, epoch_done: bool) -> bool:
+        """Whether to save now, at the end of an epoch or of the run. To save at another time,
+        train.train would have to average the totals then, too."""
+        return self.done or (epoch_done and self.state.progress.epoch % self.cfg.save_every == 0)
 
     def announce(self) -> None:
         """Say what is trained, on what, and whether this machine could do more."""
@@ -361,7 +360,8 @@ class Run:
         if self.state.guide is None and not self.cfg.is_student:
             classifier_free = "1.5 (classifier-free guidance)"
             how = classifier_free if self.cfg.label_dropout > 0 else "1 (no guidance)"
-            print(f"this model has no guide: draw with --guidance {how}")
+            short = ", as the run ended within its warm-up" if self.cfg.guide_fraction > 0 else ""
+            print(f"this model has no guide{short}: draw with --guidance {how}")
 
     def diverged(self, fault: str) -> FloatingPointError:
         self.close_bar()

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# The largest checkpoint: machine.MAX_PARAMETERS times 5 float32 (model, average, guide, state of
+# The largest checkpoint: model.MAX_PARAMETERS times 5 float32 (model, average, guide, state of
 # the optimizers). No file is read that would take more memory
 MAX_BYTES = 850_000_000
 

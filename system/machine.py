@@ -1,9 +1,11 @@
-"""What this computer can do: the device and number type to compute with, compilation, and how large
-a network and a batch may be."""
+"""What this computer can do: memory, the device and number type to compute with, compilation, and
+how large a batch may be."""
 
+import ctypes
 import functools
-import itertools
+import platform
 import time
+from contextlib import suppress
 
 import torch
 from torch import nn
@@ -12,23 +14,27 @@ from config import Config
 from system import distributed
 from system.files import first_line
 
-MAX_PARAMETERS = 40_000_000  # twice what a large network for MNIST has
 MAX_STEP_BYTES = 64_000_000_000  # beyond the memory of common machines
 
 
-def check_size(cfg: Config) -> None:
-    """Raise ValueError, before anything is built, if the network would have more than
-    MAX_PARAMETERS. Counts the matrices, which are almost all of them."""
-    e, last, labels = cfg.embedding_size, cfg.widths[-1], cfg.num_classes + 1
-    sides = [cfg.img_size // (cfg.patch_size * 2**level) for level in range(len(cfg.widths))]
-    size = 2 * e**2 + labels * e + 18 * cfg.img_channels * cfg.patch_size**2 * cfg.widths[0]
-    size += sum(8 * a * b for a, b in itertools.pairwise(cfg.widths))
-    size += sum(18 * w**2 + 2 * w * e for w in (*cfg.widths * 2 * cfg.blocks, last))
-    size += last * sides[-1] ** 2 * (labels + 2 * cfg.dense_size + 1) + 2 * cfg.dense_size * e
-    size += 4 * last**2 * cfg.attention
-    if size > MAX_PARAMETERS:
-        limit = f"at most {MAX_PARAMETERS:,}; choose smaller widths, fewer blocks or a smaller"
-        raise ValueError(f"widths = {cfg.widths}: {size:,} parameters; {limit} dense_size")
+def prepare() -> None:
+    """What a script does first, so that torch computes fast and as asked."""
+    keep_freed_memory()
+    torch.set_flush_denormal(True)  # denormals are slow; to be set before any thread starts
+    torch.backends.cudnn.allow_tf32 = False  # float32 means just that; bf16 is there for speed
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep freed memory for the next step. By default it returns it to the system, and
+    each step faults thousands of pages in again. On a virtual machine, keeping it makes training
+    1.3 times as fast, and drawing 1.6 times."""
+    if platform.libc_ver()[0] == "glibc":
+        with suppress(AttributeError, OSError):
+            trim_threshold, top_pad, mmap_max = -1, -2, -4  # from glibc's malloc.h
+            mallopt = ctypes.CDLL(None).mallopt
+            mallopt(mmap_max, 0)  # large blocks come from the heap too …
+            mallopt(trim_threshold, 2**31 - 1)  # … which keeps them
+            mallopt(top_pad, 64 << 20)
 
 
 def check_step(cfg: Config) -> None:

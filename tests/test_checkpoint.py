@@ -109,9 +109,9 @@ def test_weights_of_another_network_are_refused(tmp_path):
     contents["config"]["widths"] = [16, 16]
     torch.save(contents, tmp_path / "a.pth")
     wider = TrainState.initial(Config(widths=(16, 16), embedding_size=8), CPU)
-    with pytest.raises(ValueError, match="does not fit"):
+    with pytest.raises(ValueError, match="ema: weights that do not fit"):
         checkpoint.restore(tmp_path / "a.pth", wider)
-    with pytest.raises(ValueError, match="does not fit"):
+    with pytest.raises(ValueError, match="ema: weights that do not fit"):
         checkpoint.load_model(tmp_path / "a.pth", CPU)
 
 

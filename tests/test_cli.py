@@ -199,6 +199,14 @@ def test_in_drawing_flags_win_over_the_models_own_sampling_settings():
         settings_for_drawing(trained, {"steps": 51})
 
 
+def test_in_drawing_guidance_that_would_never_act_is_refused():
+    for given in ({"guidance_low": 0.9}, {"guidance_high": 0.3}, {"guidance_low": 1.0}):
+        with pytest.raises(ValueError, match=r"guidance_low = .* below guidance_high = .* never"):
+            settings_for_drawing(Config(guidance_low=0.4, guidance_high=0.9), given)
+    settings_for_drawing(Config(guidance_low=0.4, guidance_high=0.9), {"guidance_low": 0.89})
+    settings_for_drawing(Config(guidance_low=0.9, guidance_high=0.9), {})  # its own are its own
+
+
 def test_in_drawing_the_seed_the_folders_and_the_device_come_from_config():
     theirs = {"output_dir": "theirs", "data_dir": "their_data", "device": "cuda", "compile": True}
     theirs |= {"seed": 5, "sample_batch_size": 3, "precision": "bf16", "match_levels": False}

@@ -4,9 +4,11 @@ import types
 from dataclasses import fields
 
 import pytest
+import torch
 from conftest import REPO, copy_program, start_script
 
 from config import ALIASES, FAST, Config
+from model import UNet
 from system.values import parse_duration, parse_labels
 
 GROUPS = ("machine", "model", "student", "classes", "training", "length", "sampling", "picture")
@@ -55,6 +57,13 @@ def test_three_levels_need_a_size_that_can_be_halved_twice():
     with pytest.raises(ValueError, match="multiple of 8"):
         Config(widths=(8, 8, 8), img_size=28)
     Config(widths=(8, 8, 8), img_size=32)
+
+
+def test_a_level_of_one_pixel_needs_groups_of_two_channels():
+    with pytest.raises(ValueError, match=r"widths = \(8, 8, 8\): the last must be at least 16"):
+        Config(widths=(8, 8, 8), img_size=28, patch_size=7)
+    cfg = Config(widths=(8, 8, 16), embedding_size=8, img_size=28, patch_size=7)
+    UNet(cfg)(torch.zeros(1, 1, 28, 28), torch.tensor([1]), torch.tensor([1])).sum().backward()
 
 
 @pytest.mark.parametrize("steps", [0, 51, -1])

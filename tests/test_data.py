@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import MNIST, assert_one_line
 
+import data
 from config import Config
 from data import LABEL_COUNTS, draw_labels, fingerprint, load_split, to_model_range, to_uint8
 
@@ -130,8 +131,20 @@ def test_images_of_another_size_are_resized_with_a_word(capsys):
     assert "resizing images of 28 x 28 pixels to 32" in capsys.readouterr().out
     load_split(Config(data_dir=MNIST, max_images=50), True, CPU)
     assert capsys.readouterr().out == ""
-    with pytest.raises(ValueError, match=r"img_size = 256: .* --max_images \d+"):
+    with pytest.raises(ValueError, match=r"img_size = 256: .* 60,000 training images; choose at"):
         load_split(Config(data_dir=MNIST, img_size=256), True, CPU)
+
+
+def test_the_remedy_for_too_many_pixels_is_one(monkeypatch, capsys):
+    monkeypatch.setattr(data, "MAX_BYTES", 1_000_000)
+    for train, count in ((False, 10_000), (True, 60_000)):
+        with pytest.raises(ValueError, match=f"img_size = 32: .* {count:,} t") as refused:
+            load_split(Config(data_dir=MNIST, img_size=32), train, CPU)
+        assert ("--max_images" in str(refused.value)) == train  # which leaves test images alone
+        smaller = int(str(refused.value).partition("choose at most ")[2].split(",")[0])
+        assert count * smaller**2 <= 1_000_000 < count * (smaller + 1) ** 2
+    few = int(str(refused.value).partition("--max_images ")[2])
+    assert len(load_split(Config(data_dir=MNIST, img_size=32, max_images=few), True, CPU)[0]) == few
 
 
 def test_what_is_trained_on_is_told_apart():

@@ -152,6 +152,9 @@ def test_a_student_has_its_teachers_network_and_its_own_sampling():
     assert (cfg.widths, cfg.schedule, cfg.prediction) == ((16, 24), "sigmoid", "v")
     assert (cfg.sampler, cfg.steps, cfg.eta, cfg.guidance) == ("ddim", 2, 0.0, 1.0)
     assert cfg.guide_fraction == 0
+    assert (cfg.clip_x_0, cfg.clip_loss) == (True, True)
+    cfg = student_settings(Config(clip_x_0=False, clip_loss=False), 2)
+    assert (cfg.clip_x_0, cfg.clip_loss) == (False, False)
     assert (cfg.batch_size, cfg.seed) == (Config().batch_size, Config().seed)
 
 
@@ -167,7 +170,7 @@ def test_a_teacher_of_one_step_or_too_few_timesteps_is_refused():
     single = Config.from_dict(student_settings(TEACHER, 1).to_dict() | {"teacher": "pretrained"})
     with pytest.raises(ValueError, match="a single step already"):
         student_settings(single, 1)
-    with pytest.raises(ValueError, match="8 timesteps; at least 16"):
+    with pytest.raises(ValueError, match="8 timesteps, but needs at least 16"):
         student_settings(Config(timesteps=8, steps=8), 1)
 
 

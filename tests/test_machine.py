@@ -4,9 +4,7 @@ import pytest
 import torch
 
 from config import Config
-from model import UNet
-from system import machine
-from system.machine import bf16_is_faster, check_size, check_step, pick_device, pick_precision
+from system.machine import bf16_is_faster, check_step, pick_device, pick_precision
 
 
 def test_auto_takes_apples_gpu_where_there_is_one(monkeypatch):
@@ -49,25 +47,6 @@ def test_auto_precision_takes_bf16_only_where_the_cpu_multiplies_it_faster(
     assert pick_precision("float32", cpu) == "float32"
     assert pick_precision("bf16", cpu) == "bf16"
     bf16_is_faster.cache_clear()
-
-
-SIZES = (
-    {},
-    {"widths": (64, 128), "blocks": 2, "attention": True},
-    {"widths": (16, 32, 64), "patch_size": 1, "dense_size": 0},
-    {"widths": (8, 8), "embedding_size": 8, "img_channels": 3, "img_size": 32},
-)
-
-
-@pytest.mark.parametrize("settings", SIZES, ids=str)
-def test_the_size_that_is_checked_beforehand_is_that_of_the_network(monkeypatch, settings):
-    cfg = Config(**settings)
-    size = sum(parameter.numel() for parameter in UNet(cfg).parameters())
-    monkeypatch.setattr(machine, "MAX_PARAMETERS", int(1.03 * size))
-    check_size(cfg)
-    monkeypatch.setattr(machine, "MAX_PARAMETERS", int(0.97 * size))
-    with pytest.raises(ValueError, match=r"widths = .* parameters; at most .*choose smaller"):
-        check_size(cfg)
 
 
 def test_a_step_that_needs_too_much_memory_is_refused():

@@ -1,8 +1,9 @@
 import pytest
 import torch
 
+import model
 from config import Config
-from model import UNet, modulated_group_norm, timestep_features
+from model import UNet, modulated_group_norm, timestep_features, without_weights
 
 TINY = {"widths": (8, 16), "embedding_size": 16}
 
@@ -125,3 +126,20 @@ def test_bf16_changes_the_output_only_by_rounding():
     with torch.autocast("cpu", torch.bfloat16):
         rounded = model(x, t, y).float()
     assert 0 < (rounded - exact).norm() / exact.norm() < 0.03
+
+
+def test_a_network_is_measured_before_there_is_memory_for_it(monkeypatch):
+    whole, shapes = UNet(Config(**TINY)), without_weights(Config(**TINY))
+    assert all(parameter.is_meta for parameter in shapes.parameters())
+    named = ({k: v.shape for k, v in each.state_dict().items()} for each in (whole, shapes))
+    assert next(named) == next(named)
+    size = sum(parameter.numel() for parameter in whole.parameters())
+    monkeypatch.setattr(model, "MAX_PARAMETERS", size)
+    without_weights(Config(**TINY))
+    monkeypatch.setattr(model, "MAX_PARAMETERS", size - 1)
+    with pytest.raises(ValueError, match=rf"widths = .* {size:,} parameters; at most .*choose"):
+        without_weights(Config(**TINY))
+    monkeypatch.undo()
+    largest = Config(img_size=256, patch_size=1, widths=(1024,) * 6, blocks=16, dense_size=8192)
+    with pytest.raises(ValueError, match="parameters; at most 40,000,000"):
+        without_weights(largest)
