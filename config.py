@@ -57,6 +57,7 @@ class Config:
     blocks: int = model(1, "residual blocks per level, both down and up", ge=1, le=16)
     dense_size: int = model(128, "hidden units of a whole-image layer (0: none)", ge=0, le=8192)
     attention: bool = model(False, "self-attention at the coarsest level")
+    bypass: bool = model(True, "a linear path around the last norm, for exact grey levels")
     embedding_size: int = model(128, "time and label embedding", ge=2, le=4096, multiple_of=2)
 
     # Diffusion
@@ -188,7 +189,7 @@ class Config:
 ALIASES = {"guide_fraction": "guide_share", "clip_loss": "clip_x_0"}
 
 # What was in force before a setting existed, where that is not its default
-BEFORE = {"absolute_snr": 0.0}
+BEFORE = {"absolute_snr": 0.0, "bypass": False}
 
 # train.py --model_size: 1.7, 6 and 20 million parameters. The default network has 1.3
 MODEL_SIZES = {

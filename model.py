@@ -46,6 +46,7 @@ class UNet(nn.Module):
         self.attention = Attention(widths[-1]) if cfg.attention else nn.Identity()
         self.norm = nn.GroupNorm(8, widths[0])
         self.head = zero(nn.Conv2d(widths[0], patch_channels, 3, padding=1))
+        self.bypass = zero(nn.Conv2d(widths[0], patch_channels, 1)) if cfg.bypass else None
 
     def forward(self, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
         features = timestep_features(t * self.time_scale, self.label_embedding.embedding_dim)
@@ -72,8 +73,10 @@ class UNet(nn.Module):
                 h = block(h + skips.pop(), embedding)
             if level > 0:
                 h = F.pixel_shuffle(self.grow[level - 1](h), 2)  # (B, w[l-1], twice the side)
-        h = self.head(F.silu(self.norm(h)))  # (B, C·P², H/P, W/P)
-        return F.pixel_shuffle(h, self.patch_size)  # (B, C, H, W)
+        folded = self.head(F.silu(self.norm(h)))  # (B, C·P², H/P, W/P)
+        if self.bypass:  # a norm uses statistics of the whole image, which blurs exact levels
+            folded = folded + self.bypass(h)
+        return F.pixel_shuffle(folded, self.patch_size)  # (B, C, H, W)
 
 
 def without_weights(cfg: Config) -> UNet:

@@ -7,11 +7,11 @@ from config import Config
 
 
 def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """The parameters for Muon: the dense layer and all convolution kernels but those of the stem
-    and the head, some of whose channels are pixels. And those for AdamW: everything else."""
+    """The parameters for Muon: the dense layer and all convolution kernels but those of the stem,
+    the head and the bypass, some of whose channels are pixels. For AdamW: everything else."""
     matrices, others = [], []
     for name, parameter in model.named_parameters():
-        inner_kernel = parameter.ndim == 4 and not name.startswith(("stem", "head"))
+        inner_kernel = parameter.ndim == 4 and not name.startswith(("stem", "head", "bypass"))
         dense = name in ("dense.read.weight", "dense.write.weight")
         (matrices if inner_kernel or dense else others).append(parameter)
     return matrices, others

@@ -153,16 +153,19 @@ def settings_for_training(
     return cfg, notes
 
 
-def settings_for_drawing(trained: Config, given: dict[str, Any]) -> Config:
-    """The settings with which to draw: flags win over the model's own (`trained`), and config.py
-    only supplies the machine settings and those of a picture, such as the seed. Raises ValueError
-    for flags that would have a student draw as it has not learned to, or guidance never act."""
+def settings_for_drawing(
+    trained: Config, given: dict[str, Any], recorded: dict[str, Any] | None = None
+) -> Config:
+    """The settings with which to draw: those `recorded` by a picture win over flags (`given`),
+    flags over the model's own (`trained`), and config.py only supplies the machine settings and
+    those of a picture, such as the seed. Raises ValueError for settings with which a student would
+    draw as it has not learned to, or for flags with which guidance would never act."""
+    flags, given = given.keys() & {"guidance_low", "guidance_high"}, given | (recorded or {})
     for name in Config.names("sampling") if trained.is_student else ():
         own = getattr(trained, name)
         if given.get(name, own) != own:
             raise ValueError(f"{name} = {given[name]!r}: a student learned {own!r}; drop the flag")
     cfg = replace(trained, **{**Config().select("machine", "picture"), **given})
-    flags = given.keys() & {"guidance_low", "guidance_high"}
     if flags and cfg.guidance_low >= cfg.guidance_high:
         needed = f"below guidance_high = {cfg.guidance_high}, or guidance never acts"
         raise ValueError(f"guidance_low = {cfg.guidance_low}: must be {needed}")

@@ -80,6 +80,8 @@ def generate_flags() -> Namespace:
     with_it = ("--output", "--output_dir", "--device", "--show", "--no-show")
     parser.allows_only("--reproduce", *with_it)
     args = parser.parse_args()
+    if args.reproduce and args.output and not args.output.endswith(".png"):
+        raise ValueError(f"output = {args.output!r}: --reproduce writes a .png")
     if args.digits is None and distributed.processes() > 1:
         raise ValueError("several processes can only draw --digits; give it, or leave out torchrun")
     return args

@@ -15,8 +15,7 @@ from checkpoint import LoadedModel, load_model
 from config import Config
 from interface.cli import settings_for_drawing
 from interface.original import Original
-from interface.requests import Request, free_name
-from system.files import sha256
+from interface.requests import Request, free_name, model_with_hash
 from system.machine import pick_device, pick_precision
 from system.values import shortened
 
@@ -60,15 +59,6 @@ def read(path: Path) -> dict[str, Any]:
     raise ValueError(f"{path}: not a PNG that generate.py wrote")
 
 
-def model_with_hash(expected: str, output_dir: Path) -> Path | None:
-    """The model with a SHA-256, among those of a run folder and of its earlier runs."""
-    for path in (*output_dir.glob("models/*"), *output_dir.glob("earlier/*/*")):
-        with suppress(OSError):  # one that cannot be read
-            if path.suffix in (".pth", ".safetensors") and sha256(path) == expected:
-                return path
-    return None
-
-
 def request_from_picture(
     provenance: dict[str, Any], picture: Path, trained: Config, given: dict[str, Any]
 ) -> Request:
@@ -82,7 +72,7 @@ def request_from_picture(
         # Older pictures record neither, as nothing else existed
         provenance = {"precision": "float32", "match_levels": False} | provenance
         known = {name: provenance[name] for name in Config.names("sampling", "picture")}
-        cfg = settings_for_drawing(trained, given | known)
+        cfg = settings_for_drawing(trained, given, known)
         start = Original.from_record(provenance, cfg)
         what = provenance["digits"], provenance["count"]
         return Request(*what, cfg, picture, original=start, recorded=recorded)
@@ -94,8 +84,6 @@ def again(picture: Path, output: str | None, given: dict[str, Any]) -> tuple[Loa
     """What to draw, and with which model, so that a picture comes out again: on the CPU unless a
     device is `given`. Raises ValueError if it records nothing, or if its model is neither among the
     models nor among those of earlier runs."""
-    if output and not output.endswith(".png"):
-        raise ValueError(f"output = '{output}': --reproduce writes a .png")
     recorded = read(picture)
     here = {"output_dir": Config().output_dir, "device": "cpu"} | given  # a GPU rounds differently
     device = pick_device(here["device"])

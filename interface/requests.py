@@ -5,6 +5,7 @@ import secrets
 import time
 from argparse import ArgumentTypeError, Namespace
 from collections.abc import Collection, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from interface import original
 from interface.original import Original
 from interface.picture import ANIMATIONS, ENDINGS, GAP, LONGEST, MAX_ANIMATED, MAX_FRAMES
 from interface.terminal import ask, log, whole_number
-from system.files import check_writable, make_folder, printable
+from system.files import check_writable, make_folder, printable, sha256
 from system.values import parse_labels, shortened
 
 MAX_IMAGES = 100_000
@@ -45,6 +46,15 @@ def find_model(text: str, folder: Path) -> Path:
         if 1 <= number <= len(found):
             return found[number - 1][0]
     raise ValueError(f"model = {text!r}: no such checkpoint; look in {folder}, or train one first")
+
+
+def model_with_hash(expected: str, output_dir: Path) -> Path | None:
+    """The model with a SHA-256, among those of a run folder and of its earlier runs."""
+    for path in (*output_dir.glob("models/*"), *output_dir.glob("earlier/*/*")):
+        with suppress(OSError):  # one that cannot be read
+            if path.suffix in (".pth", ".safetensors") and sha256(path) == expected:
+                return path
+    return None
 
 
 def choose_model(folder: Path) -> Path:

@@ -19,8 +19,7 @@ from distill import student_settings
 from interface import folder
 from interface.board import Board
 from interface.cli import as_flags, quote, settings_for_training
-from interface.provenance import model_with_hash
-from interface.requests import find_model
+from interface.requests import find_model, model_with_hash
 from other_data import with_classes
 from system import distributed
 from system.files import first_line, sha256

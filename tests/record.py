@@ -43,6 +43,7 @@ TRAINING = {
     "--adam_beta2 0.9 --weight_decay 0.3 --grad_clip 0.1 --ema_sigma_rel 0.2",
     "network settings": "--epochs 1 --widths 8,8,16 --img_size 32 --patch_size 1 --blocks 2 "
     "--attention --dense_size 0 --timesteps 50 --seed 3",
+    "without a bypass": "--epochs 1 --no-bypass",
     "samplers of the preview": "--epochs 1 --sampler ddpm --steps 3 --preview_digits 12",
 }
 DRAWING = {

@@ -131,7 +131,7 @@ def test_the_operations_are_those_of_the_convolutions():
     fine_blocks = fine * 2 * (2 * 8 * 8 * 9)  # one down, one up
     shrink_and_grow = coarse * (4 * 8 * 16 + 16 * 4 * 8)
     coarse_blocks = coarse * 3 * (2 * 16 * 16 * 9)  # one down, the middle, one up
-    head = fine * (8 * 4 * 9)
+    head = fine * (8 * 4 * 9 + 8 * 4)  # with the bypass
     forward = stem + fine_blocks + shrink_and_grow + coarse_blocks + head
     expected = 2 * 2 * (3 * forward - stem)  # two images; no gradient of x_t
     assert sum(operations for operations, _ in bare) == expected

@@ -157,7 +157,8 @@ def test_where_files_are_and_how_long_a_run_is_need_no_note():
 @pytest.mark.parametrize("name", Config.names("model", "student"))
 def test_no_setting_of_the_model_can_change_once_it_is_trained(name):
     trained = Config(widths=(16, 24), num_classes=10)
-    others = {"widths": (8,), "schedule": "linear", "prediction": "v", "attention": True}
+    others = {"widths": (8,), "schedule": "linear", "prediction": "v"}
+    others |= {"attention": True, "bypass": False}
     others |= {
         "teacher": "other",
         "img_channels": 3,
@@ -204,7 +205,9 @@ def test_in_drawing_guidance_that_would_never_act_is_refused():
         with pytest.raises(ValueError, match=r"guidance_low = .* below guidance_high = .* never"):
             settings_for_drawing(Config(guidance_low=0.4, guidance_high=0.9), given)
     settings_for_drawing(Config(guidance_low=0.4, guidance_high=0.9), {"guidance_low": 0.89})
-    settings_for_drawing(Config(guidance_low=0.9, guidance_high=0.9), {})  # its own are its own
+    # A model or a picture may have such settings from an earlier version
+    settings_for_drawing(Config(guidance_low=0.9, guidance_high=0.9), {})
+    settings_for_drawing(Config(), {}, {"guidance_low": 0.9, "guidance_high": 0.9})
 
 
 def test_in_drawing_the_seed_the_folders_and_the_device_come_from_config():

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import REPO, copy_program, start_script
 
-from config import ALIASES, FAST, Config
+from config import ALIASES, BEFORE, FAST, Config
 from model import UNet
 from system.values import parse_duration, parse_labels
 
@@ -160,10 +160,11 @@ def test_a_checkpoints_settings_survive_settings_that_come_and_go():
     assert Config.from_dict(values) == Config(widths=(16, 24), epochs=7)
 
 
-def test_an_old_checkpoint_goes_on_with_the_loss_that_it_had():
+def test_an_old_checkpoint_goes_on_with_the_network_and_the_loss_that_it_had():
     values = Config().to_dict()
-    del values["absolute_snr"]
-    assert Config.from_dict(values) == Config(absolute_snr=0.0)
+    for name, value in BEFORE.items():
+        assert values.pop(name) != value
+    assert Config.from_dict(values) == Config(absolute_snr=0.0, bypass=False)
 
 
 # A new name, an old name, and a value other than the default
