@@ -85,13 +85,13 @@ class Distillation:
         The batch is divided among the segments, in order, and each image is noised to the start of
         its segment. The noise of the batch comes from `generator`, whatever the part.
         """
-        count = len(self.segments)
-        segment = (torch.arange(len(y)) * count // len(y))[part]
+        B, count = len(y), len(self.segments)
+        t = self.starts[torch.arange(B, device=x_0.device) * count // B][part]
         eps = torch.randn(x_0.shape, generator=generator, device=x_0.device)
         x_0, y, eps = x_0[part], y[part], eps[part]
-        t = self.starts[segment.to(x_0.device)]
         x_t = self.student.add_noise(x_0, t, eps)
-        sizes = segment.bincount(minlength=count).tolist()
+        segments = [i * count // B for i in range(B)][part]  # as in t, which a GPU has to itself
+        sizes = [segments.count(k) for k in range(count)]
         pieces = zip(x_t.split(sizes), y.split(sizes), self.segments, strict=True)
         goals = torch.cat([self.goal(x, labels, *ends) for x, labels, ends in pieces if len(x)])
         implied_eps = self.student.noise_in(x_t, goals, t)

@@ -31,6 +31,9 @@ settings.register_profile("short", max_examples=60, **usual)
 settings.register_profile("many", max_examples=1000, **usual)  # --hypothesis-profile many
 settings.load_profile("short")
 
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in the background of a shell
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # or scripts would ignore it, too
+
 REPO = Path(__file__).resolve().parent.parent
 MNIST = str(REPO / "mnist_data")
 

@@ -38,12 +38,14 @@ def test_the_costs_are_those_of_the_network():
     cfg = Config(widths=(8, 8), blocks=1, dense_size=0, embedding_size=8)
     cost = cost_of(cfg)
     assert cost.parameters == sum(p.numel() for p in UNet(cfg).parameters())
-    # By hand: kernels of 3 x 3 at 14 x 14 and 7 x 7, the two 1 x 1 between them, linear layers
+    # By hand: kernels of 3 x 3 at 14 x 14 and 7 x 7, the two 1 x 1 between them, the bypass,
+    # linear layers
     fine, coarse = 14 * 14, 7 * 7
     kernels = fine * (2 * 4 * 8 * 9 + 4 * 8 * 8 * 9) + coarse * (6 * 8 * 8 * 9)
     between = coarse * 2 * 32 * 8
     linear = 2 * 8 * 8 + 5 * 8 * 16
-    assert cost.flops == 3 * 2 * (kernels + between + linear)
+    bypass = fine * 8 * 4
+    assert cost.flops == 3 * 2 * (kernels + between + bypass + linear)
 
 
 def test_the_table_has_each_size_and_more_gpus_are_never_more_efficient(run):
