@@ -50,6 +50,16 @@ def test_a_halo_becomes_black(mnist):
     assert (matched[halo] == 0).all()
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_a_level_above_all_that_was_drawn_becomes_the_white(seed):
+    """Whatever its rank, 1, is rounded to."""
+    random = torch.Generator().manual_seed(seed)
+    images = ((torch.rand(40 + seed, 1, 8, 8, generator=random) < 0.3) * 253).to(torch.uint8)
+    images[..., 0, 0] = torch.randint(1, 252, (len(images), 1), generator=random).to(torch.uint8)
+    levels = GreyLevels.measure(images, images[:7], to_model_range(images[:7] * 0.8))
+    assert levels.curves[WHITES.index(253), -1] == 253
+
+
 def test_each_image_has_one_white_and_whites_are_as_frequent_as_in_mnist(mnist):
     x = to_model_range(mnist)
     levels = GreyLevels.measure(mnist, mnist[:500], x[:500])
