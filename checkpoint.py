@@ -71,7 +71,7 @@ class TrainState:
     def initial(cls, cfg: Config, device: torch.device) -> "TrainState":
         """The state before the first step; the random weights depend on cfg.seed alone. Raises
         ValueError for a network or a batch that is too large."""
-        without_weights(cfg)
+        without_weights(cfg)  # which checks its size
         check_step(cfg)
         torch.manual_seed(cfg.seed)
         model = UNet(cfg).to(device)

@@ -226,9 +226,8 @@ def main() -> int:
     args = train_flags()
     given, more = given_settings(args), args.continue_training_epochs
     resume, load = args.resume, args.load_checkpoint_path
-    # To describe a checkpoint needs neither folder nor device; other plans are made again below
-    if load and (plan := make_plan(given, load=load, more_epochs=more)).action == "describe":
-        print(runs.describe(plan))
+    if runs.only_describes(given, load, more):
+        print(runs.describe(make_plan(given, load=load)))
         return 0
     machine = replace(Config(), **{n: given[n] for n in Config.names("machine") if n in given})
     device, out = pick_device(machine.device), machine.output_dir

@@ -16,7 +16,7 @@ from typing import Any, TextIO
 from config import MODEL_SIZES, VERSION, Config
 from system import distributed
 from system.files import first_line
-from system.machine import prepare
+from system.machine import set_up_torch
 
 
 class Parser(argparse.ArgumentParser):
@@ -160,13 +160,14 @@ def settings_for_drawing(
     flags over the model's own (`trained`), and config.py only supplies the machine settings and
     those of a picture, such as the seed. Raises ValueError for settings with which a student would
     draw as it has not learned to, or for flags with which guidance would never act."""
-    flags, given = given.keys() & {"guidance_low", "guidance_high"}, given | (recorded or {})
+    asks_when = bool(given.keys() & {"guidance_low", "guidance_high"})
+    given = given | (recorded or {})
     for name in Config.names("sampling") if trained.is_student else ():
         own = getattr(trained, name)
         if given.get(name, own) != own:
             raise ValueError(f"{name} = {given[name]!r}: a student learned {own!r}; drop the flag")
     cfg = replace(trained, **{**Config().select("machine", "picture"), **given})
-    if flags and cfg.guidance_low >= cfg.guidance_high:
+    if asks_when and cfg.guidance_low >= cfg.guidance_high:
         needed = f"below guidance_high = {cfg.guidance_high}, or guidance never acts"
         raise ValueError(f"guidance_low = {cfg.guidance_low}: must be {needed}")
     return cfg
@@ -197,7 +198,7 @@ class Output:
 def run_script(name: str, main: Callable[[], int]) -> None:
     """Run a script's main() and exit. A user's mistake becomes one line and exit code 2, training
     that diverged or a bug one line and 1, Ctrl-C 130. TRACEBACK=1 shows where an error arose."""
-    prepare()
+    set_up_torch()
     nothing = open(os.devnull, "r+")  # noqa: SIM115 (stands in for streams that the shell closed)
     sys.stdin = sys.stdin or nothing
     errors = Output(sys.stderr or nothing)

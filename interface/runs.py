@@ -42,6 +42,11 @@ class Plan:
     tensorboard: bool = False  # whether to write event files too
 
 
+def only_describes(given: dict[str, Any], load: Path | None, more_epochs: int) -> bool:
+    """Whether the flags ask no more than where the checkpoint `load` stands."""
+    return load is not None and not more_epochs and not given.keys() & {"epochs", "budget"}
+
+
 def make_plan(
     given: dict[str, Any], resume: bool = False, load: Path | None = None, more_epochs: int = 0
 ) -> Plan:
@@ -63,7 +68,7 @@ def make_plan(
         cfg = replace(trained, budget="", epochs=begun + more_epochs)
     elif "budget" in given and load and not resume:
         progress.budget_from, plan.changed = progress.seconds, True  # a new budget, from here on
-    elif load and not resume:
+    elif not resume and only_describes(given, load, more_epochs):
         here = {n: given[n] for n in Config.names("machine") if n in given}
         plan.action, plan.cfg = "describe", replace(trained, **here)
 

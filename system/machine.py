@@ -17,7 +17,7 @@ from system.files import first_line
 MAX_STEP_BYTES = 64_000_000_000  # beyond the memory of common machines
 
 
-def prepare() -> None:
+def set_up_torch() -> None:
     """What a script does first, so that torch computes fast and as asked."""
     keep_freed_memory()
     torch.set_flush_denormal(True)  # denormals are slow; to be set before any thread starts

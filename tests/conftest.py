@@ -170,8 +170,10 @@ class Server:
         return pid
 
     def wait_for_text(self, pid: int, pattern: str) -> None:
-        """Wait until the run has written a line that begins with `pattern`."""
+        """Wait, at most a minute, until the run has written a line that begins with `pattern`."""
+        deadline = time.monotonic() + 60
         while not re.search(f"^{pattern}", Path(self.logs[pid]).read_text(), re.MULTILINE):
+            assert time.monotonic() < deadline, Path(self.logs[pid]).read_text()
             time.sleep(0.01)
 
     def wait(self, pid: int) -> Outcome:
