@@ -34,7 +34,7 @@ from evaluation.evaluator import MAX_MEASURED
 from evaluation.results import aligned
 from interface.cli import as_flags, given_settings, run_script
 from interface.flags import benchmark_flags
-from model import UNet
+from model import UNet, without_weights
 from system.files import atomic_write, check_writable
 from system.machine import compile_network, pick_device, pick_precision
 
@@ -314,7 +314,7 @@ def main() -> int:
         "torch": torch.__version__,
         "precision": pick_precision(cfg.precision, device),
         "batch_size": cfg.batch_size,
-        "parameters": sum(p.numel() for p in UNet(cfg).parameters()),
+        "parameters": sum(p.numel() for p in without_weights(cfg).parameters()),
     }
     if args.gpu:
         result["gpu"] = measure_gpu(cfg, device, given)

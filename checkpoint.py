@@ -5,6 +5,7 @@ state, because every random number of training is a function of the seed and the
 """
 
 import copy
+import json
 import math
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -72,7 +73,7 @@ class TrainState:
         """The state before the first step; the random weights depend on cfg.seed alone. Raises
         ValueError for a network or a batch that is too large."""
         without_weights(cfg)  # which checks its size
-        check_step(cfg)
+        check_step(cfg, device)
         torch.manual_seed(cfg.seed)
         model = UNet(cfg).to(device)
         ema, totals = copy.deepcopy(model).requires_grad_(False), torch.zeros(2, device=device)
@@ -84,7 +85,8 @@ class TrainState:
             network.load_state_dict(trained.model.state_dict())
 
     def start_next_epoch(self) -> None:
-        self.progress.epoch, self.progress.images = self.progress.epoch + 1, 0
+        self.progress.epoch += 1
+        self.progress.images = 0
         self.totals.zero_()
         self.epoch_seconds = 0.0
 
@@ -148,6 +150,7 @@ def load(path: str | Path, *, only_look: bool = False) -> dict[str, Any]:
         Progress(**contents["progress"])
         if not isinstance(contents.get("data"), dict | None):
             raise TypeError
+        json.dumps(contents.get("data"))  # raises TypeError unless it holds plain values
         cfg = Config.from_dict(contents["config"])
         if not only_look:
             _check_tensors(contents, without_weights(cfg))

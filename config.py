@@ -9,7 +9,7 @@ from typing import Any
 
 from system.values import parse_duration, parse_labels, problem_of, shortened
 
-VERSION = "1.5"  # of the program
+VERSION = "1.6"  # of the program
 
 DATASETS = ("MNIST", "FashionMNIST", "KMNIST", "QMNIST", "EMNIST-digits", "EMNIST-letters")
 DATASETS += ("folder",)
@@ -29,7 +29,7 @@ classes = partial(setting, group="classes")  # given by the data set; has no fla
 training = partial(setting, group="training")
 length = partial(setting, group="length")  # how long a run is
 sampling = partial(setting, group="sampling")  # how to draw with a model: comes with its checkpoint
-picture = partial(setting, group="picture")  # affects pixels too, but is chosen per picture
+picture = partial(setting, group="picture")  # how to draw one picture: not kept from the model
 # A PNG records the last two groups; provenance.request_from_picture adds what old ones lack
 
 
@@ -123,8 +123,8 @@ class Config:
             value = getattr(self, f.name)
             if f.type is tuple and not (isinstance(value, tuple) and 1 <= len(value) <= 6):
                 raise ValueError(f"{f.name} = {shortened(value)}: at least one number, at most 6")
-            for each in value if f.type is tuple else (value,):
-                kind = int if f.type is tuple else f.type
+            values, kind = (value, int) if f.type is tuple else ((value,), f.type)
+            for each in values:
                 problem = problem_of(each, kind, f.metadata)
                 if problem:
                     raise ValueError(f"{f.name} = {shortened(each)}: {problem}")
@@ -184,8 +184,8 @@ class Config:
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in known.items()})
 
 
-# Where an old checkpoint lacks a setting, the one whose value it takes: {lacking: read instead}.
-# Its clip_x_0 stood for today's clip_x_0 and clip_loss
+# {setting: the one to read where an old checkpoint lacks it}. In format 3, clip_x_0 meant both
+# today's clip_x_0 and clip_loss
 ALIASES = {"guide_fraction": "guide_share", "clip_loss": "clip_x_0"}
 
 # What was in force before a setting existed, where that is not its default

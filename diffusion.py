@@ -1,6 +1,8 @@
 """The diffusion process: noise schedule, training loss, guidance and samplers, for any network.
 
 Time runs over t = 0…T; x_0 is the clean image (alpha_bar[0] = 1) and x_T is almost pure noise.
+`draw` makes images, batch by batch; `sample` yields the states of one batch, from `trajectory`, the
+samplers, which takes one `step` after another.
 """
 
 import itertools
@@ -19,7 +21,7 @@ from system.randomness import ImageNoise
 
 Model = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x_t, t (B,), y) -> eps, v or x_0
 Denoiser = Callable[[Tensor, int, Tensor], Tensor]  # (x_t, t, y) -> x_0_hat
-NEGLIGIBLE = 0.02  # 2.5 grey levels: errors well below it are squared after all (pseudo-Huber)
+NEGLIGIBLE = 0.02  # 2.5 grey levels: below about this an error counts squared after all
 
 # Ho et al. 2020: beta rises linearly from 1e-4 to 0.02 in 1000 steps
 _HO_BETA = np.concatenate([[0.0], np.linspace(1e-4, 0.02, 1000)])
@@ -69,8 +71,8 @@ class Diffusion:
 
         "uniform" is 1 (with `timestep_power` 1, Ho et al. 2020, eq. 14). The others weight the
         error of x_0, converted to the error of what is predicted: "min_snr" by min(snr, gamma),
-        Hang et al. 2023, and "snr_power" by snr^power, with snr first limited to 0.01…100. Power 0
-        weights the error of x_0 evenly, power 1 that of eps.
+        Hang et al. 2023, and "snr_power" by snr^power, with snr limited to 0.01…100 throughout.
+        Power 0 weights the error of x_0 evenly, power 1 that of eps.
         """
         cfg, snr = self.cfg, self.snr[1:]
         if cfg.loss_weighting == "uniform":
@@ -105,18 +107,20 @@ class Diffusion:
 
     def target(self, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """What the network should predict: eps, x_0, or v of Salimans & Ho 2022, section 4."""
-        if self.cfg.prediction != "v":
-            return eps if self.cfg.prediction == "eps" else x_0
+        if self.cfg.prediction == "x_0":
+            return x_0
+        if self.cfg.prediction == "eps":
+            return eps
         signal, noise, _ = self._coefficients(t, x_0)
         return signal * eps - noise * x_0
 
     def x_0_from(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """The x_0_hat (B, C, H, W) that a prediction for x_t implies; t int64 (B,)."""
+        if self.cfg.prediction == "x_0":
+            return prediction
         signal, noise, _ = self._coefficients(t, x_t)
         if self.cfg.prediction == "eps":
             return (x_t - noise * prediction) / signal
-        if self.cfg.prediction == "x_0":
-            return prediction
         return signal * x_t - noise * prediction
 
     def loss(
@@ -225,7 +229,7 @@ class Diffusion:
         """T = t_0 > t_1 > … > t_steps = 0, evenly spaced. With a strength below 1 the list begins
         with strength · T and goes on with those of these times that are lower."""
         steps, first = self.cfg.steps, max(1, round(strength * self.T))
-        times = [(self.T * i + steps // 2) // steps for i in range(steps, -1, -1)]
+        times = [(self.T * i + steps // 2) // steps for i in range(steps, -1, -1)]  # rounded
         return [first, *(t for t in times if t < first)]
 
     def sample(
@@ -335,7 +339,6 @@ class Diffusion:
 
 
 def keep_known(denoiser: Denoiser, x_0: Tensor, known: Tensor) -> Denoiser:
-    """A denoiser that knows a part of the image, x_0 (C, H, W) where `known` (H, W). A simple form
-    of RePaint (Lugmayr et al. 2022), which puts the known part, noised, into x_t, and repeats
-    steps."""
+    """A denoiser that knows a part of the image: x_0 (C, H, W) where `known` (H, W). RePaint
+    (Lugmayr et al. 2022) puts the known part into x_t instead, noised, and repeats steps."""
     return lambda x, t, y: torch.where(known, x_0, denoiser(x, t, y))

@@ -19,8 +19,10 @@ from config import Config
 from diffusion import Diffusion, Model
 
 TEACHER_STEPS = 16  # of a teacher that is not itself a student
+REPEATS, AT_A_TIME = 3, 64  # each batch serves three steps, as the teacher takes longer than a step
+UNUSED = {"label_dropout", "timestep_power", "guide_label_noise"}  # settings of other losses
 ROUNDING = 1e-3  # a goal this close to black or white is meant to be exactly that
-LOWEST_SNR = 1e-6  # below that of any timestep
+BELOW_ANY_SNR = 1e-6
 
 
 def student_settings(teacher: Config, student_steps: int) -> Config:
@@ -38,10 +40,15 @@ def student_settings(teacher: Config, student_steps: int) -> Config:
         choices = f"with this teacher, choose {' or '.join(possible)}"
         raise ValueError(f"student_steps = {student_steps}: {choices}")
     drawing = {"sampler": "ddim", "steps": student_steps, "eta": 0.0, "guidance": 1.0}
-    own = {"student_steps": student_steps, "guide_fraction": 0.0}
-    own |= {"clip_x_0": teacher.clip_x_0, "clip_loss": teacher.clip_x_0}
-    own |= {"dataset": teacher.dataset, "preview_digits": teacher.preview_digits}
-    own |= {"absolute_snr": LOWEST_SNR}
+    own = {
+        "student_steps": student_steps,
+        "guide_fraction": 0.0,
+        "clip_x_0": teacher.clip_x_0,
+        "clip_loss": teacher.clip_x_0,
+        "dataset": teacher.dataset,
+        "preview_digits": teacher.preview_digits,
+        "absolute_snr": BELOW_ANY_SNR,
+    }
     return replace(Config(), **teacher.select("model", "classes") | drawing | own)
 
 
@@ -58,6 +65,12 @@ def teacher_settings(cfg: Config) -> Config:
     return replace(cfg, sampler="dpmpp", steps=TEACHER_STEPS, eta=0.0, guidance_high=high)
 
 
+def batch_to_repeat(number: int) -> int:
+    """The batch of an epoch for step `number` of it. Batches 0 … 63 serve three times in turn, then
+    64 … 127, and so on."""
+    return number // (REPEATS * AT_A_TIME) * AT_A_TIME + number % AT_A_TIME
+
+
 class Distillation:
     """The loss of the student that `cfg` describes. Raises ValueError if a batch is too small."""
 
@@ -69,6 +82,7 @@ class Distillation:
         self.denoiser = self.teacher.guided(teacher.model, teacher.guide)
         self.segments = list(itertools.pairwise(self.student.sampling_times()))
         self.starts = torch.tensor([t for t, _ in self.segments], device=teacher.device)
+        self.recent: dict[tuple[int | None, ...], tuple[Tensor, ...]] = {}  # examples, see `loss`
 
     def loss(
         self,
@@ -83,19 +97,30 @@ class Distillation:
         int64 (B,).
 
         The batch is divided among the segments, in order, and each image is noised to the start of
-        its segment. The noise of the batch comes from `generator`, whatever the part.
+        its segment. The noise of the batch comes from `generator`, whatever the part. A generator
+        with the seed of a recent one stands for the same batch, whose examples are kept.
         """
+        key = generator.initial_seed(), part.start, part.stop
+        if key not in self.recent:
+            while len(self.recent) >= 2 * AT_A_TIME * self.student.cfg.accumulate:
+                del self.recent[next(iter(self.recent))]  # the oldest
+            self.recent[key] = self.examples(x_0, y, generator, part)
+        return self.student.prediction_loss(model, *self.recent[key])
+
+    def examples(
+        self, x_0: Tensor, y: Tensor, generator: torch.Generator, part: slice
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """x_t, t, y, and the right answer, x_0 and eps, for a part of the batch."""
         B, count = len(y), len(self.segments)
         t = self.starts[torch.arange(B, device=x_0.device) * count // B][part]
         eps = torch.randn(x_0.shape, generator=generator, device=x_0.device)
         x_0, y, eps = x_0[part], y[part], eps[part]
         x_t = self.student.add_noise(x_0, t, eps)
-        segments = [i * count // B for i in range(B)][part]  # as in t, which a GPU has to itself
+        segments = [i * count // B for i in range(B)][part]  # not from t: a GPU would have to wait
         sizes = [segments.count(k) for k in range(count)]
         pieces = zip(x_t.split(sizes), y.split(sizes), self.segments, strict=True)
         goals = torch.cat([self.goal(x, labels, *ends) for x, labels, ends in pieces if len(x)])
-        implied_eps = self.student.noise_in(x_t, goals, t)
-        return self.student.prediction_loss(model, x_t, t, y, goals, implied_eps)
+        return x_t, t, y, goals, self.student.noise_in(x_t, goals, t)
 
     @torch.no_grad()
     def goal(self, x_t: Tensor, y: Tensor, t: int, s: int) -> Tensor:
@@ -110,6 +135,6 @@ class Distillation:
 
 def x_0_between(diffusion: Diffusion, x_t: Tensor, x_s: Tensor, t: int, s: int) -> Tensor:
     """The x_0_hat with which `Diffusion.step` goes from x_t to x_s if it adds no noise."""
-    a_t, a_s = diffusion.alpha_bar[t].item(), diffusion.alpha_bar[s].item()
+    a_t, a_s = diffusion.alpha_bar_at[t], diffusion.alpha_bar_at[s]
     kept = math.sqrt((1 - a_s) / (1 - a_t))
     return (x_s - kept * x_t) / (math.sqrt(a_s) - kept * math.sqrt(a_t))

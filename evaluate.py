@@ -201,7 +201,7 @@ def main() -> int:
     if args.samples is not None and not least <= args.samples <= MAX_MEASURED:
         raise ValueError(f"samples = {args.samples}: choose {least} to {MAX_MEASURED}")
     given = cli.given_settings(args)
-    cfg = replace(Config(), **{n: given[n] for n in Config.names("machine") if n in given})
+    cfg = replace(Config(), **cli.of_this_computer(given))
     draws = not (args.train_evaluator or args.images or args.classify)
     if distributed.rank() > 0 and not draws:  # which is work for a single process
         return 0
@@ -215,7 +215,8 @@ def main() -> int:
         file = find_model(args.model or "newest", Path(cfg.output_dir, "models"))
         loaded = load_model(file, pick_device(cfg.device), cfg.compile)
         cfg = cli.settings_for_drawing(loaded.cfg, given)
-        configs = [replace(cfg, **each) for each in parse_sweep(args.sweep or [])]
+        swept = [given | each for each in parse_sweep(args.sweep or [])]
+        configs = [cli.settings_for_drawing(loaded.cfg, each) for each in swept]
         if args.classify:
             classify(loaded, cfg, args.samples or 1000)
             return 0

@@ -162,7 +162,7 @@ def milliseconds(work: Callable[[], object]) -> float:
 def main() -> int:
     args = export_flags()
     path, given = args.output, cli.given_settings(args)
-    if path.suffix == ".pth" and path.exists():  # it could be a checkpoint that training needs
+    if path.exists():  # it could be a model that pictures or training need
         raise ValueError(f"{path}: exists already; choose another name")
     check_writable(path)
     file = find_model(args.model, Path(given.get("output_dir", Config().output_dir), "models"))

@@ -55,7 +55,7 @@ def draw_all(loaded: LoadedModel, wanted: list[Request], show_digits: bool) -> N
     log(f"{images} images in {seconds:.2f} s with {loaded.path}: {how}")
 
 
-def draw(loaded: LoadedModel, request: Request, together: bool = True) -> list[Tensor]:
+def draw(loaded: LoadedModel, request: Request, together: bool) -> list[Tensor]:
     """The images of a request, uint8 (N, C, H, W) on the CPU: for an animation one such tensor for
     each state, from noise to the images, otherwise a single one. With `together` all processes
     draw them, each some of the batches."""
@@ -109,12 +109,21 @@ def reproduce(png: Path, args: Namespace, given: dict[str, Any]) -> None:
     log(f"the same bytes as {png}")
 
 
+def fast_settings(loaded: LoadedModel) -> dict[str, Any]:
+    """How --fast draws: with a guide as FAST says, else with fewer steps and the model's own
+    guidance; a student as ever."""
+    if loaded.cfg.is_student:
+        return {}
+    steps = {"steps": min(FAST["steps"], loaded.cfg.steps)}
+    return FAST | steps if loaded.guide else steps
+
+
 def draw_what_is_asked(args: Namespace, given: dict[str, Any], device: torch.device) -> None:
     """Draw what --digits says, or else what the answers say."""
     folder = Path(given.get("output_dir", Config().output_dir), "models")
     file = distributed.from_first(lambda: requests.chosen_model(args, folder))
     loaded = checkpoint.load_model(file, device, given.get("compile", False))
-    fast = FAST if args.fast and not loaded.cfg.is_student else {}
+    fast = fast_settings(loaded) if args.fast else {}
     cfg = cli.settings_for_drawing(loaded.cfg, fast | given)
     if args.digits is not None:
         show_digits = args.show and not requests.is_folder(args.output)

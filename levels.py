@@ -1,4 +1,4 @@
-"""Grey levels: rising curves map those that a model draws to those of the training images.
+"""Grey levels: rising curves turn those that a model draws into those of its training images.
 
 A network trained with a squared error predicts the mean of what is possible. So it draws faint
 halos around strokes, and no stroke is filled with a single grey, as each of MNIST's is: 253 in 43 %
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 FINE = 8  # steps of the curves per grey level
 LIGHT = 240  # from here on the levels depend on the white of an image
 WHITES = range(250, 256)  # each image's white is the most frequent of these
-REDRAWN = 256  # training images that the model draws again, to learn which levels it draws
+REDRAWN = 256 * 28 * 28  # training pixels that the model draws again, to learn its levels
 REDRAWN_FROM = 0.2  # noised to at least this t / T
 LOOKED_AT = 8_000_000  # how many training pixels are counted: those of 10,000 MNIST images
 
@@ -49,7 +49,8 @@ class GreyLevels:
         the last sampling steps decide grey levels, so a few images are noised and drawn again from
         there: originals and copies then differ in little else, and it usually takes no longer than
         a few training steps."""
-        few, y, T = images[:REDRAWN], labels[:REDRAWN], diffusion.T
+        number, T = max(1, REDRAWN // images[0].numel()), diffusion.T
+        few, y = images[:number], labels[:number]
         start = min(t for t in diffusion.sampling_times() if t >= REDRAWN_FROM * T) / T
         noise = ImageNoise(diffusion.cfg.seed, range(len(few)), few.shape[1:], device=few.device)
         *_, drawn = diffusion.sample(denoiser, y, noise, to_model_range(few), strength=start)
@@ -62,8 +63,9 @@ class GreyLevels:
 
         Levels are matched by rank. A level's rank among the pixels of `drawn`, float (N, C, H, W)
         in [-1, 1], is its rank among those of `few`, the uint8 images that `drawn` should look
-        like. As these are few, that rank is then looked up among all `images`, and the level taken
-        that has it there, or for light levels the one that has it in the images of one white."""
+        like. As these are few, that rank is then looked up among all `images`. Below LIGHT, the
+        level that has it there is taken; from LIGHT on, the one that has it in the images of one
+        white, so that there is a curve for each white."""
         images = images[: max(1, LOOKED_AT // images[0].numel())].cpu().flatten(1)
         counts = torch.stack([(images == white).sum(dim=1) for white in WHITES])  # (6, M)
         number = torch.where(counts.sum(dim=0) > 0, counts.argmax(dim=0), -1)  # (M,), of its white

@@ -43,7 +43,7 @@ class UNet(nn.Module):
         nn.init.zeros_(self.label_picture.weight)
         self.middle = ResidualBlock(widths[-1], size)
         self.dense = Dense(widths[-1], side, cfg.dense_size, size) if cfg.dense_size else None
-        self.attention = Attention(widths[-1]) if cfg.attention else nn.Identity()
+        self.attention = Attention(widths[-1]) if cfg.attention else None
         self.norm = nn.GroupNorm(8, widths[0])
         self.head = zero(nn.Conv2d(widths[0], patch_channels, 3, padding=1))
         self.bypass = zero(nn.Conv2d(widths[0], patch_channels, 1)) if cfg.bypass else None
@@ -60,14 +60,15 @@ class UNet(nn.Module):
                 h = self.shrink[level - 1](F.pixel_unshuffle(h, 2))  # (B, w[l], H/(P·2^l), …)
             if level == len(self.down) - 1:
                 picture = self.label_picture(y).view(h.shape)
-                h = h + picture.to(h.dtype)  # or autocast makes it float32
+                h = h + picture.to(h.dtype)  # which autocast leaves in float32, and so the sum
             for block in blocks:
                 h = block(h, embedding)
                 skips.append(h)
         h = self.middle(h, embedding)  # (B, w[-1], coarsest side, coarsest side)
         if self.dense:
             h = self.dense(h, embedding)
-        h = self.attention(h)
+        if self.attention:
+            h = self.attention(h)
         for level in reversed(range(len(self.up))):
             for block in self.up[level]:
                 h = block(h + skips.pop(), embedding)
@@ -160,7 +161,7 @@ class Attention(nn.Module):
 
 def timestep_features(t: Tensor, size: int) -> Tensor:
     """Cosines and sines of t (B,), 0…1000, at `size / 2` frequencies from 1 to almost 1/10000:
-    (B, size). Vaswani et al. 2017, section 3.5, up to the order of the features."""
+    (B, size). Vaswani et al. 2017, section 3.5, but all cosines before all sines."""
     half = size // 2
     frequency = torch.exp(torch.arange(half, device=t.device) * (-math.log(10_000) / half))
     angle = t.float()[:, None] * frequency  # (B, size / 2)

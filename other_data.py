@@ -77,11 +77,10 @@ def read_by_torchvision(cfg: Config, train: bool) -> tuple[Tensor, Tensor]:
         # Several processes must not download to one place. "and None": only small things travel
         distributed.from_first(lambda: kind(cfg.data_dir, download=True, **options) and None)
         data = kind(cfg.data_dir, **options)
-    except (OSError, RuntimeError, ValueError) as error:
-        remedy = f"go online, or put its files where torchvision's {name} looks for them"
-        raise ValueError(
-            f"{cfg.dataset} in {cfg.data_dir}: {first_line(error)}; {remedy}"
-        ) from None
+    except Exception as error:  # of damaged files it can raise almost anything
+        where = Path(cfg.data_dir, name)
+        remedy = f"go online, put its files there, or delete {where} if they are damaged"
+        raise ValueError(f"{cfg.dataset}: {where}: {first_line(error)}; {remedy}") from None
     images, labels = data.data, torch.as_tensor(data.targets)
     if name == "QMNIST":
         labels = labels[:, 0]  # the other columns tell the writer

@@ -20,9 +20,9 @@ from checkpoint import Progress, TrainState, load_model
 from config import Config
 from data import fingerprint, load_split, to_model_range
 from diffusion import Diffusion, Model
-from distill import Distillation
+from distill import Distillation, batch_to_repeat
 from interface import folder, runs
-from interface.cli import given_settings, run_script
+from interface.cli import given_settings, of_this_computer, run_script
 from interface.flags import train_flags
 from interface.previews import draw_missing_previews, draw_preview
 from interface.runs import Plan, Run, make_plan
@@ -48,7 +48,7 @@ def train(plan: Plan, device: torch.device, began: float) -> int:
     images, labels = load_split(cfg, train=True, device=device)
     few = min(VALIDATION_IMAGES, max(1, len(images) // 60))
     test = load_split(cfg, train=False, device=device)
-    unseen = [x[:: max(1, len(x) // few)][:few] for x in test]  # it may be sorted by label
+    unseen = [x[:: max(1, len(x) // few)][:few] for x in test]  # not the first: all one label?
     state, loss = prepare(plan, fingerprint(images, labels), device)
     run = Run(plan, state, len(images), began)
     if run.done and distributed.from_first(lambda: folder.is_complete(cfg.output_dir)):
@@ -88,13 +88,13 @@ def train(plan: Plan, device: torch.device, began: float) -> int:
 
 
 def prepare(plan: Plan, data: dict[str, Any], device: torch.device) -> tuple[TrainState, Loss]:
-    """The state with which training begins, new or from a checkpoint, and the loss; `data` is the
-    training data's fingerprint, to which a student's gets its teacher's hash added."""
+    """The state with which training begins, new or from a checkpoint, and the loss. `data` is the
+    fingerprint of the training data; a student's teacher is added to it."""
     cfg = plan.cfg
     state, loss = TrainState.initial(cfg, device), Diffusion(cfg).loss
     if plan.start:
         checkpoint.restore(plan.start, state)
-        state.progress = plan.progress  # the same, but where a new budget begins
+        state.progress = plan.progress  # the same, but for `budget_from` where a budget is new
     if plan.weights:
         state.start_from(load_model(plan.weights, device))
     if cfg.is_student:
@@ -115,8 +115,17 @@ def prepare(plan: Plan, data: dict[str, Any], device: torch.device) -> tuple[Tra
 def batch(cfg: Config, images: Tensor, labels: Tensor, progress: Progress) -> tuple[Tensor, Tensor]:
     """The next x_0 (B, C, H, W) in [-1, 1] and labels (B,), in the epoch's random order."""
     order = epoch_order(cfg.seed, progress.epoch, len(images), images.device)
-    index = order[progress.images : progress.images + cfg.batch_size]
+    steps_ago = progress.step - step_of_batch(cfg, progress)
+    first = progress.images - steps_ago * cfg.batch_size
+    index = order[first : first + cfg.batch_size]
     return to_model_range(images[index]), labels[index]
+
+
+def step_of_batch(cfg: Config, progress: Progress) -> int:
+    """The step that the next batch comes from: the next one, or where a student sees an earlier
+    batch of the epoch again, an earlier one."""
+    steps = progress.images // cfg.batch_size  # of this epoch
+    return progress.step - steps + (batch_to_repeat(steps) if cfg.is_student else steps)
 
 
 @functools.lru_cache(maxsize=1)
@@ -129,20 +138,20 @@ def epoch_order(seed: int, epoch: int, count: int, device: torch.device) -> Tens
 def training_step(
     cfg: Config, loss: Loss, state: TrainState, x_0: Tensor, y: Tensor, fraction: float
 ) -> None:
-    """Take one optimizer step on the loss of x_0 (B, C, H, W) in [-1, 1] and labels y int64 (B,),
-    when `fraction` of the run is done. Updates the weights, their average, the optimizers, the
-    totals, and the counts of steps and images.
+    """Take one optimizer step on the loss of x_0 (B, C, H, W) in [-1, 1] and labels y int64 (B,).
+    `fraction` is how much of the run is done. Updates the weights, their average, the optimizers,
+    the totals, and the counts of steps and images.
 
     The batch is computed in parts, some by each process. All of them draw the random numbers of
     the whole batch, so that the parts add up to the same step however many there are."""
     B, progress = len(y), state.progress
     state.model.zero_grad()
     total, parts = torch.zeros((), device=x_0.device), distributed.my_parts(B, cfg.accumulate)
+    before_guide = state.guide is None and cfg.guide_fraction > 0  # also while warm-up delays it
+    key = cfg.seed, NOISE_STREAM, step_of_batch(cfg, progress)
     for part in parts:
-        generator = seeded_generator(cfg.seed, NOISE_STREAM, progress.step, device=x_0.device)
-        labels = y
-        if state.guide is None and cfg.guide_fraction > 0:  # also while warm-up delays the guide
-            labels = randomize_labels(y, cfg, generator)
+        generator = seeded_generator(*key, device=x_0.device)
+        labels = randomize_labels(y, cfg, generator) if before_guide else y
         # DistributedDataParallel averages over the processes; this factor makes that a sum again
         weight = (part.stop - part.start) * distributed.processes() / B
         with distributed.synchronized(state.network, part == parts[-1]):
@@ -157,7 +166,7 @@ def training_step(
             group["lr"] = learning_rate(cfg, progress.step, fraction, making_guide)
         optimizer.step()
     progress.step += 1
-    progress.images += len(x_0)
+    progress.images += B
     ema_decay = (1 - 1 / progress.step) ** (ema_gamma(cfg.ema_sigma_rel) + 1)
     with torch.no_grad():
         torch._foreach_lerp_(list(state.ema.parameters()), parameters, 1 - ema_decay)
@@ -222,14 +231,14 @@ def save(run: Run, images: Tensor, labels: Tensor) -> None:
 
 
 def main() -> int:
-    began = time.perf_counter() - time.process_time()  # about when the process started
+    began = time.perf_counter() - time.process_time()  # when the process started, by its CPU time
     args = train_flags()
     given, more = given_settings(args), args.continue_training_epochs
     resume, load = args.resume, args.load_checkpoint_path
     if runs.only_describes(given, load, more):
         print(runs.describe(make_plan(given, load=load)))
         return 0
-    machine = replace(Config(), **{n: given[n] for n in Config.names("machine") if n in given})
+    machine = replace(Config(), **of_this_computer(given))
     device, out = pick_device(machine.device), machine.output_dir
     with distributed.joined(device), ExitStack() as stack:
         distributed.from_first(lambda: stack.enter_context(folder.own_folder(out)))

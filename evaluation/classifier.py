@@ -121,6 +121,7 @@ def full_mnist(cfg: Config) -> Config:
 def train_and_save(cfg: Config, path: Path = PATH) -> float:
     """Train the classifier on the training split and write it; returns its test accuracy."""
     cfg = full_mnist(cfg)
+    make_folder(path.parent)
     device = torch.device("cpu")  # so that the file does not depend on the GPU
     images, labels = load_split(cfg, train=True, device=device)
     net = fit(images, labels, epochs=EPOCHS, seed=0)
@@ -131,7 +132,6 @@ def train_and_save(cfg: Config, path: Path = PATH) -> float:
 def write(path: Path, net: Classifier, images: Tensor) -> None:
     """Write a classifier with the moments of its features over its training images."""
     reference = {k: torch.from_numpy(v) for k, v in moments(features_of(net, images)).items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_tensors(path, {"net": net.state_dict(), "train_moments": reference})
 
 
@@ -144,6 +144,9 @@ def is_mnist(cfg: Config) -> bool:
 def own_classifier(cfg: Config, train: Split, test: Split) -> Path:
     """The classifier of another data set, trained unless the output folder has it already. Raises
     ValueError if there are fewer test images than it has features."""
+    if torch.equal(train[0], test[0]):
+        alone = "no label has a second picture to test with"
+        raise ValueError(f"dataset = {cfg.dataset!r}: {alone}; add pictures")
     if len(test[0]) < FEATURES:
         few = f"{len(test[0])} test images; the metrics need at least {FEATURES}"
         raise ValueError(f"dataset = {cfg.dataset!r}: {few}; add pictures")

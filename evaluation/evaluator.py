@@ -47,7 +47,8 @@ class Evaluator:
         real = self._real[N]
         found, distances, index = self._metrics(images, labels)
         found["fd_over_floor"] = found["fd"] / real["fd"]
-        found["nearest_over_real"] = found["nearest_median"] / real["nearest_median"]
+        if real["nearest_median"] > 0:
+            found["nearest_over_real"] = found["nearest_median"] / real["nearest_median"]
         found["copies"] = int((distances < real["nearest_least"]).sum())
         closest = distances.argsort()[:10]
         pairs = torch.stack([images[closest], self.train_images[index[closest]]], dim=1)

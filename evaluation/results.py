@@ -139,6 +139,8 @@ def read_result(file: Path, identity: Result) -> Result | None:
         return None
     try:
         known = dict(json.loads(file.read_text("utf-8")))
+    except PermissionError:
+        raise ValueError(f"{file}: cannot be read; change its permissions") from None
     except Exception:  # it may have been edited, or nest deeper than Python can follow
         raise ValueError(f"{file}: damaged; delete it") from None
     try:

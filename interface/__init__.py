@@ -8,6 +8,9 @@ import os
 import sys
 from types import TracebackType
 
+if sys.version_info < (3, 11):  # noqa: UP036 (to say so is the point)
+    sys.exit(f"Python {sys.version.split()[0]}: this program needs 3.11 or later")
+
 SCRIPTS = ("train", "generate", "evaluate", "benchmark", "export", "app")
 
 

@@ -46,8 +46,8 @@ class Parser(argparse.ArgumentParser):
         """The parsed command line; exits with code 2 and one line if it breaks a rule."""
         args = super().parse_args()
         for action in self._actions:
-            if getattr(args, action.dest, None) == []:  # argparse makes this of --count=--
-                self.error(f"argument {action.option_strings[0]}: expected one argument")
+            if getattr(args, action.dest, None) in ([], ""):  # --count=--, or an unset variable
+                self.error(f"{action.option_strings[0]} is empty; give it a value, or drop it")
         flags = {word.partition("=")[0] for word in sys.argv[1:] if word.startswith("--")}
         for flag, is_broken, message in self.rules:
             if flag in flags and is_broken(flags):
@@ -95,7 +95,7 @@ def comma_numbers(text: str) -> tuple[int, ...]:
 
 def expanded_path(text: str) -> Path:
     """A flag's type: a path, with ~ for the home folder."""
-    return Path(text).expanduser()
+    return Path(os.path.expanduser(text))  # which leaves ~ of an unknown user alone
 
 
 def quote(words: Iterable[object]) -> str:
@@ -107,6 +107,11 @@ def given_settings(args: argparse.Namespace) -> dict[str, Any]:
     """The settings that the user gave as flags."""
     size = MODEL_SIZES.get(getattr(args, "model_size", None), {})
     return size | {f.name: getattr(args, f.name) for f in fields(Config) if hasattr(args, f.name)}
+
+
+def of_this_computer(given: dict[str, Any]) -> dict[str, Any]:
+    """Those of the given settings that belong to this computer."""
+    return {name: given[name] for name in Config.names("machine") if name in given}
 
 
 def as_flags(settings: dict[str, Any]) -> list[str]:
@@ -233,6 +238,8 @@ def exit_code(name: str, main: Callable[[], int], errors: TextIO) -> int:
             line = f"{reason}; choose a smaller --batch_size or --sample_batch_size"
         elif isinstance(error, FloatingPointError):
             code = 1
+        elif isinstance(error, ImportError):
+            line += "; pip install -r requirement.txt"
         elif type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             line = f"the network cannot be compiled here ({line[:200]}); drop --compile"
         elif distributed.lost_others(error):

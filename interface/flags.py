@@ -128,6 +128,8 @@ def benchmark_flags() -> Namespace:
     args = parser.parse_args()
     if distributed.processes() > 1:
         raise ValueError("benchmark.py measures a single process; start it without torchrun")
+    if args.json and args.json.suffix != ".json":
+        raise ValueError(f"json = {str(args.json)!r}: choose a name that ends in .json")
     if args.gpu and getattr(args, "img_size", 28) != 28:
         raise ValueError(f"img_size = {args.img_size}: --gpu trains on MNIST of 28; drop the flag")
     return args

@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 import checkpoint
 from checkpoint import Progress
 from system import distributed
-from system.files import atomic_write, cannot_write, first_line, printable
+from system.files import atomic_write, cannot_write, first_line, make_folder, printable
 
 CHECKPOINTS = "model_epoch_*.pth"
 VALIDATION = "validation_loss"  # which older versions did not measure
@@ -130,7 +130,7 @@ def prepare_folders(
     out = Path(output_dir)
     try:
         for folder in ("models", "images"):
-            Path(out, folder).mkdir(parents=True, exist_ok=True)
+            make_folder(Path(out, folder))
         for path in leftovers(output_dir):
             path.unlink()
         moved, copied, rows = what_to_set_aside(out, start, step, rewritten)

@@ -44,7 +44,7 @@ def made_with(device: torch.device) -> str:
 
 def read(path: Path) -> dict[str, Any]:
     """The text chunks of a PNG that hold JSON. Raises ValueError if none names a model."""
-    if not path.exists():
+    if not path.is_file():
         raise ValueError(f"{path}: no such picture")
     provenance = {}
     with suppress(Exception):  # a damaged or hostile file can make Pillow and json raise anything

@@ -52,7 +52,8 @@ def model_with_hash(expected: str, output_dir: Path) -> Path | None:
     """The model with a SHA-256, among those of a run folder and of its earlier runs."""
     for path in (*output_dir.glob("models/*"), *output_dir.glob("earlier/*/*")):
         with suppress(OSError):  # one that cannot be read
-            if path.suffix in (".pth", ".safetensors") and sha256(path) == expected:
+            is_model = path.suffix in (".pth", ".safetensors") and path.is_file()
+            if is_model and sha256(path) == expected:
                 return path
     return None
 
@@ -189,6 +190,9 @@ def requests_from_flags(args: Namespace, cfg: Config) -> list[Request]:
     whole = Request(args.digits, count, cfg, output, if_taken, start)
     if not is_folder(args.output):
         check_writable(output)
+        for used in filter(None, (args.complete, args.edit, args.mask)):
+            if output.exists() and output.samefile(used):
+                raise ValueError(f"{output}: is the picture to start from; choose another name")
         return [whole]
     requests = []
     for seed, label in enumerate(whole.labels.tolist(), cfg.seed):

@@ -15,10 +15,10 @@ from tqdm import tqdm
 import checkpoint
 from checkpoint import Progress, TrainState
 from config import Config
-from distill import student_settings
+from distill import UNUSED, student_settings
 from interface import folder
 from interface.board import Board
-from interface.cli import as_flags, quote, settings_for_training
+from interface.cli import as_flags, of_this_computer, quote, settings_for_training
 from interface.requests import find_model, model_with_hash
 from other_data import with_classes
 from system import distributed
@@ -43,8 +43,14 @@ class Plan:
 
 
 def only_describes(given: dict[str, Any], load: Path | None, more_epochs: int) -> bool:
-    """Whether the flags ask no more than where the checkpoint `load` stands."""
-    return load is not None and not more_epochs and not given.keys() & {"epochs", "budget"}
+    """Whether the flags ask no more than where the checkpoint `load` stands. Raises ValueError if
+    others are given, which only training would heed."""
+    if load is None or more_epochs or given.keys() & {"epochs", "budget"}:
+        return False
+    for name in given.keys() - set(Config.names("machine")):
+        needed = "it needs --continue_training_epochs or --budget beside --load_checkpoint_path"
+        raise ValueError(f"{name} = {given[name]!r}: {needed}")
+    return True
 
 
 def make_plan(
@@ -69,8 +75,7 @@ def make_plan(
     elif "budget" in given and load and not resume:
         progress.budget_from, plan.changed = progress.seconds, True  # a new budget, from here on
     elif not resume and only_describes(given, load, more_epochs):
-        here = {n: given[n] for n in Config.names("machine") if n in given}
-        plan.action, plan.cfg = "describe", replace(trained, **here)
+        plan.action, plan.cfg = "describe", replace(trained, **of_this_computer(given))
 
     if not load and given.get("teacher"):
         plan.cfg = student_of(given)
@@ -107,6 +112,8 @@ def student_of(given: dict[str, Any]) -> Config:
         if name in given and given[name] != getattr(cfg, name):
             fixed = f"a student of this teacher has {getattr(cfg, name)!r}"
             raise ValueError(f"{name} = {given[name]!r}: {fixed}; drop the flag")
+    for name in given.keys() & UNUSED:
+        raise ValueError(f"{name} = {given[name]!r}: a student's loss has none; drop the flag")
     return replace(cfg, **given)
 
 
@@ -121,17 +128,17 @@ def named_teacher(text: str, output_dir: str | Path) -> Path:
 
 def find_teacher(cfg: Config, expected: str | None) -> Path:
     """The file of a student's teacher. A run that continues needs the file with the `expected`
-    SHA-256, which may lie among the earlier runs by now. Raises ValueError if it is not there."""
-    out = Path(cfg.output_dir)
+    SHA-256: by now its name may mean another one, such as "newest", or it may lie among the earlier
+    runs. Raises ValueError if it is not there."""
     with suppress(ValueError):
-        path = named_teacher(cfg.teacher, out)
+        path = named_teacher(cfg.teacher, cfg.output_dir)
         if expected in (None, sha256(path)):
             return path
-    path = model_with_hash(expected, out)
-    if path is None:
-        lost = f"the file that this student learned from is neither there nor in {out}"
-        raise ValueError(f"teacher = {cfg.teacher!r}: {lost}; put it back")
-    return path
+    for out in (cfg.output_dir, Config().output_dir):
+        if path := model_with_hash(expected, Path(out)):
+            return path
+    lost = f"the file that this student learned from is neither there nor in {cfg.output_dir}"
+    raise ValueError(f"teacher = {cfg.teacher!r}: {lost}; put it back")
 
 
 def fraction_done(cfg: Config, progress: Progress, images_per_epoch: float) -> float:
@@ -264,7 +271,8 @@ class Run:
         if saves_plan:
             self.save()
         if self.plan.tensorboard and distributed.rank() == 0:
-            self.board = Board(cfg, progress.step)
+            with self.side_output(Path(cfg.output_dir, "tensorboard")):
+                self.board = Board(cfg, progress.step)
         self.signals = note_stop_signals()
 
     @distributed.first_only

@@ -67,6 +67,8 @@ def check_writable(path: Path) -> None:
     try:
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if path.exists() and not path.is_file():  # such as /dev/null
+            raise FileExistsError(errno.EEXIST, "it is a device or a pipe")
         open(partial, "xb").close()
         partial.unlink()
     except OSError as error:

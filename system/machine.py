@@ -3,6 +3,7 @@ how large a batch may be."""
 
 import ctypes
 import functools
+import os
 import platform
 import time
 from contextlib import suppress
@@ -14,7 +15,7 @@ from config import Config
 from system import distributed
 from system.files import first_line
 
-MAX_STEP_BYTES = 64_000_000_000  # beyond the memory of common machines
+MAX_STEP_BYTES = 64_000_000_000  # also where the computer has more
 
 
 def set_up_torch() -> None:
@@ -37,9 +38,10 @@ def keep_freed_memory() -> None:
             mallopt(top_pad, 64 << 20)
 
 
-def check_step(cfg: Config) -> None:
+def check_step(cfg: Config, device: torch.device) -> None:
     """Raise ValueError if a batch cannot be divided among the processes, or if a training step of
-    one of them would need more than MAX_STEP_BYTES. Counts the activations."""
+    one of them would need more than MAX_STEP_BYTES, or on a CPU than this computer has. Counts the
+    activations."""
     sides = [cfg.img_size // (cfg.patch_size * 2**level) for level in range(len(cfg.widths))]
     numbers = sum(w * side**2 for w, side in zip(cfg.widths, sides, strict=True))
     parts = distributed.processes() * cfg.accumulate
@@ -48,8 +50,12 @@ def check_step(cfg: Config) -> None:
         raise ValueError(f"batch_size = {cfg.batch_size}: {limit}")
     at_once = -(-cfg.batch_size // parts)
     step = at_once * (2 * cfg.blocks + 1) * 8 * 4 * numbers  # 8 float32 tensors per block
-    if step > MAX_STEP_BYTES:
-        limit = f"a step needs {step / 1e9:.0f} GB; at most {MAX_STEP_BYTES / 1e9:.0f}"
+    most = MAX_STEP_BYTES
+    if device.type == "cpu":
+        with suppress(AttributeError, OSError, ValueError):  # Windows does not tell
+            most = min(most, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    if step > most:
+        limit = f"a step needs {step / 1e9:.0f} GB; at most {most / 1e9:.0f}"
         remedy = "choose a smaller one, or a larger --accumulate"
         raise ValueError(f"batch_size = {cfg.batch_size}: {limit}; {remedy}")
 

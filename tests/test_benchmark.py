@@ -141,6 +141,9 @@ def test_the_operations_are_those_of_the_convolutions():
 
 def test_bad_input_is_one_line(run, tmp_path):
     assert_one_line(run("benchmark.py", json=tmp_path / "no" / "a.json"), "make it first")
+    assert_one_line(run("benchmark.py", json=tmp_path / "a.pth"), "a.pth", "ends in .json")
     assert_one_line(run("benchmark.py", batch_size=0), "batch_size = 0", "at least 1")
+    large = {"widths": "1024,1024", "blocks": 16}
+    assert_one_line(run("benchmark.py", **large), "parameters", "at most 40,000,000")
     flags = FLAGS | {"batch_size": 61_000}
     assert_one_line(run("benchmark.py", **flags), "batch_size = 61000", "60000")

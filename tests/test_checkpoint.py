@@ -287,6 +287,14 @@ def test_what_is_not_a_checkpoint_is_named(tmp_path, monkeypatch, kind):
     assert checkpoint.list_checkpoints(tmp_path) == []
 
 
+def test_data_that_are_no_plain_values_are_refused(tmp_path):
+    checkpoint.save(tmp_path / "a.pth", CFG, trained_state())
+    contents = checkpoint.load(tmp_path / "a.pth") | {"data": {"images": torch.ones(2)}}
+    torch.save(contents, tmp_path / "a.pth")
+    with pytest.raises(ValueError, match=r"a\.pth: not a checkpoint of this program"):
+        checkpoint.load(tmp_path / "a.pth")
+
+
 @pytest.mark.parametrize("number", [2, 99])
 def test_another_format_is_named(tmp_path, number):
     checkpoint.save(tmp_path / "a.pth", CFG, trained_state())

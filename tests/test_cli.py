@@ -340,6 +340,8 @@ def test_a_home_folder_is_found_after_an_equals_sign(parse, monkeypatch):
     assert args.output_dir.replace("\\", "/") == "/home/me/r"
     assert args.data_dir.replace("\\", "/") == "/home/me/d"
     assert args.model == Path("/home/me/m.pth")
+    odd = "~nobody-of-this-name.pth"  # as editors name their copies
+    assert parse(parser, f"--model {odd}").model == Path(odd)
 
 
 def test_a_negative_number_is_not_taken_for_a_flag(parse, refusal):
@@ -347,7 +349,14 @@ def test_a_negative_number_is_not_taken_for_a_flag(parse, refusal):
     add_settings(parser, ["guidance"])
     for text in ("-1", "-.5", "-1e-1", "-2.5e+2"):
         assert parse(parser, f"--guidance {text}").guidance == float(text)
-    assert "expected one argument" in refusal(parser, "--guidance=--")
+    assert "--guidance is empty" in refusal(parser, "--guidance=--")
+
+
+def test_a_flag_whose_variable_was_not_set_is_refused(refusal):
+    parser = Parser(prog="test.py")
+    add_settings(parser, ["budget", "teacher"])
+    for flag in ("--budget", "--teacher"):
+        assert f"{flag} is empty" in refusal(parser, f"{flag}=")
 
 
 @pytest.mark.skipif(os.name == "nt", reason="quotes as a POSIX shell does")

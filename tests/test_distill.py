@@ -1,17 +1,28 @@
 """Distillation against closed forms: of Gaussian data, the flow and so the student are known."""
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import assert_same
 from test_diffusion import GaussianData
 
 import distill
-from checkpoint import LoadedModel, Progress
+import train
+from checkpoint import LoadedModel, Progress, TrainState
 from config import Config
+from data import load_split
 from diffusion import Diffusion
-from distill import Distillation, student_settings, teacher_settings, x_0_between
+from distill import (
+    Distillation,
+    batch_to_repeat,
+    student_settings,
+    teacher_settings,
+    x_0_between,
+)
+from model import UNet
 from system.randomness import seeded_generator
 
 CPU = torch.device("cpu")
@@ -139,6 +150,36 @@ def batch_of(loss: Distillation) -> tuple[torch.Tensor, ...]:
     x_0 = MEAN[y][:, None, None, None].float().expand(64, 1, 8, 8)
     eps = torch.randn(64, 1, 8, 8, generator=seeded_generator(3))
     return loss.student.add_noise(x_0, loss.starts.repeat_interleave(16), eps).split(16)
+
+
+def test_batches_are_seen_three_times_in_turn():
+    numbers = [batch_to_repeat(step) for step in range(196)]
+    assert numbers[:192] == 3 * list(range(64))
+    assert numbers[192:] == [64, 65, 66, 67]
+
+
+def test_a_batch_seen_again_needs_no_teacher_and_is_what_a_resumed_run_would_make(monkeypatch):
+    monkeypatch.setattr(distill, "AT_A_TIME", 2)
+    small = {"widths": (8, 8), "embedding_size": 8, "dense_size": 0, "guidance": 1.0}
+    network = UNet(Config(**small)).requires_grad_(False)
+    torch.nn.init.normal_(network.head.weight, std=0.1)
+    cfg = replace(student_settings(Config(**small), 2), teacher="a teacher", batch_size=8)
+    images, labels = load_split(Config(max_images=80), train=True, device=CPU)
+    weights, calls = [], []
+    for is_resumed_at_each_step in (False, True):
+        seen: list[int] = []
+        counted = lambda x, t, y, seen=seen: seen.append(len(x)) or network(x, t, y)  # noqa: E731
+        teacher = LoadedModel(Path("teacher"), Config(**small), counted, None, Progress(), CPU, "")
+        state, loss = TrainState.initial(cfg, CPU), Distillation(cfg, teacher)
+        for _ in range(7):  # batches 0 1 0 1 0 1 2
+            if is_resumed_at_each_step:
+                loss = Distillation(cfg, teacher)
+            x_0, y = train.batch(cfg, images, labels, state.progress)
+            train.training_step(cfg, loss.loss, state, x_0, y, fraction=0.0)
+        weights.append(dict(state.model.state_dict()))
+        calls.append(len(seen))
+    assert_same(*weights)
+    assert calls[0] * 7 == calls[1] * 3
 
 
 def test_a_teachers_guidance_begins_no_later_than_usual():

@@ -214,9 +214,9 @@ def test_processes_without_a_gpu_or_an_image_each(run, two_processes, monkeypatc
     for device, reason in reasons.items():
         assert_one_line(run("train.py", device=device, output_dir=tmp_path), device, reason)
     with pytest.raises(ValueError, match="batch_size = 1: cannot be divided among 2 parts"):
-        check_step(Config(batch_size=1))
+        check_step(Config(batch_size=1), torch.device("cpu"))
     with pytest.raises(ValueError, match="batch_size = 7: cannot be divided among 8 parts"):
-        check_step(Config(batch_size=7, accumulate=4))
+        check_step(Config(batch_size=7, accumulate=4), torch.device("cpu"))
 
 
 def test_a_folder_in_use_ends_all(server, tmp_path):

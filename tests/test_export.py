@@ -97,9 +97,10 @@ def test_a_small_checkpoint_draws_but_replaces_nothing(run, trained, tmp_path):
     assert out.stat().st_size < trained.stat().st_size / 2
     drawn = run("generate.py", digits=26, model=out, output=tmp_path / "a.png", device="cpu")
     assert drawn.code == 0, drawn
-    before = trained.read_bytes()
-    assert_one_line(run("export.py", trained, model=trained), "exists already")
-    assert trained.read_bytes() == before
+    for path in (trained, tmp_path / "other.safetensors", tmp_path / "other.onnx"):
+        path.write_bytes(trained.read_bytes())
+        assert_one_line(run("export.py", path, model=trained), str(path), "exists already")
+        assert path.read_bytes() == trained.read_bytes()
 
 
 @pytest.mark.parametrize("fault", ["torn", "of another program", "not finite"])

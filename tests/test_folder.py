@@ -1,5 +1,6 @@
 """The run folder of train.py: its owner, the newest checkpoint, metrics.csv, what is kept aside."""
 
+import errno
 import os
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import pytest
 from test_runs import IN_AN_EPOCH, plan_of, save
 
 from checkpoint import Progress
+from config import Config
 from interface import folder as run_folder
 from interface.folder import (
     METRICS,
@@ -54,6 +56,15 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("no folder")
     with pytest.raises(ValueError, match=r"output_dir = .*file.*cannot be written"):
         own_folder(str(tmp_path / "file")).__enter__()
+
+
+def test_a_folder_of_models_that_cannot_be_written_is_named_at_once(tmp_path, monkeypatch):
+    def refuse(path: Path, *mode: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr("builtins.open", refuse)  # the tests may run as root, who may do all
+    with pytest.raises(ValueError, match=r"models.*cannot be written \(Permission denied\)"):
+        prepare(Plan(Config(output_dir=str(tmp_path))))
 
 
 # ---- which checkpoint

@@ -187,11 +187,28 @@ def test_the_model_asked_for_is_used(results, draw):
     assert str(path) in result.err
 
 
+def test_fast_leaves_the_guidance_of_a_model_without_a_guide_alone(run, tmp_path):
+    flags = TINY | {"epochs": 1, "guide_fraction": 0, "guidance": 1.5, "timesteps": 4, "steps": 4}
+    assert run("train.py", **flags, output_dir=tmp_path).code == 0
+    drawn = run("generate.py", digits=7, fast=True, output_dir=tmp_path)
+    assert "eta 0.3, 4 steps, guidance 1.5" in drawn.err, drawn
+
+
+def test_a_picture_is_never_replaced_by_its_completion(draw, tmp_path):
+    out = tmp_path / "half.png"
+    assert draw(digits=7, count=1, output=out).code == 0
+    before = out.read_bytes()
+    for flags in ({"complete": out}, {"edit": out}):
+        assert_one_line(draw(digits=7, output=out, **flags), str(out), "choose another name")
+    assert out.read_bytes() == before
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
         ({"digits": "7x"}, ("digits = '7x'", "0 to 9")),
-        ({"digits": ""}, ("digits = ''", "0 to 9")),
+        ({"digits": ""}, ("--digits is empty",)),
+        ({"digits": 7, "complete": "~no.png"}, ("~no.png", "no such picture")),
         ({"digits": 7, "count": 0}, ("count = 0", "at least 1")),
         ({"digits": 7, "count": 10**12}, ("count = 1000000000000", "at most 100,000")),
         (

@@ -50,9 +50,17 @@ def test_auto_precision_takes_bf16_only_where_the_cpu_multiplies_it_faster(
 
 
 def test_a_step_that_needs_too_much_memory_is_refused():
-    check_step(Config(batch_size=4096))
+    gpu = torch.device("cuda")
+    check_step(Config(batch_size=4096), gpu)
     with pytest.raises(ValueError, match=r"batch_size = 65536: a step needs \d+ GB; at most 64"):
-        check_step(Config(batch_size=65_536, widths=(256, 256)))
+        check_step(Config(batch_size=65_536, widths=(256, 256)), gpu)
+
+
+def test_a_step_that_needs_more_memory_than_there_is_is_refused(monkeypatch):
+    monkeypatch.setattr("os.sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 500_000}.get)
+    check_step(Config(), torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"batch_size = 4096: a step needs \d GB; at most 2"):
+        check_step(Config(batch_size=4096), torch.device("cpu"))
 
 
 def test_a_device_that_does_not_compute_is_refused():

@@ -14,6 +14,7 @@ import checkpoint
 import other_data
 from config import Config
 from data import load_split
+from evaluation.classifier import own_classifier
 from other_data import class_names, read_picture, with_classes
 from system.values import parse_labels
 
@@ -176,7 +177,16 @@ def test_mnists_relatives_are_read_by_torchvision(tmp_path, name):
 def test_a_relative_that_is_not_there(run, tmp_path):
     flags = TINY | {"dataset": "QMNIST", "data_dir": tmp_path / "no", "output_dir": tmp_path}
     (tmp_path / "no").write_text("")  # where a folder has to be made
-    assert_one_line(run("train.py", **flags, epochs=1), "QMNIST", "torchvision")
+    assert_one_line(run("train.py", **flags, epochs=1), "QMNIST", "go online")
+
+
+def test_a_relative_whose_files_are_damaged(run, tmp_path):
+    raw = tmp_path / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    for name in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"):
+        (raw / f"{name}-ubyte").write_bytes(bytes(100))  # as after a power cut
+    flags = TINY | {"dataset": "FashionMNIST", "data_dir": tmp_path, "output_dir": tmp_path / "out"}
+    assert_one_line(run("train.py", **flags, epochs=1), "FashionMNIST", "delete", str(raw.parent))
 
 
 def test_a_data_set_that_is_downloaded_split_by_split(tmp_path, monkeypatch):
@@ -272,6 +282,13 @@ def test_a_folder_is_evaluated_with_a_classifier_of_its_own(run, tmp_path, monke
     named = run("evaluate.py", "--classify", **here, samples=60)
     assert named.code == 0
     assert "of 60 test images" in named.out
+
+
+def test_pictures_of_which_none_can_be_set_aside_cannot_be_evaluated(tmp_path):
+    cfg = folder(make_folder(tmp_path, [f"kind {i:03d}" for i in range(130)], 1))
+    train, test = (load_split(cfg, train=kind, device=CPU) for kind in (True, False))
+    with pytest.raises(ValueError, match="no label has a second picture"):
+        own_classifier(cfg, train, test)
 
 
 def test_too_few_pictures_to_evaluate_are_one_line(run, tmp_path):

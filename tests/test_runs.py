@@ -215,6 +215,11 @@ def test_a_description_says_where_a_checkpoint_stands(tmp_path):
     assert "a new run can begin with its weights" in describe(plan)
 
 
+def test_flags_that_only_training_would_heed_are_refused_with_a_description(tmp_path):
+    with pytest.raises(ValueError, match=r"learning_rate = 5.0: .*--continue_training_epochs"):
+        plan_of(tmp_path, load=save(tmp_path), learning_rate=5.0)
+
+
 # ---- how much is done
 
 

@@ -691,6 +691,16 @@ def test_a_teacher_that_its_students_run_moves_aside_is_found_again(whole, tmp_p
     assert_one_line(result, "teacher = 'newest'", "learned from", "put it back")
 
 
+def test_a_teacher_in_the_usual_folder_is_found_again_from_another(
+    whole, tmp_path, run, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(whole, "results")
+    flags = STUDENT | {"teacher": "newest", "output_dir": "student"}
+    assert run("train.py", **flags, epochs=1).code == 0  # which is the newest there from now on
+    assert run("train.py", **flags, epochs=2, resume=True).code == 0
+
+
 def test_a_teacher_can_be_named_from_any_output_folder(tmp_path):
     plan = make_plan({"teacher": "pretrained", "output_dir": str(tmp_path)})
     assert find_teacher(plan.cfg, None) == Path("results", "models", "pretrained.pth")
@@ -706,6 +716,7 @@ def test_a_teacher_can_be_named_from_any_output_folder(tmp_path):
         ({"guidance": 2}, ("guidance = 2.0", "a student of this teacher has 1.0")),
         ({"clip_x_0": False}, ("clip_x_0 = False", "a student of this teacher has True")),
         ({"batch_size": 3}, ("batch_size = 3", "at least 4")),
+        ({"label_dropout": 0.5}, ("label_dropout = 0.5", "a student's loss has none")),
     ],
 )
 def test_flags_that_a_student_cannot_have_are_refused(whole, tmp_path, run, flags, words):
