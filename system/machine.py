@@ -119,4 +119,4 @@ def bf16_is_faster() -> bool:
             began = time.perf_counter()
             x @ x
             times.append(time.perf_counter() - began)
-    return min(taken[0]) < min(taken[1])
+    return min(taken[0]) < 0.8 * min(taken[1])  # a tie must not fall out differently on resuming
