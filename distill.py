@@ -19,10 +19,11 @@ from config import Config
 from diffusion import Diffusion, Model
 
 TEACHER_STEPS = 16  # of a teacher that is not itself a student
-REPEATS, AT_A_TIME = 3, 64  # each batch serves three steps, as the teacher takes longer than a step
+REPEATS = 3  # steps that each batch serves, as the teacher takes longer than the rest of a step
+KEPT_IMAGES = 4096  # what they are learned from is kept until then
 UNUSED = {"label_dropout", "timestep_power", "guide_label_noise"}  # settings of other losses
 ROUNDING = 1e-3  # a goal this close to black or white is meant to be exactly that
-BELOW_ANY_SNR = 1e-6
+BELOW_ANY_SNR = 1e-6  # as absolute_snr: unsquared at every t
 
 
 def student_settings(teacher: Config, student_steps: int) -> Config:
@@ -44,7 +45,7 @@ def student_settings(teacher: Config, student_steps: int) -> Config:
         "student_steps": student_steps,
         "guide_fraction": 0.0,
         "clip_x_0": teacher.clip_x_0,
-        "clip_loss": teacher.clip_x_0,
+        "clip_loss": teacher.clip_x_0,  # which relies on that clamp
         "dataset": teacher.dataset,
         "preview_digits": teacher.preview_digits,
         "absolute_snr": BELOW_ANY_SNR,
@@ -65,10 +66,11 @@ def teacher_settings(cfg: Config) -> Config:
     return replace(cfg, sampler="dpmpp", steps=TEACHER_STEPS, eta=0.0, guidance_high=high)
 
 
-def batch_to_repeat(number: int) -> int:
-    """The batch of an epoch for step `number` of it. Batches 0 … 63 serve three times in turn, then
-    64 … 127, and so on."""
-    return number // (REPEATS * AT_A_TIME) * AT_A_TIME + number % AT_A_TIME
+def batch_to_repeat(step: int, batch_size: int) -> int:
+    """The number of the batch that a `step` of an epoch takes, both from 0. The first KEPT_IMAGES,
+    32 batches of 128, serve three times in turn, then the next, and so on."""
+    in_turn = max(1, KEPT_IMAGES // batch_size)
+    return step // (REPEATS * in_turn) * in_turn + step % in_turn
 
 
 class Distillation:
@@ -92,17 +94,17 @@ class Distillation:
         generator: torch.Generator,
         part: slice = slice(None),
     ) -> Tensor:
-        """The weighted loss (see Diffusion.prediction_loss), a scalar, where the right answer takes
-        x_t to where the teacher arrives, over a `part` of the batch; x_0 (B, C, H, W) in [-1, 1], y
-        int64 (B,).
+        """The weighted loss (see Diffusion.prediction_loss) of a `part` of the batch, a scalar. The
+        right answer is the x_0 with which one step takes x_t to where the teacher arrives; x_0 (B,
+        C, H, W) in [-1, 1], y int64 (B,).
 
         The batch is divided among the segments, in order, and each image is noised to the start of
-        its segment. The noise of the batch comes from `generator`, whatever the part. A generator
-        with the seed of a recent one stands for the same batch, whose examples are kept.
+        its segment. The noise of the batch comes from `generator`, whatever the part. Examples are
+        kept by the generator's seed, so the same seed must mean the same batch.
         """
         key = generator.initial_seed(), part.start, part.stop
         if key not in self.recent:
-            while len(self.recent) >= 2 * AT_A_TIME * self.student.cfg.accumulate:
+            if sum(len(x_t) for x_t, *_ in self.recent.values()) >= 2 * KEPT_IMAGES:
                 del self.recent[next(iter(self.recent))]  # the oldest
             self.recent[key] = self.examples(x_0, y, generator, part)
         return self.student.prediction_loss(model, *self.recent[key])

@@ -48,7 +48,7 @@ def train(plan: Plan, device: torch.device, began: float) -> int:
     images, labels = load_split(cfg, train=True, device=device)
     few = min(VALIDATION_IMAGES, max(1, len(images) // 60))
     test = load_split(cfg, train=False, device=device)
-    unseen = [x[:: max(1, len(x) // few)][:few] for x in test]  # not the first: all one label?
+    unseen = [x[:: max(1, len(x) // few)][:few] for x in test]  # spread out: it may be sorted
     state, loss = prepare(plan, fingerprint(images, labels), device)
     run = Run(plan, state, len(images), began)
     if run.done and distributed.from_first(lambda: folder.is_complete(cfg.output_dir)):
@@ -78,7 +78,8 @@ def train(plan: Plan, device: torch.device, began: float) -> int:
             run.heed_signals()
 
     if run.stopped_by and not run.done:
-        save(run, images, labels)
+        if not run.is_saved:
+            save(run, images, labels)
         run.draw_curves()
         print(f"stopped at {state.progress}; to continue: {runs.train_command(cfg, '--resume')}")
         return 128 + run.stopped_by
@@ -122,10 +123,11 @@ def batch(cfg: Config, images: Tensor, labels: Tensor, progress: Progress) -> tu
 
 
 def step_of_batch(cfg: Config, progress: Progress) -> int:
-    """The step that the next batch comes from: the next one, or where a student sees an earlier
-    batch of the epoch again, an earlier one."""
+    """The step that first takes the next batch: the next step, or for a student, which sees its
+    batches several times, maybe an earlier one."""
     steps = progress.images // cfg.batch_size  # of this epoch
-    return progress.step - steps + (batch_to_repeat(steps) if cfg.is_student else steps)
+    first = batch_to_repeat(steps, cfg.batch_size) if cfg.is_student else steps
+    return progress.step - steps + first
 
 
 @functools.lru_cache(maxsize=1)
@@ -224,7 +226,8 @@ def validation_loss(
 def save(run: Run, images: Tensor, labels: Tensor) -> None:
     """Measure the grey levels of the averaged model, and write a checkpoint with them."""
     diffusion, state = Diffusion(run.cfg), run.state
-    denoiser, state.levels = diffusion.guided(state.ema, state.guide), None
+    denoiser = diffusion.guided(state.ema, state.guide)
+    state.levels = None
     with run.side_output("grey levels"):  # without which a checkpoint is still good
         state.levels = GreyLevels.of_model(diffusion, denoiser, images, labels)
     run.save()

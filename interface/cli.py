@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from config import MODEL_SIZES, VERSION, Config
+from distill import UNUSED
 from system import distributed
 from system.files import first_line
 from system.machine import set_up_torch
@@ -46,7 +47,7 @@ class Parser(argparse.ArgumentParser):
         """The parsed command line; exits with code 2 and one line if it breaks a rule."""
         args = super().parse_args()
         for action in self._actions:
-            if getattr(args, action.dest, None) in ([], ""):  # --count=--, or an unset variable
+            if getattr(args, action.dest, None) in ([], ""):  # argparse makes [] of --count=--
                 self.error(f"{action.option_strings[0]} is empty; give it a value, or drop it")
         flags = {word.partition("=")[0] for word in sys.argv[1:] if word.startswith("--")}
         for flag, is_broken, message in self.rules:
@@ -95,6 +96,8 @@ def comma_numbers(text: str) -> tuple[int, ...]:
 
 def expanded_path(text: str) -> Path:
     """A flag's type: a path, with ~ for the home folder."""
+    if not text:  # an unset variable
+        raise argparse.ArgumentTypeError("is empty; give it a value, or drop it")
     return Path(os.path.expanduser(text))  # which leaves ~ of an unknown user alone
 
 
@@ -148,6 +151,8 @@ def settings_for_training(
         if new != old and group in fixed:
             reason = f"the checkpoint was trained with {old!r}; drop the flag, or train a new model"
             raise ValueError(f"{name} = {new!r}: {reason}")
+        if new != old and trained.is_student and name in UNUSED:
+            raise ValueError(f"{name} = {new!r}: has no effect on a student; drop the flag")
         if new != old and mid_epoch and f.metadata.get("fixed_in_epoch"):
             reason = f"the checkpoint is inside an epoch that began with {old!r}"
             raise ValueError(f"{name} = {new!r}: {reason}; finish it without the flag")
@@ -163,16 +168,16 @@ def settings_for_drawing(
 ) -> Config:
     """The settings with which to draw: those `recorded` by a picture win over flags (`given`),
     flags over the model's own (`trained`), and config.py only supplies the machine settings and
-    those of a picture, such as the seed. Raises ValueError for settings with which a student would
-    draw as it has not learned to, or for flags with which guidance would never act."""
-    asks_when = bool(given.keys() & {"guidance_low", "guidance_high"})
+    those of a picture, such as the seed. Raises ValueError for settings other than those that a
+    student learned, or for flags with which guidance would never act."""
+    sets_interval = bool(given.keys() & {"guidance_low", "guidance_high"})
     given = given | (recorded or {})
     for name in Config.names("sampling") if trained.is_student else ():
         own = getattr(trained, name)
         if given.get(name, own) != own:
             raise ValueError(f"{name} = {given[name]!r}: a student learned {own!r}; drop the flag")
     cfg = replace(trained, **{**Config().select("machine", "picture"), **given})
-    if asks_when and cfg.guidance_low >= cfg.guidance_high:
+    if sets_interval and cfg.guidance_low >= cfg.guidance_high:
         needed = f"below guidance_high = {cfg.guidance_high}, or guidance never acts"
         raise ValueError(f"guidance_low = {cfg.guidance_low}: must be {needed}")
     return cfg
@@ -207,12 +212,12 @@ def run_script(name: str, main: Callable[[], int]) -> None:
     nothing = open(os.devnull, "r+")  # noqa: SIM115 (stands in for streams that the shell closed)
     sys.stdin = sys.stdin or nothing
     errors = Output(sys.stderr or nothing)
-    needs_no_note = distributed.rank() > 0  # the first of several processes speaks for all
-    out = Output(nothing if needs_no_note else sys.stdout or nothing)
-    with redirect_stdout(out), redirect_stderr(Output(nothing) if needs_no_note else errors):
+    is_silent = distributed.rank() > 0  # the first of several processes speaks for all
+    out = Output(nothing if is_silent else sys.stdout or nothing)
+    with redirect_stdout(out), redirect_stderr(Output(nothing) if is_silent else errors):
         code = exit_code(name, main, errors)
         out.flush()
-    if needs_no_note and code:
+    if is_silent and code:
         time.sleep(1)  # when one process ends, torchrun ends the others: let the first speak
     if distributed.has_left:
         errors.flush()
@@ -233,7 +238,7 @@ def exit_code(name: str, main: Callable[[], int], errors: TextIO) -> int:
         if os.environ.get("TRACEBACK"):
             raise
         kind, line, code = type(error).__name__, first_line(error), 2
-        if "MemoryError" in kind or "allocate memory" in line:  # torch has kinds of its own
+        if "MemoryError" in kind or "allocate memory" in line or "out of memory" in line:
             reason = line if str(error) else "out of memory"
             line = f"{reason}; choose a smaller --batch_size or --sample_batch_size"
         elif isinstance(error, FloatingPointError):

@@ -91,20 +91,18 @@ def is_complete(output_dir: str) -> bool:
 
 
 def newest_of_run(models: Path) -> Path | None:
-    """The newest whole checkpoint of the run in a folder; None if it has none. Says
-    which damaged ones it passes over. Raises ValueError if all are damaged."""
+    """The newest whole checkpoint of the run in a folder; None if it has none. Says why it passes
+    over others. Raises ValueError if none can be read."""
     listed = [path for path, _ in checkpoint.list_checkpoints(models, CHECKPOINTS)]
     unreadable = [path for path in models.glob(CHECKPOINTS) if path not in listed]
-    damaged = [f"passed over: {path}: damaged" for path in unreadable]
-    for path in reversed(listed):
+    paths = [*unreadable, *reversed(listed)]
+    for path in paths:
         try:
             checkpoint.load(path)
-        except ValueError as error:
-            damaged.append(f"passed over: {error}")
-        else:
-            print(*damaged, sep="\n", end="\n" if damaged else "")
             return path
-    if damaged:
+        except ValueError as error:
+            print(f"passed over: {str(error).rpartition(';')[0] or error}")
+    if paths:
         raise ValueError(f"{models}: none of its checkpoints can be read; move them elsewhere")
     return None
 

@@ -37,7 +37,7 @@ def list_models(folder: Path) -> list[tuple[Path, Progress]]:
 def find_model(text: str, folder: Path) -> Path:
     """The model that a user means by a path, a name in `folder`, its number in the list of models
     there, or "newest". Raises ValueError if there is none."""
-    for path in (Path(text), folder / text, folder / f"{text}.pth"):
+    for path in (Path(os.path.expanduser(text)), folder / text, folder / f"{text}.pth"):
         if path.is_file():
             return path
     if text == "newest" or text.isdecimal():

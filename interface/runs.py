@@ -62,7 +62,7 @@ def make_plan(
         load = folder.newest_of_run(Path(given.get("output_dir", Config().output_dir), "models"))
     trained, progress, plan = Config(), Progress(), Plan(Config())
     if load:
-        saved = checkpoint.load(load, only_look=resume)  # which newest_of_run has just checked
+        saved = checkpoint.load(load, only_look=resume)  # newest_of_run has just checked that one
         trained, progress = Config.from_dict(saved["config"]), Progress(**saved["progress"])
         plan = Plan(trained, "train", load, progress, "model" in saved)
     cfg = trained
@@ -83,7 +83,7 @@ def make_plan(
         plan.cfg = with_classes(cfg, given)
     elif plan.action == "train":
         now, late = dict(given), {}
-        if {"dataset", "preview_digits"} <= given.keys():  # names of the new data set's labels
+        if {"dataset", "preview_digits"} <= given.keys():  # it may name labels of the new data set
             late["preview_digits"] = now.pop("preview_digits")
         inside = plan.trainable and progress.images > 0
         plan.cfg, plan.notes = settings_for_training(cfg, now, mid_epoch=inside)
@@ -93,7 +93,7 @@ def make_plan(
                 fit = f"has {plan.cfg.num_classes} labels, the model {trained.num_classes}"
                 raise ValueError(f"dataset = {given['dataset']!r}: {fit}; train a new one")
         plan.changed |= replace(trained, **plan.cfg.select("machine")) != plan.cfg
-        done = fraction_done(plan.cfg, progress, images_per_epoch=math.inf) >= 1
+        done = fraction_done(plan.cfg, progress, images_per_epoch=math.inf) >= 1  # whole epochs
         if done and folder.is_complete(plan.cfg.output_dir):
             plan.action = "finished"
         if not plan.trainable and not resume:  # a new run, which begins with these weights
@@ -113,7 +113,7 @@ def student_of(given: dict[str, Any]) -> Config:
             fixed = f"a student of this teacher has {getattr(cfg, name)!r}"
             raise ValueError(f"{name} = {given[name]!r}: {fixed}; drop the flag")
     for name in given.keys() & UNUSED:
-        raise ValueError(f"{name} = {given[name]!r}: a student's loss has none; drop the flag")
+        raise ValueError(f"{name} = {given[name]!r}: has no effect on a student; drop the flag")
     return replace(cfg, **given)
 
 
@@ -137,8 +137,8 @@ def find_teacher(cfg: Config, expected: str | None) -> Path:
     for out in (cfg.output_dir, Config().output_dir):
         if path := model_with_hash(expected, Path(out)):
             return path
-    lost = f"the file that this student learned from is neither there nor in {cfg.output_dir}"
-    raise ValueError(f"teacher = {cfg.teacher!r}: {lost}; put it back")
+    lost = f"no file has the SHA-256 of what this student learned from, {expected[:12]}…"
+    raise ValueError(f"teacher = {cfg.teacher!r}: {lost}; put it into {cfg.output_dir}/models")
 
 
 def fraction_done(cfg: Config, progress: Progress, images_per_epoch: float) -> float:
@@ -155,7 +155,7 @@ def describe(plan: Plan) -> str:
     length = f"a budget of {cfg.budget}" if cfg.budget else epochs
     stands = f"{plan.start}: {progress}, {length} planned, {progress.seconds / 60:.1f} min trained."
     if not plan.trainable:
-        stands += "\nIt holds only what drawing needs, but a new run can begin with its weights."
+        stands += "\nIt holds only what drawing needs: a new run would begin with its weights."
     flags = ("--load_checkpoint_path", plan.start, "--continue_training_epochs", "K")
     return f"{stands}\nTo train it for K more epochs: {train_command(cfg, *flags)}"
 
@@ -242,6 +242,11 @@ class Run:
         """Whether to save now, at the end of an epoch or of the run. To save at another time,
         train.train would have to average the totals then, too."""
         return self.done or (epoch_done and self.state.progress.epoch % self.cfg.save_every == 0)
+
+    @property
+    def is_saved(self) -> bool:
+        """Whether the last checkpoint written is that of this moment."""
+        return self.last_saved == folder.checkpoint_path(self.cfg.output_dir, self.state.progress)
 
     def announce(self) -> None:
         """Say what is trained, on what, and whether this machine could do more."""

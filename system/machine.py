@@ -40,8 +40,8 @@ def keep_freed_memory() -> None:
 
 def check_step(cfg: Config, device: torch.device) -> None:
     """Raise ValueError if a batch cannot be divided among the processes, or if a training step of
-    one of them would need more than MAX_STEP_BYTES, or on a CPU than this computer has. Counts the
-    activations."""
+    one of them needs more than MAX_STEP_BYTES or, on a CPU, more than this computer's memory. Only
+    activations are counted."""
     sides = [cfg.img_size // (cfg.patch_size * 2**level) for level in range(len(cfg.widths))]
     numbers = sum(w * side**2 for w, side in zip(cfg.widths, sides, strict=True))
     parts = distributed.processes() * cfg.accumulate
@@ -69,6 +69,7 @@ def compile_network(network: nn.Module) -> None:
 def pick_device(name: str) -> torch.device:
     """The torch device for Config.device; if torchrun started several processes, each has a GPU of
     its own. Raises ValueError if the device cannot be used here."""
+    remedy = "try cpu" if name == "auto" else "try auto"
     if name == "auto":
         name = "mps" if torch.backends.mps.is_available() else "cpu"
         name = "cuda" if torch.cuda.is_available() else name
@@ -89,7 +90,7 @@ def pick_device(name: str) -> torch.device:
         reason = "it computes wrongly"
     except Exception as error:  # a device whose package is missing can raise anything
         reason = first_line(error)
-    raise ValueError(f"device = {name!r}: not usable here ({reason}); try auto")
+    raise ValueError(f"device = {name!r}: not usable here ({reason}); {remedy}")
 
 
 def pick_precision(name: str, device: torch.device) -> str:
@@ -110,7 +111,7 @@ def bf16_is_faster() -> bool:
     AMD's run at twice the speed of float32, Intel's without AMX at half of it. A CPU that lacks
     them, and so is hundreds of times slower, is not measured."""
     probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # not in every torch
-    if not any(getattr(torch.cpu, probe, bool)() for probe in probes):
+    if not any(getattr(torch.cpu, probe, bool)() for probe in probes):  # bool() is False
         return False
     matrices = [torch.ones(256, 256, dtype=dtype) for dtype in (torch.bfloat16, torch.float32)]
     taken: list[list[float]] = [[], []]

@@ -153,13 +153,14 @@ def batch_of(loss: Distillation) -> tuple[torch.Tensor, ...]:
 
 
 def test_batches_are_seen_three_times_in_turn():
-    numbers = [batch_to_repeat(step) for step in range(196)]
-    assert numbers[:192] == 3 * list(range(64))
-    assert numbers[192:] == [64, 65, 66, 67]
+    numbers = [batch_to_repeat(step, batch_size=128) for step in range(100)]
+    assert numbers[:96] == 3 * list(range(32))
+    assert numbers[96:] == [32, 33, 34, 35]
+    assert [batch_to_repeat(step, 10_000) for step in range(7)] == [0, 0, 0, 1, 1, 1, 2]
 
 
 def test_a_batch_seen_again_needs_no_teacher_and_is_what_a_resumed_run_would_make(monkeypatch):
-    monkeypatch.setattr(distill, "AT_A_TIME", 2)
+    monkeypatch.setattr(distill, "KEPT_IMAGES", 16)
     small = {"widths": (8, 8), "embedding_size": 8, "dense_size": 0, "guidance": 1.0}
     network = UNet(Config(**small)).requires_grad_(False)
     torch.nn.init.normal_(network.head.weight, std=0.1)

@@ -688,7 +688,7 @@ def test_a_teacher_that_its_students_run_moves_aside_is_found_again(whole, tmp_p
     assert run("train.py", **flags, epochs=2, resume=True).code == 0
     shutil.rmtree(tmp_path / "earlier")
     result = run("train.py", **flags, epochs=3, resume=True)
-    assert_one_line(result, "teacher = 'newest'", "learned from", "put it back")
+    assert_one_line(result, "teacher = 'newest'", "learned from", "put it into")
 
 
 def test_a_teacher_in_the_usual_folder_is_found_again_from_another(
@@ -716,7 +716,7 @@ def test_a_teacher_can_be_named_from_any_output_folder(tmp_path):
         ({"guidance": 2}, ("guidance = 2.0", "a student of this teacher has 1.0")),
         ({"clip_x_0": False}, ("clip_x_0 = False", "a student of this teacher has True")),
         ({"batch_size": 3}, ("batch_size = 3", "at least 4")),
-        ({"label_dropout": 0.5}, ("label_dropout = 0.5", "a student's loss has none")),
+        ({"label_dropout": 0.5}, ("label_dropout = 0.5", "has no effect on a student")),
     ],
 )
 def test_flags_that_a_student_cannot_have_are_refused(whole, tmp_path, run, flags, words):
@@ -731,6 +731,8 @@ def test_a_student_keeps_its_teacher_and_its_number_of_steps(whole, tmp_path, ru
     other = flags | {"teacher": whole / "models" / "model_epoch_2.pth"}
     assert_one_line(run("train.py", **other, epochs=2, resume=True), "teacher", "drop the flag")
     del flags["teacher"]
+    result = run("train.py", **flags, epochs=2, resume=True, guide_label_noise=0.9)
+    assert_one_line(result, "guide_label_noise = 0.9", "has no effect on a student")
     result = run("train.py", **flags, epochs=2, resume=True, steps=2)
     assert_one_line(result, "steps = 2", "trained with 4", "drop the flag")
     model = tmp_path / "models" / "model_epoch_1.pth"
