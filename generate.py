@@ -110,11 +110,11 @@ def reproduce(png: Path, args: Namespace, given: dict[str, Any]) -> None:
 
 
 def fast_settings(loaded: LoadedModel) -> dict[str, Any]:
-    """How --fast draws: with a guide as FAST says, else with fewer steps and the model's own
+    """How --fast draws: with a guide as FAST says, else in as many steps but with the model's own
     guidance; a student as ever."""
     if loaded.cfg.is_student:
         return {}
-    steps = {"steps": min(FAST["steps"], loaded.cfg.steps)}
+    steps = {"steps": min(FAST["steps"], loaded.cfg.timesteps)}
     return FAST | steps if loaded.guide else steps
 
 

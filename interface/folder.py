@@ -81,7 +81,7 @@ def curves_are_old(output_dir: str) -> bool:
 
 def leftovers(output_dir: str) -> list[Path]:
     """Temporary files of a run that was killed."""
-    kinds = ("models/.*", ".metrics*", "images/.samples*", "images/.training*")
+    kinds = ("models/.*", ".metrics*", "images/.file*", "images/.samples*", "images/.training*")
     return [path for kind in kinds for path in Path(output_dir).glob(f"{kind}.partial")]
 
 

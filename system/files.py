@@ -70,7 +70,7 @@ def check_writable(path: Path) -> None:
         if path.exists() and not path.is_file():  # such as /dev/null
             raise FileExistsError(errno.EEXIST, "it is a device or a pipe")
         open(partial, "xb").close()
-        partial.unlink()
+        partial.unlink(missing_ok=True)  # a run that starts here tidies up
     except OSError as error:
         raise ValueError(f"{path}: {cannot_write(error)}") from None
 

@@ -196,7 +196,7 @@ def test_a_person_chooses_from_a_numbered_list(models, monkeypatch, capsys):
 
 def by_flags(cfg: Config, digits: str, count: int | None, output: object = None) -> list[Request]:
     flags = Namespace(digits=digits, count=count, output=output and str(output))
-    flags.complete = flags.edit = None
+    flags.complete = flags.edit = flags.mask = None
     return requests_from_flags(flags, cfg)
 
 

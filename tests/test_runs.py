@@ -212,7 +212,7 @@ def test_a_description_says_where_a_checkpoint_stands(tmp_path):
     export.slim(saved, tmp_path / "slim.pth")
     plan = plan_of(tmp_path, load=tmp_path / "slim.pth")
     assert not plan.trainable
-    assert "a new run can begin with its weights" in describe(plan)
+    assert "a new run would begin with its weights" in describe(plan)
 
 
 def test_flags_that_only_training_would_heed_are_refused_with_a_description(tmp_path):
