@@ -643,6 +643,15 @@ def test_other_data_is_noticed_and_refused_inside_an_epoch(whole, tmp_path, run)
     assert_one_line(run("train.py", **fewer, resume=True), "more than 256 images")
 
 
+@unix
+def test_a_stop_while_a_grid_is_drawn_saves_no_second_time(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "draw_preview", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    result = run("train.py", **TINY, epochs=2, save_every=1, output_dir=tmp_path)
+    assert result.code == 130
+    assert "stopped at epoch 1 (step 10)" in result.out
+    assert result.out.count(f"wrote {tmp_path / 'models' / 'model_epoch_1.pth'}") == 1
+
+
 # ---- students
 
 
