@@ -81,7 +81,8 @@ def train(plan: Plan, device: torch.device, began: float) -> int:
         if not run.is_saved:
             save(run, images, labels)
         run.draw_curves()
-        print(f"stopped at {state.progress}; to continue: {runs.train_command(cfg, '--resume')}")
+        flags = ["--resume", *["--tensorboard"][: plan.tensorboard]]
+        print(f"stopped at {state.progress}; to continue: {runs.train_command(cfg, *flags)}")
         return 128 + run.stopped_by
     draw_missing_previews(run)
     run.finish()
@@ -149,11 +150,11 @@ def training_step(
     B, progress = len(y), state.progress
     state.model.zero_grad()
     total, parts = torch.zeros((), device=x_0.device), distributed.my_parts(B, cfg.accumulate)
-    before_guide = state.guide is None and cfg.guide_fraction > 0  # also while warm-up delays it
+    noisy_labels = state.guide is None and cfg.guide_fraction > 0  # also while warm-up delays it
     key = cfg.seed, NOISE_STREAM, step_of_batch(cfg, progress)
     for part in parts:
         generator = seeded_generator(*key, device=x_0.device)
-        labels = randomize_labels(y, cfg, generator) if before_guide else y
+        labels = randomize_labels(y, cfg, generator) if noisy_labels else y
         # DistributedDataParallel averages over the processes; this factor makes that a sum again
         weight = (part.stop - part.start) * distributed.processes() / B
         with distributed.synchronized(state.network, part == parts[-1]):

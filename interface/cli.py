@@ -143,7 +143,7 @@ def settings_for_training(
     """
     defaults, notes = Config(), []
     fixed = {"model", "student", "classes"} | ({"sampling"} if trained.is_student else set())
-    needs_no_note = {"machine", "length"} | (fixed - {"model"})
+    noted = {"model", "training", "picture", "sampling"} - (fixed - {"model"})
     cfg = replace(trained, **{**defaults.select("machine"), **given})
     for f in fields(Config):
         name, group = f.name, f.metadata["group"]
@@ -158,7 +158,7 @@ def settings_for_training(
             raise ValueError(f"{name} = {new!r}: {reason}; finish it without the flag")
         if group != "machine" and new != old:
             notes.append(f"{name} = {new} (the checkpoint had {old})")
-        elif group not in needs_no_note and name not in given and new != default:
+        elif group in noted and name not in given and new != default:
             notes.append(f"{name} = {new}, as in the checkpoint (config.py says {default})")
     return cfg, notes
 

@@ -175,9 +175,11 @@ def check_data(plan: Plan, state: TrainState, data: dict[str, Any]) -> None:
 def train_command(cfg: Config, *flags: object) -> str:
     """The command that trains with `flags`, and with the settings of this computer that differ from
     config.py, which a run never takes from a checkpoint."""
-    usual = Config().select("machine")
+    usual, program = Config().select("machine"), ["python"]
     changed = {n: v for n, v in cfg.select("machine").items() if v != usual[n]}
-    return quote(["python", "train.py", *flags, *as_flags(changed)])
+    if (here := distributed.from_torchrun("LOCAL_WORLD_SIZE", 1)) > 1:
+        program = ["torchrun", "--standalone", f"--nproc_per_node={here}"]
+    return quote([*program, "train.py", *flags, *as_flags(changed)])
 
 
 class Run:
@@ -205,10 +207,10 @@ class Run:
         self.stopped_by = 0  # the signal by which all processes stop
         # Reading the loss makes the CPU wait for a GPU, so that is done seldom
         self.log_every = 1 if state.totals.device.type == "cpu" else 50
-        spent = state.progress.seconds - state.progress.budget_from
+        budget_is_new = state.progress.seconds == state.progress.budget_from
         self.began = began - state.progress.seconds
         self.update_clock()
-        if self.done and spent == 0:
+        if self.done and budget_is_new:
             fault = "start-up alone takes longer; give more time"
             raise ValueError(f"budget = {self.cfg.budget!r}: {fault}")
 
@@ -398,9 +400,9 @@ class Run:
 def note_stop_signals() -> list[int]:
     """From now on the first Ctrl-C, SIGTERM or SIGHUP is only appended to the returned list, so
     that the current step can finish. A second Ctrl-C or SIGTERM ends the process at once; SIGHUP
-    does not, because a terminal that closes may send it twice, or after SIGTERM. Under torchrun,
-    which passes on a signal that its processes have received too, no second one does: it kills
-    them itself if they take too long."""
+    does not, because a terminal that closes may send it twice, or after SIGTERM. Under torchrun
+    all later signals are ignored, as it repeats the first one to its processes; it kills them
+    itself if they take too long."""
     noted: list[int] = []
     after = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
     if hasattr(signal, "SIGHUP"):  # not on Windows

@@ -14,7 +14,14 @@ import checkpoint
 import export
 from checkpoint import Progress, TrainState
 from config import Config
-from interface.runs import Plan, describe, fraction_done, make_plan, note_stop_signals
+from interface.runs import (
+    Plan,
+    describe,
+    fraction_done,
+    make_plan,
+    note_stop_signals,
+    train_command,
+)
 
 CPU = torch.device("cpu")
 CFG = Config(widths=(8, 8), embedding_size=8, epochs=4, output_dir="of another computer")
@@ -218,6 +225,14 @@ def test_a_description_says_where_a_checkpoint_stands(tmp_path):
 def test_flags_that_only_training_would_heed_are_refused_with_a_description(tmp_path):
     with pytest.raises(ValueError, match=r"learning_rate = 5.0: .*--continue_training_epochs"):
         plan_of(tmp_path, load=save(tmp_path), learning_rate=5.0)
+
+
+def test_the_command_to_go_on_starts_as_many_processes(monkeypatch):
+    assert train_command(Config(), "--resume") == "python train.py --resume"
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a")
+    started = "torchrun --standalone --nproc_per_node=2 train.py --resume"
+    assert train_command(Config(), "--resume") == started
 
 
 # ---- how much is done
