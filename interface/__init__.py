@@ -4,12 +4,11 @@ The scripts import this before anything else, so that from the start an error or
 them with one line. TRACEBACK=1 in the environment shows where it arose.
 """
 
+from __future__ import annotations  # for old versions of Python, so that they get as far as below
+
 import os
 import sys
 from types import TracebackType
-
-if sys.version_info < (3, 11):  # noqa: UP036 (to say so is the point)
-    sys.exit(f"Python {sys.version.split()[0]}: this program needs 3.11 or later")
 
 SCRIPTS = ("train", "generate", "evaluate", "benchmark", "export", "app")
 
@@ -30,3 +29,6 @@ def _say(kind: type[BaseException], error: BaseException, where: TracebackType |
 
 if os.path.basename(sys.argv[0]) in [f"{name}.py" for name in SCRIPTS]:
     sys.excepthook = _say  # not in programs that only import this, such as by torch.hub
+    if sys.version_info < (3, 11):  # noqa: UP036 (older ones would call every checkpoint damaged)
+        print(f"Python {sys.version.split()[0]} is too old; install 3.11 or later", file=sys.stderr)
+        sys.exit(2)

@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import shlex
 import signal
 import sys
@@ -373,6 +374,15 @@ def test_ctrl_c_while_importing_is_one_line(tmp_path):
     process = start_script("train.py", {"epochs": 1}, env=environment)
     assert process.communicate()[0] == "train.py: stopped\n"
     assert process.returncode == -signal.SIGINT
+
+
+def test_an_old_python_is_one_line(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.version_info = (3, 10, 0)")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    process = start_script("train.py", {"epochs": 1}, env=environment)
+    text = process.communicate()[0]
+    assert re.fullmatch(r"Python [\d.]+ is too old; install 3.11 or later\n", text), text
+    assert process.returncode == 2
 
 
 def test_a_missing_package_is_one_line(tmp_path):
