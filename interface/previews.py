@@ -1,5 +1,7 @@
 """The grids of samples that show how training goes."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -21,6 +23,8 @@ def draw_preview(run: Run, state: TrainState) -> None:
     """Write a grid with a row for each label, always from the same noise, to compare epochs. A stop
     signal ends it."""
     cfg, path = run.cfg, folder.grid_path(run.cfg.output_dir, state.progress)
+    if state.guide is None and cfg.guide_fraction > 0 and cfg.guidance > 1:
+        cfg = replace(cfg, guidance=1.0)  # what it is set to is meant for the guide to come
     labels = list(range(min(10, cfg.num_classes)))  # which "all" means, as a grid has to be short
     if cfg.preview_digits != "all":
         labels = parse_labels(cfg.preview_digits, cfg.label_names)

@@ -643,6 +643,18 @@ def test_other_data_is_noticed_and_refused_inside_an_epoch(whole, tmp_path, run)
     assert_one_line(run("train.py", **fewer, resume=True), "more than 256 images")
 
 
+def test_until_there_is_a_guide_grids_are_drawn_without_guidance(run, tmp_path):
+    flags = TINY | {"epochs": 4, "save_every": 1, "guide_fraction": 0.4, "steps": 6}
+    for guidance in (1, 3):
+        out = tmp_path / str(guidance)
+        assert run("train.py", **flags, guidance=guidance, output_dir=out).code == 0
+    same = [
+        len({(tmp_path / out / "images" / f"samples_epoch_{n}.png").read_bytes() for out in "13"})
+        for n in (1, 2, 3, 4)
+    ]
+    assert same == [1, 2, 2, 2]
+
+
 @unix
 def test_a_stop_while_a_grid_is_drawn_saves_no_second_time(run, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "draw_preview", lambda *_: os.kill(os.getpid(), signal.SIGINT))
