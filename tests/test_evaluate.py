@@ -20,6 +20,8 @@ from system.machine import pick_precision
 
 CPU = torch.device("cpu")
 
+STUDENT = REPO / "results" / "models" / "student.pth"
+
 
 @pytest.fixture(autouse=True)
 def few_resamples(monkeypatch):
@@ -189,6 +191,7 @@ def test_a_bad_file_is_one_line(ready, run, tmp_path, fault, words):
         ({"images": "a.npz", "samples": 200}, ("--images allows only --cas",)),
         ({"images": "a.npz", "sweep": "steps=4"}, ("--sweep", "--images")),
         ({"sweep": "steps=4", "cas": True}, ("--sweep", "drop --cas")),
+        ({"model": STUDENT, "sweep": "steps=2"}, ("steps = 2", "a student learned 4")),
         ({"sweep": "steps=4", "c2st": True}, ("--sweep", "drop --c2st")),
         ({"images": "a.npz", "train_evaluator": True}, ("--train_evaluator", "--images")),
     ],

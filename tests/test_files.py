@@ -6,6 +6,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+from conftest import unix
 
 from system import files
 from system.files import atomic_write
@@ -137,3 +138,10 @@ def test_messages_are_one_printable_line():
     assert files.cannot_write(OSError(28, "No space left on device")).startswith(
         "cannot be written (the disk is full)"
     )
+
+
+@unix
+def test_a_pipe_is_never_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe.json")
+    with pytest.raises(ValueError, match=r"pipe\.json: cannot be written \(it is a device"):
+        files.check_writable(tmp_path / "pipe.json")
