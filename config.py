@@ -18,7 +18,8 @@ DATASETS += ("folder",)
 def setting(default: Any, help: str, **metadata: Any) -> Any:
     """A field of Config. `metadata`: `group`; the limits `ge`, `gt`, `le` (of a text, its length),
     `multiple_of`, `choices`; `flag`, where it differs from the name; `fixed_in_epoch`, if it must
-    not change when a run resumes in the middle of an epoch."""
+    not change when a run resumes in the middle of an epoch; `student`, False if it has no effect on
+    one."""
     return field(default=default, metadata={"help": help, **metadata})
 
 
@@ -69,12 +70,16 @@ class Config:
     )
     snr_power: float = training(0.25, "snr_power: x_0's error is weighted by snr^this", ge=0, le=1)
     min_snr_gamma: float = training(5.0, "min_snr: largest weight of x_0's error", gt=0)
-    timestep_power: float = training(0.7, "t is T * u^this, u uniform (below 1: more noise)", gt=0)
+    timestep_power: float = training(
+        0.7, "t is T * u^this, u uniform (below 1: more noise)", gt=0, student=False
+    )
     absolute_snr: float = training(
         10.0, "predicting x_0: its error counts unsquared where snr > this (0: nowhere)", ge=0
     )
     clip_loss: bool = training(True, "no loss where clamping (clip_x_0) makes x_0_hat exact")
-    label_dropout: float = training(0.1, "fraction of images trained without a label", ge=0, le=1)
+    label_dropout: float = training(
+        0.1, "fraction of images trained without a label", ge=0, le=1, student=False
+    )
 
     # Training
     epochs: int = length(30, "epochs of the whole run", ge=1)
@@ -95,7 +100,7 @@ class Config:
         0.1, "keep the averaged model at this fraction of the run as guide (0: none)", ge=0, le=0.5
     )
     guide_label_noise: float = training(
-        0.3, "fraction of random labels while the guide is made", ge=0, le=1
+        0.3, "fraction of random labels while the guide is made", ge=0, le=1, student=False
     )
     teacher: str = student("", "train a student of this model: path, name, number or newest")
     student_steps: int = student(4, "network calls of a student per image", ge=1, le=8)

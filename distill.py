@@ -21,7 +21,6 @@ from diffusion import Diffusion, Model
 TEACHER_STEPS = 16  # of a teacher that is not itself a student
 REPEATS = 3  # steps that take each batch, as a teacher's examples cost more than learning from them
 KEPT_IMAGES = 4096  # of the epoch, whose examples are kept until all have been taken that often
-UNUSED = {"label_dropout", "timestep_power", "guide_label_noise"}  # settings of other losses
 ROUNDING = 1e-3  # a goal this close to black or white is meant to be exactly that
 BELOW_ANY_SNR = 1e-6  # as absolute_snr: unsquared at every t
 

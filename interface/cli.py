@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from config import MODEL_SIZES, VERSION, Config
-from distill import UNUSED
 from system import distributed
 from system.files import first_line
 from system.machine import set_up_torch
@@ -151,7 +150,7 @@ def settings_for_training(
         if new != old and group in fixed:
             reason = f"the checkpoint was trained with {old!r}; drop the flag, or train a new model"
             raise ValueError(f"{name} = {new!r}: {reason}")
-        if new != old and trained.is_student and name in UNUSED:
+        if new != old and trained.is_student and not f.metadata.get("student", True):
             raise ValueError(f"{name} = {new!r}: has no effect on a student; drop the flag")
         if new != old and mid_epoch and f.metadata.get("fixed_in_epoch"):
             reason = f"the checkpoint is inside an epoch that began with {old!r}"

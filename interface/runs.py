@@ -5,7 +5,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from tqdm import tqdm
 import checkpoint
 from checkpoint import Progress, TrainState
 from config import Config
-from distill import UNUSED, student_settings
+from distill import student_settings
 from interface import folder
 from interface.board import Board
 from interface.cli import as_flags, of_this_computer, quote, settings_for_training
@@ -112,8 +112,10 @@ def student_of(given: dict[str, Any]) -> Config:
         if name in given and given[name] != getattr(cfg, name):
             fixed = f"a student of this teacher has {getattr(cfg, name)!r}"
             raise ValueError(f"{name} = {given[name]!r}: {fixed}; drop the flag")
-    for name in given.keys() & UNUSED:
-        raise ValueError(f"{name} = {given[name]!r}: has no effect on a student; drop the flag")
+    for f in fields(Config):
+        if f.name in given and not f.metadata.get("student", True):
+            unused = "has no effect on a student; drop the flag"
+            raise ValueError(f"{f.name} = {given[f.name]!r}: {unused}")
     return replace(cfg, **given)
 
 
