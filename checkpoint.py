@@ -40,12 +40,12 @@ class Progress:
     def __post_init__(self) -> None:
         for f in fields(self):
             value = getattr(self, f.name)
-            if type(value) not in (int, f.type) or not 0 <= value < 2**53:  # nor NaN
+            if type(value) not in (int, f.type) or not 0 <= value < 2**53:  # NaN fails, too
                 raise ValueError(f"{f.name} = {value!r}: not a valid count")
 
     @property
     def name(self) -> str:
-        """The part of a file's name that tells this progress; never parsed back."""
+        """What files are named by; never parsed back."""
         return f"epoch_{self.epoch}" + (f"_step_{self.step}" if self.images else "")
 
     def __str__(self) -> str:
@@ -72,11 +72,12 @@ class TrainState:
     def initial(cls, cfg: Config, device: torch.device) -> "TrainState":
         """The state before the first step; the random weights depend on cfg.seed alone. Raises
         ValueError for a network or a batch that is too large."""
-        without_weights(cfg)  # which checks its size
+        without_weights(cfg)  # raises if it is too large
         check_step(cfg, device)
         torch.manual_seed(cfg.seed)
         model = UNet(cfg).to(device)
-        ema, totals = copy.deepcopy(model).requires_grad_(False), torch.zeros(2, device=device)
+        ema = copy.deepcopy(model).requires_grad_(False)
+        totals = torch.zeros(2, device=device)
         return cls(model, ema, None, make_optimizers(cfg, model), Progress(), totals, model)
 
     def start_from(self, trained: "LoadedModel") -> None:
@@ -147,7 +148,7 @@ def load(path: str | Path, *, only_look: bool = False) -> dict[str, Any]:
         contents = {"guide": None} | contents  # safetensors of version 1.2 leave it out
         if contents["format"] not in (3, FORMAT):
             raise ValueError(f"format {contents['format']}, but this program reads 3 and {FORMAT}")
-        Progress(**contents["progress"])
+        Progress(**contents["progress"])  # checks it
         if not isinstance(contents.get("data"), dict | None):
             raise TypeError
         json.dumps(contents.get("data"))  # raises TypeError unless it holds plain values
@@ -224,9 +225,9 @@ def load_model(path: str | Path, device: torch.device, compiled: bool = False) -
     contents = load(path)
     cfg, progress = Config.from_dict(contents["config"]), Progress(**contents["progress"])
     if contents["format"] == 3:  # at that time config.py, not the checkpoint, said how to draw
-        usual = Config().select("sampling")
-        usual |= {"steps": min(usual["steps"], cfg.timesteps), "clip_x_0": cfg.clip_x_0}
-        cfg = replace(cfg, **usual)
+        defaults = Config().select("sampling")
+        defaults |= {"steps": min(defaults["steps"], cfg.timesteps), "clip_x_0": cfg.clip_x_0}
+        cfg = replace(cfg, **defaults)
     # Without gradients, channels_last is faster or a tie in float32, and slower in bf16
     bf16 = pick_precision("auto", device) == "bf16"
     layout = torch.contiguous_format if bf16 else torch.channels_last

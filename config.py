@@ -18,8 +18,7 @@ DATASETS += ("folder",)
 def setting(default: Any, help: str, **metadata: Any) -> Any:
     """A field of Config. `metadata`: `group`; the limits `ge`, `gt`, `le` (of a text, its length),
     `multiple_of`, `choices`; `flag`, where it differs from the name; `fixed_in_epoch`, if it must
-    not change when a run resumes in the middle of an epoch; `student`, False if it has no effect on
-    one."""
+    not change when a run resumes in the middle of an epoch; `unused_by_students`."""
     return field(default=default, metadata={"help": help, **metadata})
 
 
@@ -30,8 +29,8 @@ classes = partial(setting, group="classes")  # given by the data set; has no fla
 training = partial(setting, group="training")
 length = partial(setting, group="length")  # how long a run is
 sampling = partial(setting, group="sampling")  # how to draw with a model: comes with its checkpoint
-picture = partial(setting, group="picture")  # how to draw one picture: not kept from the model
-# A PNG records the last two groups; provenance.request_from_picture adds what old ones lack
+picture = partial(setting, group="picture")  # how to draw one picture: not taken from the model
+# A PNG records the last two groups
 
 
 @dataclass(frozen=True)
@@ -68,17 +67,19 @@ class Config:
     loss_weighting: str = training(
         "snr_power", "how the loss weights timesteps", choices=("uniform", "min_snr", "snr_power")
     )
-    snr_power: float = training(0.25, "snr_power: x_0's error is weighted by snr^this", ge=0, le=1)
+    snr_power: float = training(
+        0.25, "weight of x_0's error: signal-to-noise ratio^this", ge=0, le=1
+    )
     min_snr_gamma: float = training(5.0, "min_snr: largest weight of x_0's error", gt=0)
     timestep_power: float = training(
-        0.7, "t is T * u^this, u uniform (below 1: more noise)", gt=0, student=False
+        0.7, "t is T * u^this, u uniform (below 1: more noise)", gt=0, unused_by_students=True
     )
     absolute_snr: float = training(
         10.0, "predicting x_0: its error counts unsquared where snr > this (0: nowhere)", ge=0
     )
     clip_loss: bool = training(True, "no loss where clamping (clip_x_0) makes x_0_hat exact")
     label_dropout: float = training(
-        0.1, "fraction of images trained without a label", ge=0, le=1, student=False
+        0.1, "fraction of images trained without a label", ge=0, le=1, unused_by_students=True
     )
 
     # Training
@@ -100,7 +101,7 @@ class Config:
         0.1, "keep the averaged model at this fraction of the run as guide (0: none)", ge=0, le=0.5
     )
     guide_label_noise: float = training(
-        0.3, "fraction of random labels while the guide is made", ge=0, le=1, student=False
+        0.3, "fraction of labels made random for the guide", ge=0, le=1, unused_by_students=True
     )
     teacher: str = student("", "train a student of this model: path, name, number or newest")
     student_steps: int = student(4, "network calls of a student per image", ge=1, le=8)
@@ -116,7 +117,9 @@ class Config:
     guidance_high: float = sampling(0.9, "guidance acts where t / timesteps <= this", ge=0, le=1)
     eta: float = sampling(0.3, "noise added by ddim and dpmpp (0: none, 1: as ddpm)", ge=0, le=1)
     precision: str = picture(
-        "auto", "number type of the network; auto: the faster", choices=("auto", "float32", "bf16")
+        "auto",
+        "what the network computes in; auto: the faster",
+        choices=("auto", "float32", "bf16"),
     )
     seed: int = picture(0, "seed of all random numbers", ge=0, le=2**32 - 1, fixed_in_epoch=True)
     clip_x_0: bool = sampling(True, "clamp each estimate of x_0 to [-1, 1]")

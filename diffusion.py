@@ -1,8 +1,8 @@
 """The diffusion process: noise schedule, training loss, guidance and samplers, for any network.
 
 Time runs over t = 0…T; x_0 is the clean image (alpha_bar[0] = 1) and x_T is almost pure noise.
-`draw` makes images, batch by batch; `sample` yields the states of one batch, from `trajectory`, the
-samplers, which takes one `step` after another.
+`draw` makes images batch by batch. For each batch it runs `sample`, which yields the states that
+`trajectory`, the samplers, computes, one `step` after another.
 """
 
 import itertools
@@ -21,7 +21,7 @@ from system.randomness import ImageNoise
 
 Model = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x_t, t (B,), y) -> eps, v or x_0
 Denoiser = Callable[[Tensor, int, Tensor], Tensor]  # (x_t, t, y) -> x_0_hat
-NEGLIGIBLE = 0.02  # 2.5 grey levels: below about this an error counts squared after all
+NEGLIGIBLE = 0.02  # 2.5 grey levels: a pseudo-Huber loss is about squared below, absolute above
 
 # Ho et al. 2020: beta rises linearly from 1e-4 to 0.02 in 1000 steps
 _HO_BETA = np.concatenate([[0.0], np.linspace(1e-4, 0.02, 1000)])
@@ -60,7 +60,7 @@ class Diffusion:
         self.eta = 1.0 if cfg.sampler == "ddpm" else cfg.eta
         self.alpha_bar = make_alpha_bar(cfg.schedule, self.T)
         self.alpha_bar_at = self.alpha_bar.tolist()  # floats, which are constants to torch.export
-        self.snr = self.alpha_bar / (1 - self.alpha_bar)  # infinite at t = 0
+        self.snr = self.alpha_bar / (1 - self.alpha_bar)  # signal to noise; infinite at t = 0
         self.log_snr = self.snr.log()
         self.log_snr_at = self.log_snr.tolist()
         self.loss_weight = self._make_loss_weight()
@@ -92,18 +92,18 @@ class Diffusion:
         key = (x.device, x.dtype)
         if key not in self._tables:
             table = [self.alpha_bar.sqrt(), (1 - self.alpha_bar).sqrt(), self.loss_weight]
-            self._tables[key] = torch.stack(table).to(x.dtype).to(x.device)
+            self._tables[key] = torch.stack(table).to(x.dtype).to(x.device)  # MPS has no float64
         return self._tables[key][:, t, None, None, None].unbind()
 
     def add_noise(self, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """x_t from x_0 (B, C, H, W) and t int64 (B,). Ho et al. 2020, eq. 4."""
-        signal, noise, _ = self._coefficients(t, x_0)
-        return signal * x_0 + noise * eps
+        signal_scale, noise_scale, _ = self._coefficients(t, x_0)
+        return signal_scale * x_0 + noise_scale * eps
 
     def noise_in(self, x_t: Tensor, x_0: Tensor, t: Tensor) -> Tensor:
         """The eps with which `add_noise` turns x_0 into x_t; t int64 (B,)."""
-        signal, noise, _ = self._coefficients(t, x_t)
-        return (x_t - signal * x_0) / noise
+        signal_scale, noise_scale, _ = self._coefficients(t, x_t)
+        return (x_t - signal_scale * x_0) / noise_scale
 
     def target(self, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """What the network should predict: eps, x_0, or v of Salimans & Ho 2022, section 4."""
@@ -111,17 +111,17 @@ class Diffusion:
             return x_0
         if self.cfg.prediction == "eps":
             return eps
-        signal, noise, _ = self._coefficients(t, x_0)
-        return signal * eps - noise * x_0
+        signal_scale, noise_scale, _ = self._coefficients(t, x_0)
+        return signal_scale * eps - noise_scale * x_0
 
     def x_0_from(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """The x_0_hat (B, C, H, W) that a prediction for x_t implies; t int64 (B,)."""
         if self.cfg.prediction == "x_0":
             return prediction
-        signal, noise, _ = self._coefficients(t, x_t)
+        signal_scale, noise_scale, _ = self._coefficients(t, x_t)
         if self.cfg.prediction == "eps":
-            return (x_t - noise * prediction) / signal
-        return signal * x_t - noise * prediction
+            return (x_t - noise_scale * prediction) / signal_scale
+        return signal_scale * x_t - noise_scale * prediction
 
     def loss(
         self,
@@ -134,10 +134,10 @@ class Diffusion:
         """The weighted loss of the prediction (see prediction_loss), a scalar, over a `part` of the
         batch; x_0 (B, C, H, W) in [-1, 1], y int64 (B,).
 
-        All random numbers of the batch come from `generator`, on x_0's device, whatever the part.
-        t is u^timestep_power · T, with u stratified over the batch (Kingma et al. 2021, appendix
-        I). Each image loses its label with probability `label_dropout` (Ho & Salimans 2022,
-        algorithm 1).
+        Random numbers, from `generator` on x_0's device, are drawn for the whole batch, so that any
+        division into parts gives the same loss. t is u^timestep_power · T, with u stratified over
+        the batch (Kingma et al. 2021, appendix I). Each image loses its label with probability
+        `label_dropout` (Ho & Salimans 2022, algorithm 1).
         """
         B, device, cfg = len(x_0), x_0.device, self.cfg
         shift = torch.rand(1, generator=generator, device=device)
@@ -166,10 +166,10 @@ class Diffusion:
         """
         prediction = self.predict(model, x_t, t, y)
         error = (prediction - self.target(x_0, t, eps)).square()  # (B, C, H, W)
-        signal, noise, weight = self._coefficients(t, x_0)
+        signal_scale, noise_scale, weight = self._coefficients(t, x_0)
         if self.cfg.absolute_snr and self.cfg.prediction == "x_0":
-            near = signal.square() > self.cfg.absolute_snr * noise.square()
-            error = torch.where(near, (error + NEGLIGIBLE**2).sqrt() - NEGLIGIBLE, error)
+            little_noise = signal_scale.square() > self.cfg.absolute_snr * noise_scale.square()
+            error = torch.where(little_noise, (error + NEGLIGIBLE**2).sqrt() - NEGLIGIBLE, error)
         if self.cfg.clip_loss:
             x_0_hat = self.x_0_from(prediction, x_t, t)
             error = error.masked_fill(x_0_hat.clamp(-1, 1) == x_0, 0)
@@ -227,7 +227,7 @@ class Diffusion:
 
     def sampling_times(self, strength: float = 1.0) -> list[int]:
         """T = t_0 > t_1 > … > t_steps = 0, evenly spaced. With a strength below 1 the list begins
-        with strength · T and goes on with those of these times that are lower."""
+        with strength · T, and only those of these times follow that are lower."""
         steps, first = self.cfg.steps, max(1, round(strength * self.T))
         times = [(self.T * i + steps // 2) // steps for i in range(steps, -1, -1)]  # rounded
         return [first, *(t for t in times if t < first)]
@@ -247,7 +247,8 @@ class Diffusion:
         to strength · T (SDEdit, Meng et al. 2022). If a part of it is `known`, bool (H, W), the
         first state is noise alone, that part is kept, and the sampler draws the rest to fit.
         """
-        times, x = self.sampling_times(strength), noise.draw()
+        times = self.sampling_times(strength)
+        x = noise.draw()  # x_T, or the noise to add to the original
         if known is not None:
             denoiser = keep_known(denoiser, original, known)
         elif original is not None:
@@ -293,6 +294,8 @@ class Diffusion:
     ) -> Tensor:
         """x_s from x_t and x_0_hat. Song et al. 2021, eq. 12 and 16; with eta = 1 it is the
         posterior q(x_s | x_t, x_0) of Ho et al. 2020, eq. 6 and 7. At s = 0 no noise is added."""
+        # Eq. 12, sqrt(a_s) x_0_hat + sqrt(1 - a_s - variance) eps_hat, with the eps_hat that x and
+        # x_0_hat imply; a is alpha_bar
         a_t, a_s = self.alpha_bar_at[t], self.alpha_bar_at[s]
         variance = self.eta**2 * (1 - a_s) / (1 - a_t) * (1 - a_t / a_s)
         kept = math.sqrt(max(1 - a_s - variance, 0) / (1 - a_t))
@@ -322,7 +325,7 @@ class Diffusion:
         """
         cfg = self.cfg
         shape = (cfg.img_channels, cfg.img_size, cfg.img_size)
-        images = [torch.empty(0, *shape, device=y.device)]
+        images = [torch.empty(0, *shape, device=y.device)]  # for a process without a batch
         for first in range(0, len(y), cfg.sample_batch_size)[batches]:
             batch = y[first : first + cfg.sample_batch_size]
             indices = range(first, first + len(batch))

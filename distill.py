@@ -20,13 +20,13 @@ from diffusion import Diffusion, Model
 
 TEACHER_STEPS = 16  # of a teacher that is not itself a student
 REPEATS = 3  # steps that take each batch, as a teacher's examples cost more than learning from them
-KEPT_IMAGES = 4096  # of the epoch, whose examples are kept until all have been taken that often
+KEPT_IMAGES = 4096  # images whose examples are kept until each has served REPEATS times
 ROUNDING = 1e-3  # a goal this close to black or white is meant to be exactly that
-BELOW_ANY_SNR = 1e-6  # as absolute_snr: unsquared at every t
+BELOW_ANY_SNR = 1e-6  # as absolute_snr, so that errors count unsquared at every t
 
 
 def student_settings(teacher: Config, student_steps: int) -> Config:
-    """The settings of a student: its teacher's network, the usual training, and sampling in
+    """The settings of a student: its teacher's network, default training, and sampling in
     `student_steps` steps of ddim. Raises ValueError unless those divide the teacher's steps and are
     fewer.
 
@@ -65,9 +65,10 @@ def teacher_settings(cfg: Config) -> Config:
     return replace(cfg, sampler="dpmpp", steps=TEACHER_STEPS, eta=0.0, guidance_high=high)
 
 
-def batch_to_repeat(step: int, batch_size: int) -> int:
+def batch_of_step(step: int, batch_size: int) -> int:
     """The number of the batch that a `step` of an epoch takes, both from 0. The first KEPT_IMAGES,
-    32 batches of 128, serve three times in turn, then the next, and so on."""
+    32 batches of 128, serve REPEATS times in turn, then the next, and so on. So an epoch sees only
+    a third of the images."""
     in_turn = max(1, KEPT_IMAGES // batch_size)
     return step // (REPEATS * in_turn) * in_turn + step % in_turn
 
@@ -98,11 +99,12 @@ class Distillation:
         C, H, W) in [-1, 1], y int64 (B,).
 
         The batch is divided among the segments, in order, and each image is noised to the start of
-        its segment. The noise of the batch comes from `generator`, whatever the part. Examples are
-        kept by the generator's seed, so the same seed must mean the same batch.
+        its segment. Noise from `generator` is drawn for the whole batch. Examples are kept by the
+        generator's seed, so the same seed must mean the same batch.
         """
         key = generator.initial_seed(), part.start, part.stop
         if key not in self.recent:
+            # Twice as many as are repeated, as validation adds its own
             if sum(len(x_t) for x_t, *_ in self.recent.values()) >= 2 * KEPT_IMAGES:
                 del self.recent[next(iter(self.recent))]  # the oldest
             self.recent[key] = self.examples(x_0, y, generator, part)
@@ -113,11 +115,11 @@ class Distillation:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """x_t, t, y, and the right answer, x_0 and eps, for a part of the batch."""
         B, count = len(y), len(self.segments)
-        t = self.starts[torch.arange(B, device=x_0.device) * count // B][part]
+        segments = [i * count // B for i in range(B)][part]  # a list: a GPU need not be waited for
+        t = self.starts[segments]
         eps = torch.randn(x_0.shape, generator=generator, device=x_0.device)
         x_0, y, eps = x_0[part], y[part], eps[part]
         x_t = self.student.add_noise(x_0, t, eps)
-        segments = [i * count // B for i in range(B)][part]  # not from t: a GPU would have to wait
         sizes = [segments.count(k) for k in range(count)]
         pieces = zip(x_t.split(sizes), y.split(sizes), self.segments, strict=True)
         goals = torch.cat([self.goal(x, labels, *ends) for x, labels, ends in pieces if len(x)])

@@ -100,7 +100,7 @@ def evaluate_file(evaluator: Evaluator, args: Namespace, output_dir: str) -> Res
 
 
 def trained_metrics(known: Result | None) -> Result:
-    """Of an earlier result, the metrics for which networks were trained: too dear to drop."""
+    """Of an earlier result, the metrics for which networks were trained: too costly to lose."""
     return {name: known[name] for name in ("cas", "c2st") if known and name in known}
 
 
@@ -201,9 +201,9 @@ def main() -> int:
     if args.samples is not None and not least <= args.samples <= MAX_MEASURED:
         raise ValueError(f"samples = {args.samples}: choose {least} to {MAX_MEASURED}")
     given = cli.given_settings(args)
-    cfg = replace(Config(), **cli.of_this_computer(given))
+    cfg = replace(Config(), **cli.machine_settings(given))
     draws = not (args.train_evaluator or args.images or args.classify)
-    if distributed.rank() > 0 and not draws:  # which is work for a single process
+    if distributed.rank() > 0 and not draws:  # the rest is work for a single process
         return 0
     if args.train_evaluator:
         accuracy = classifier.train_and_save(cfg)

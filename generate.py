@@ -28,7 +28,8 @@ from system.machine import pick_device
 def draw_all(loaded: LoadedModel, wanted: list[Request], show_digits: bool) -> None:
     """Draw and write all requests, and print their paths on stdout. Several processes divide the
     images of a single request, or else the requests, among them."""
-    seconds, images, together = 0.0, 0, len(wanted) == 1
+    seconds, images = 0.0, 0
+    together = len(wanted) == 1  # whether each process draws a part of the same picture
     [mine] = [slice(None)] if together else distributed.my_parts(len(wanted))
     for request in wanted[mine]:
         began = time.perf_counter()
@@ -44,7 +45,7 @@ def draw_all(loaded: LoadedModel, wanted: list[Request], show_digits: bool) -> N
         print(request.output, flush=True)
     distributed.barrier()
     if not together:
-        for request in wanted[mine.stop :]:  # which other processes have drawn; the first speaks
+        for request in wanted[mine.stop :]:  # drawn by other processes, which print nothing
             print(request.output, flush=True)
         images = len(wanted)
     cfg = wanted[0].cfg
@@ -60,13 +61,14 @@ def draw(loaded: LoadedModel, request: Request, together: bool) -> list[Tensor]:
     each state, from noise to the images, otherwise a single one. With `together` all processes
     draw them, each some of the batches."""
     cfg, y, original = request.cfg, request.labels.to(loaded.device), request.original
-    diffusion, state_numbers = Diffusion(cfg, loaded.levels), itertools.count()
+    diffusion = Diffusion(cfg, loaded.levels)
     denoiser = diffusion.guided(loaded.model, loaded.guide)
     start = original.start(loaded.device) if original else {}
     steps = len(diffusion.sampling_times(original.strength if original else 1.0)) - 1
     batches = range(diffusion.batch_count(len(y)))
     [mine] = distributed.my_parts(len(batches)) if together else [slice(None)]
     states: dict[int, list[Tensor]] = {number: [] for number in request.kept_states(steps)}
+    state_numbers = itertools.count()
     with sampling_bar(steps, len(batches[mine])) as advance:
 
         def on_state(x: Tensor) -> None:
@@ -110,8 +112,8 @@ def reproduce(png: Path, args: Namespace, given: dict[str, Any]) -> None:
 
 
 def fast_settings(loaded: LoadedModel) -> dict[str, Any]:
-    """How --fast draws: with a guide as FAST says, else in as many steps but with the model's own
-    guidance; a student as ever."""
+    """How --fast draws: a model with a guide as FAST says, one without in as many steps but with
+    its own guidance; for a student it changes nothing."""
     if loaded.cfg.is_student:
         return {}
     steps = {"steps": min(FAST["steps"], loaded.cfg.timesteps)}
@@ -121,7 +123,7 @@ def fast_settings(loaded: LoadedModel) -> dict[str, Any]:
 def draw_what_is_asked(args: Namespace, given: dict[str, Any], device: torch.device) -> None:
     """Draw what --digits says, or else what the answers say."""
     folder = Path(given.get("output_dir", Config().output_dir), "models")
-    file = distributed.from_first(lambda: requests.chosen_model(args, folder))
+    file = distributed.from_first(lambda: requests.model_from_flags(args, folder))
     loaded = checkpoint.load_model(file, device, given.get("compile", False))
     fast = fast_settings(loaded) if args.fast else {}
     cfg = cli.settings_for_drawing(loaded.cfg, fast | given)

@@ -1,4 +1,4 @@
-"""Grey levels: rising curves turn those that a model draws into those of its training images.
+"""Grey levels: rising curves map those that a model draws to those of its training images.
 
 A network trained with a squared error predicts the mean of what is possible. So it draws faint
 halos around strokes, and no stroke is filled with a single grey, as each of MNIST's is: 253 in 43 %
@@ -28,7 +28,7 @@ LOOKED_AT = 8_000_000  # how many training pixels are counted: those of 10,000 M
 
 @dataclass(frozen=True)
 class GreyLevels:
-    """For each of WHITES a curve, by which the levels that a model draws become real ones."""
+    """A curve for each of WHITES, from the levels that a model draws to real ones."""
 
     share: Tensor  # float32 (6,): how many of the training images have this white
     curves: Tensor  # uint8 (6, 255 · FINE + 1): the level for each level drawn
@@ -38,7 +38,7 @@ class GreyLevels:
         shapes = (len(WHITES),), (len(WHITES), 255 * FINE + 1)
         fits = (self.share.shape, self.curves.shape) == shapes and self.curves.dtype == torch.uint8
         if not fits or not (self.share >= 0).all() or not 0.99 < float(self.share.sum()) < 1.01:
-            raise ValueError("its grey levels are not the curves that they should be")
+            raise ValueError("its curves of grey levels are malformed")
 
     @classmethod
     @torch.no_grad()
@@ -58,26 +58,25 @@ class GreyLevels:
 
     @classmethod
     def measure(cls, images: Tensor, few: Tensor, drawn: Tensor) -> "GreyLevels | None":
-        """The curves for the training images, uint8 (M, C, H, W), of which the first are counted.
-        None if none of them has a white, or if `drawn` holds NaN.
+        """The curves for the training images, uint8 (M, C, H, W), of which about the first 10,000
+        are counted. None if none of them has a white, or if `drawn` holds NaN.
 
-        Levels are matched by rank. A level's rank among the pixels of `drawn`, float (N, C, H, W)
-        in [-1, 1], is its rank among those of `few`, the uint8 images that `drawn` should look
-        like. As these are few, that rank is then looked up among all `images`. Below LIGHT, the
-        level that has it there is taken; from LIGHT on, the one that has it in the images of one
-        white, so that there is a curve for each white."""
+        Levels are matched by rank. The rank of a level in `drawn`, float (N, C, H, W) in [-1, 1],
+        is looked up in `few`, the uint8 images that `drawn` should look like, and from there in
+        all `images`, because `few` is a small sample. Below LIGHT all curves are the same; from
+        LIGHT on, each is that of the images with its own white."""
         images = images[: max(1, LOOKED_AT // images[0].numel())].cpu().flatten(1)
         counts = torch.stack([(images == white).sum(dim=1) for white in WHITES])  # (6, M)
-        number = torch.where(counts.sum(dim=0) > 0, counts.argmax(dim=0), -1)  # (M,), of its white
-        if (number < 0).all() or drawn.isnan().any():
+        white_of = torch.where(counts.sum(dim=0) > 0, counts.argmax(dim=0), -1)  # (M,), -1: none
+        if (white_of < 0).all() or drawn.isnan().any():
             return None
         shares = _shares(_codes(drawn), 255 * FINE + 1)
         rank = shares.cumsum() - shares / 2  # of a level, among the pixels drawn: 0 to 1
         few_cdf, cdf = (_shares(x, 256).cumsum() for x in (few, images))
         rank = np.interp(rank, np.r_[0, few_cdf], np.r_[0, cdf])  # among all training pixels
         curves = []
-        for each in range(len(WHITES)):
-            pixels = images[number == each]
+        for i in range(len(WHITES)):
+            pixels = images[white_of == i]
             light, cdf_of_white = pixels[pixels >= LIGHT], cdf.copy()
             if len(light):
                 below = cdf[LIGHT - 1]
@@ -85,7 +84,7 @@ class GreyLevels:
             curve = np.searchsorted(cdf_of_white, rank.clip(max=cdf_of_white[-1]))
             curve[0] = 0  # what the network drew black stays black
             curves.append(torch.from_numpy(curve.astype(np.uint8)))
-        share = torch.bincount(number[number >= 0], minlength=len(WHITES)).float()
+        share = torch.bincount(white_of[white_of >= 0], minlength=len(WHITES)).float()
         return cls(share / share.sum(), torch.stack(curves))
 
     def match(self, x: Tensor, chance: Tensor) -> Tensor:

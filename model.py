@@ -39,6 +39,7 @@ class UNet(nn.Module):
             self.down.append(nn.ModuleList(ResidualBlock(width, size) for _ in range(cfg.blocks)))
             self.up.append(nn.ModuleList(ResidualBlock(width, size) for _ in range(cfg.blocks)))
         side = cfg.img_size // (cfg.patch_size * 2 ** (len(widths) - 1))  # of the coarsest level
+        # A learned image of each label, added at the coarsest level
         self.label_picture = nn.Embedding(cfg.num_classes + 1, widths[-1] * side**2)
         nn.init.zeros_(self.label_picture.weight)
         self.middle = ResidualBlock(widths[-1], size)
@@ -60,7 +61,7 @@ class UNet(nn.Module):
                 h = self.shrink[level - 1](F.pixel_unshuffle(h, 2))  # (B, w[l], H/(P·2^l), …)
             if level == len(self.down) - 1:
                 picture = self.label_picture(y).view(h.shape)
-                h = h + picture.to(h.dtype)  # which autocast leaves in float32, and so the sum
+                h = h + picture.to(h.dtype)  # autocast leaves embeddings in float32
             for block in blocks:
                 h = block(h, embedding)
                 skips.append(h)
@@ -71,7 +72,7 @@ class UNet(nn.Module):
             h = self.attention(h)
         for level in reversed(range(len(self.up))):
             for block in self.up[level]:
-                h = block(h + skips.pop(), embedding)
+                h = block(h + skips.pop(), embedding)  # added, as concatenating them is slower
             if level > 0:
                 h = F.pixel_shuffle(self.grow[level - 1](h), 2)  # (B, w[l-1], twice the side)
         folded = self.head(F.silu(self.norm(h)))  # (B, C·P², H/P, W/P)

@@ -57,13 +57,13 @@ def class_names(cfg: Config) -> list[str]:
 def with_classes(cfg: Config, given: dict[str, Any]) -> Config:
     """`cfg` with the settings that are `given`, and with the number and the names of its data set's
     labels."""
-    usual = Config()
+    defaults = Config()
     shown = given.get("preview_digits", cfg.preview_digits)
     cfg = replace(cfg, **given | {"preview_digits": "all"})  # until the labels are known
-    names, own = class_names(cfg), usual.select("classes")
-    if names != usual.label_names:
+    names, own = class_names(cfg), defaults.select("classes")
+    if names != defaults.label_names:
         own = {"num_classes": len(names), "class_names": "/".join(names)}
-        shown = "all" if shown == usual.preview_digits else shown
+        shown = "all" if shown == defaults.preview_digits else shown
     return replace(replace(cfg, **own), preview_digits=shown)
 
 
@@ -114,7 +114,7 @@ def read_folder(cfg: Config, train: bool) -> tuple[Tensor, Tensor]:
             raise ValueError(f"{cfg.data_dir}: too many pictures; choose a smaller --img_size")
     if unread and train:
         print(f"left out {len(unread)} of {len(files)} pictures, which cannot be read:")
-        print(*unread[:5], *["…"][: len(unread) > 5], sep="\n")
+        print(*unread[:5], *(["…"] if len(unread) > 5 else []), sep="\n")
     if train and 0 in seen:
         empty = class_names(cfg)[seen.index(0)]
         remedy = "no .png or .jpg that can be read; add some, or choose another --data_dir"

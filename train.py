@@ -20,9 +20,9 @@ from checkpoint import Progress, TrainState, load_model
 from config import Config
 from data import fingerprint, load_split, to_model_range
 from diffusion import Diffusion, Model
-from distill import Distillation, batch_to_repeat
+from distill import Distillation, batch_of_step
 from interface import folder, runs
-from interface.cli import given_settings, of_this_computer, run_script
+from interface.cli import given_settings, machine_settings, run_script
 from interface.flags import train_flags
 from interface.previews import draw_missing_previews, draw_preview
 from interface.runs import Plan, Run, make_plan
@@ -46,9 +46,9 @@ def train(plan: Plan, device: torch.device, began: float) -> int:
     data or the machine, FloatingPointError if training diverges."""
     cfg = plan.cfg
     images, labels = load_split(cfg, train=True, device=device)
-    few = min(VALIDATION_IMAGES, max(1, len(images) // 60))
+    count = min(VALIDATION_IMAGES, max(1, len(images) // 60))
     test = load_split(cfg, train=False, device=device)
-    unseen = [x[:: max(1, len(x) // few)][:few] for x in test]  # spread out: it may be sorted
+    unseen = [x[:: max(1, len(x) // count)][:count] for x in test]  # spread out: it may be sorted
     state, loss = prepare(plan, fingerprint(images, labels), device)
     run = Run(plan, state, len(images), began)
     if run.done and distributed.from_first(lambda: folder.is_complete(cfg.output_dir)):
@@ -64,24 +64,25 @@ def train(plan: Plan, device: torch.device, began: float) -> int:
         keep_guide(cfg, state, run.fraction)
         run.show_progress()
         state.epoch_seconds += time.perf_counter() - step_began
-        epoch_done = run.epoch_done
+        epoch_done = run.epoch_done  # which start_next_epoch resets
         if epoch_done or run.done or run.stopped_by:
             distributed.average(state.totals)  # each process has added the loss of its own part
         if epoch_done or run.done:
             run.log_epoch(validation_loss(cfg, loss, state, *unseen))
         if epoch_done:
             state.start_next_epoch()
+        # A run that a signal stops is saved below, without a grid of samples
         if run.save_due(epoch_done) and (run.done or not run.stopped_by):
             save(run, images, labels)
             draw_preview(run, state)
             run.draw_curves()
-            run.heed_signals()
+            run.check_signals()
 
     if run.stopped_by and not run.done:
         if not run.is_saved:
             save(run, images, labels)
         run.draw_curves()
-        flags = ["--resume", *["--tensorboard"][: plan.tensorboard]]
+        flags = ["--resume"] + (["--tensorboard"] if plan.tensorboard else [])
         print(f"stopped at {state.progress}; to continue: {runs.train_command(cfg, *flags)}")
         return 128 + run.stopped_by
     draw_missing_previews(run)
@@ -117,18 +118,15 @@ def prepare(plan: Plan, data: dict[str, Any], device: torch.device) -> tuple[Tra
 def batch(cfg: Config, images: Tensor, labels: Tensor, progress: Progress) -> tuple[Tensor, Tensor]:
     """The next x_0 (B, C, H, W) in [-1, 1] and labels (B,), in the epoch's random order."""
     order = epoch_order(cfg.seed, progress.epoch, len(images), images.device)
-    steps_ago = progress.step - step_of_batch(cfg, progress)
-    first = progress.images - steps_ago * cfg.batch_size
+    first = batch_number(cfg, progress) * cfg.batch_size
     index = order[first : first + cfg.batch_size]
     return to_model_range(images[index]), labels[index]
 
 
-def step_of_batch(cfg: Config, progress: Progress) -> int:
-    """The step that first takes the next batch: the next step, or for a student, which sees its
-    batches several times, maybe an earlier one."""
-    steps = progress.images // cfg.batch_size  # of this epoch
-    first = batch_to_repeat(steps, cfg.batch_size) if cfg.is_student else steps
-    return progress.step - steps + first
+def batch_number(cfg: Config, progress: Progress) -> int:
+    """Which batch of the epoch the next step takes; a student takes each one several times."""
+    step = progress.images // cfg.batch_size
+    return batch_of_step(step, cfg.batch_size) if cfg.is_student else step
 
 
 @functools.lru_cache(maxsize=1)
@@ -149,9 +147,11 @@ def training_step(
     the whole batch, so that the parts add up to the same step however many there are."""
     B, progress = len(y), state.progress
     state.model.zero_grad()
-    total, parts = torch.zeros((), device=x_0.device), distributed.my_parts(B, cfg.accumulate)
-    noisy_labels = state.guide is None and cfg.guide_fraction > 0  # also while warm-up delays it
-    key = cfg.seed, NOISE_STREAM, step_of_batch(cfg, progress)
+    total = torch.zeros((), device=x_0.device)
+    parts = distributed.my_parts(B, cfg.accumulate)
+    noisy_labels = state.guide is None and cfg.guide_fraction > 0
+    before = progress.step - progress.images // cfg.batch_size  # steps of earlier epochs
+    key = cfg.seed, NOISE_STREAM, before + batch_number(cfg, progress)  # the same if repeated
     for part in parts:
         generator = seeded_generator(*key, device=x_0.device)
         labels = randomize_labels(y, cfg, generator) if noisy_labels else y
@@ -163,7 +163,7 @@ def training_step(
         total += value.detach()
     parameters = list(state.model.parameters())
     grad_norm = nn.utils.clip_grad_norm_(parameters, cfg.grad_clip)
-    making_guide = state.guide is None and fraction < cfg.guide_fraction
+    making_guide = state.guide is None and fraction < cfg.guide_fraction  # warm-up may delay it
     for optimizer in state.optimizers:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(cfg, progress.step, fraction, making_guide)
@@ -229,22 +229,23 @@ def save(run: Run, images: Tensor, labels: Tensor) -> None:
     diffusion, state = Diffusion(run.cfg), run.state
     denoiser = diffusion.guided(state.ema, state.guide)
     state.levels = None
-    with run.side_output("grey levels"):  # without which a checkpoint is still good
+    with run.side_output("grey levels"):  # a checkpoint is good without them
         state.levels = GreyLevels.of_model(diffusion, denoiser, images, labels)
     run.save()
 
 
 def main() -> int:
-    began = time.perf_counter() - time.process_time()  # when the process started, by its CPU time
+    began = time.perf_counter() - time.process_time()  # about when the process started
     args = train_flags()
     given, more = given_settings(args), args.continue_training_epochs
     resume, load = args.resume, args.load_checkpoint_path
     if runs.only_describes(given, load, more):
         print(runs.describe(make_plan(given, load=load)))
         return 0
-    machine = replace(Config(), **of_this_computer(given))
+    machine = replace(Config(), **machine_settings(given))
     device, out = pick_device(machine.device), machine.output_dir
     with distributed.joined(device), ExitStack() as stack:
+        # The first process locks the folder
         distributed.from_first(lambda: stack.enter_context(folder.own_folder(out)))
         if distributed.is_restart() and distributed.from_first(lambda: folder.holds_this_run(out)):
             resume, load, more = True, None, 0

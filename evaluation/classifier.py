@@ -137,8 +137,8 @@ def write(path: Path, net: Classifier, images: Tensor) -> None:
 
 def is_mnist(cfg: Config) -> bool:
     """Whether a model draws what MNIST's classifier was trained on."""
-    usual = Config().select("classes") | {"dataset": "MNIST", "img_size": 28, "img_channels": 1}
-    return all(getattr(cfg, name) == value for name, value in usual.items())
+    mnist = Config().select("classes") | {"dataset": "MNIST", "img_size": 28, "img_channels": 1}
+    return all(getattr(cfg, name) == value for name, value in mnist.items())
 
 
 def own_classifier(cfg: Config, train: Split, test: Split) -> Path:

@@ -17,14 +17,14 @@ class Evaluator:
     """The frozen classifier, and the real images that samples are compared with."""
 
     def __init__(self, cfg: Config, device: torch.device) -> None:
-        self.own = not classifier.is_mnist(cfg)  # a data set with a classifier of its own
-        self.cfg = cfg = cfg if self.own else classifier.full_mnist(cfg)
+        own = not classifier.is_mnist(cfg)  # a data set with a classifier of its own
+        self.cfg = cfg = cfg if own else classifier.full_mnist(cfg)
         self.device = device
         train, test = (load_split(cfg, train=kind, device=device) for kind in (True, False))
         (self.train_images, self.train_labels), (self.test_images, self.test_labels) = train, test
-        path = classifier.own_classifier(cfg, train, test) if self.own else classifier.PATH
-        shape = cfg.img_channels, cfg.num_classes
-        self.net, self.train_moments, self.sha256 = classifier.load(device, path, *shape)
+        path = classifier.own_classifier(cfg, train, test) if own else classifier.PATH
+        sizes = cfg.img_channels, cfg.num_classes
+        self.net, self.train_moments, self.sha256 = classifier.load(device, path, *sizes)
         self.label_counts = self.train_labels.bincount(minlength=cfg.num_classes).tolist()
         some = self.train_images[shuffled(len(self.train_images), seed=0)[:MAX_MEASURED].to(device)]
         self.some_train_features = classifier.features_of(self.net, some)
@@ -52,8 +52,8 @@ class Evaluator:
         found["copies"] = int((distances < real["nearest_least"]).sum())
         closest = distances.argsort()[:10]
         pairs = torch.stack([images[closest], self.train_images[index[closest]]], dim=1)
-        of = {"dataset": self.cfg.dataset, "label_names": self.cfg.label_names}
-        return {"images": N, **of, "samples": found, "real": real}, pairs.flatten(0, 1)
+        about = {"dataset": self.cfg.dataset, "label_names": self.cfg.label_names}
+        return {"images": N, **about, "samples": found, "real": real}, pairs.flatten(0, 1)
 
     def _metrics(self, images: Tensor, labels: Tensor | None) -> tuple[Result, Tensor, Tensor]:
         """All metrics of images by themselves; the distance of each to the nearest training image,
@@ -88,7 +88,7 @@ class Evaluator:
         for 3 seeds. Also returns, for each view, the ten images that were taken for samples with
         the most certainty, (20, C, H, W)."""
         some = shuffled(len(self.train_images), seed=3)[: len(images)].to(self.device)
-        kinds = {"samples": images, "real": self.train_images[some]}
+        kinds = {"samples": images, "real": self.train_images[some]}  # here "real" is the floor
         found: Result = {view: {kind: [] for kind in kinds} for view in two_sample.VIEWS}
         most_obvious, seeds = [], (1, 2, 3)
         total = len(two_sample.VIEWS) * len(kinds) * len(seeds)

@@ -27,12 +27,12 @@ def frechet_distance(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> floa
 def frechet_metrics(features: Tensor, reference: dict[str, np.ndarray]) -> dict[str, Any]:
     """Fréchet distance of features (N, D) to the reference, with a 95 % bootstrap interval. The
     interval is corrected for bias, because resampling alone increases the distance."""
-    generator = torch.Generator().manual_seed(0)
+    generator, features = torch.Generator().manual_seed(0), features.cpu()
     fd = frechet_distance(moments(features), reference)
     again = []
     for _ in range(RESAMPLES):
         chosen = torch.randint(len(features), (len(features),), generator=generator)
-        again.append(frechet_distance(moments(features.cpu()[chosen]), reference))
+        again.append(frechet_distance(moments(features[chosen]), reference))
     low, high = np.quantile(again, [0.025, 0.975]) - np.mean(again)
     return {"fd": fd, "fd_interval": [fd + low, fd + high]}
 
@@ -56,12 +56,12 @@ def feature_metrics(features: Tensor, real: Tensor) -> dict[str, float]:
 def pixel_metrics(images: Tensor) -> dict[str, Any]:
     """Of uint8 images (N, C, H, W): the fraction of exactly black pixels, the mean and standard
     deviation in grey levels, and the fraction of pixels between neighbouring GREY_EDGES."""
-    counts = torch.bincount(images.flatten().int(), minlength=256).cpu().double() / images.numel()
+    shares = torch.bincount(images.flatten().int(), minlength=256).cpu().double() / images.numel()
     grey = torch.arange(256, dtype=torch.float64)
-    mean = (counts * grey).sum()
-    histogram = [counts[a:b].sum().item() for a, b in itertools.pairwise(GREY_EDGES)]
-    std = (counts * (grey - mean) ** 2).sum().sqrt()
-    black = counts[0].item()
+    mean = (shares * grey).sum()
+    histogram = [shares[a:b].sum().item() for a, b in itertools.pairwise(GREY_EDGES)]
+    std = (shares * (grey - mean) ** 2).sum().sqrt()
+    black = shares[0].item()
     return {"black": black, "mean": mean.item(), "std": std.item(), "histogram": histogram}
 
 

@@ -46,7 +46,7 @@ SWEEP_ROW = (
 
 
 def percent(share: float | None) -> str:
-    """A share as text; that of nothing is blank."""
+    """A share as text, blank for None."""
     return "" if share is None else f"{share:.2%}"
 
 

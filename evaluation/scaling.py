@@ -84,9 +84,10 @@ def report(cluster: Cluster) -> str:
     """The costs of the networks, and how well they spread, as a person reads it."""
     networks = {"default": Config()} | {k: replace(Config(), **v) for k, v in MODEL_SIZES.items()}
     costs = {name: cost_of(cfg) for name, cfg in networks.items()}
-    head = "network parameters GFLOP/image gradient memory(batch~128) memory(batch~1024)"
-    rows = [tuple(word.replace("~", " ") for word in head.split())]
+    memory = "memory(batch 128)", "memory(batch 1024)"
+    rows = [("network", "parameters", "GFLOP/image", "gradient", *memory)]
     for name, cost in costs.items():
+        # Weights, their gradients and average, and up to two float32 numbers of the optimizer
         memory = [20 * cost.parameters + batch * cost.activations for batch in (128, 1024)]
         shown = [
             f"{cost.parameters:,}",

@@ -1,4 +1,4 @@
-"""Command lines: flags made from settings, kinds of rules, which value wins, errors."""
+"""Command lines: flags made from settings, rules between flags, which value wins, errors."""
 
 import argparse
 import os
@@ -111,7 +111,7 @@ def given_settings(args: argparse.Namespace) -> dict[str, Any]:
     return size | {f.name: getattr(args, f.name) for f in fields(Config) if hasattr(args, f.name)}
 
 
-def of_this_computer(given: dict[str, Any]) -> dict[str, Any]:
+def machine_settings(given: dict[str, Any]) -> dict[str, Any]:
     """Those of the given settings that belong to this computer."""
     return {name: given[name] for name in Config.names("machine") if name in given}
 
@@ -141,8 +141,8 @@ def settings_for_training(
     way (`mid_epoch`).
     """
     defaults, notes = Config(), []
-    fixed = {"model", "student", "classes"} | ({"sampling"} if trained.is_student else set())
-    noted = {"model", "training", "picture", "sampling"} - (fixed - {"model"})
+    fixed, noted = {"model", "student", "classes"}, {"model", "training", "picture"}
+    (fixed if trained.is_student else noted).add("sampling")
     cfg = replace(trained, **{**defaults.select("machine"), **given})
     for f in fields(Config):
         name, group = f.name, f.metadata["group"]
@@ -150,7 +150,7 @@ def settings_for_training(
         if new != old and group in fixed:
             reason = f"the checkpoint was trained with {old!r}; drop the flag, or train a new model"
             raise ValueError(f"{name} = {new!r}: {reason}")
-        if new != old and trained.is_student and not f.metadata.get("student", True):
+        if new != old and trained.is_student and f.metadata.get("unused_by_students"):
             raise ValueError(f"{name} = {new!r}: has no effect on a student; drop the flag")
         if new != old and mid_epoch and f.metadata.get("fixed_in_epoch"):
             reason = f"the checkpoint is inside an epoch that began with {old!r}"
@@ -171,10 +171,11 @@ def settings_for_drawing(
     student learned, or for flags with which guidance would never act."""
     sets_interval = bool(given.keys() & {"guidance_low", "guidance_high"})
     given = given | (recorded or {})
-    for name in Config.names("sampling") if trained.is_student else ():
-        own = getattr(trained, name)
-        if given.get(name, own) != own:
-            raise ValueError(f"{name} = {given[name]!r}: a student learned {own!r}; drop the flag")
+    if trained.is_student:
+        for name, own in trained.select("sampling").items():
+            value = given.get(name, own)
+            if value != own:
+                raise ValueError(f"{name} = {value!r}: a student learned {own!r}; drop the flag")
     cfg = replace(trained, **{**Config().select("machine", "picture"), **given})
     if sets_interval and cfg.guidance_low >= cfg.guidance_high:
         needed = f"below guidance_high = {cfg.guidance_high}, or guidance never acts"

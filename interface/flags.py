@@ -91,7 +91,7 @@ def evaluate_flags() -> Namespace:
     parser = Parser(prog="evaluate.py", description="Measure samples against real images.")
     what = parser.add_mutually_exclusive_group()
     images = PATH | {"metavar": "NPZ"}
-    what.add_argument("--images", **images, help="measure its images")
+    what.add_argument("--images", **images, help="measure the images in this file")
     what.add_argument("--sweep", nargs="+", metavar="NAME=A,B", help="evaluate all combinations")
     what.add_argument("--classify", action="store_true", help="name test images by denoising them")
     what.add_argument("--train_evaluator", action="store_true", help="train the classifier anew")

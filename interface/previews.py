@@ -25,7 +25,7 @@ def draw_preview(run: Run, state: TrainState) -> None:
     cfg, path = run.cfg, folder.grid_path(run.cfg.output_dir, state.progress)
     if state.guide is None and cfg.guide_fraction > 0 and cfg.guidance > 1:
         cfg = replace(cfg, guidance=1.0)  # what it is set to is meant for the guide to come
-    labels = list(range(min(10, cfg.num_classes)))  # which "all" means, as a grid has to be short
+    labels = list(range(min(10, cfg.num_classes)))  # what "all" means here, to keep the grid short
     if cfg.preview_digits != "all":
         labels = parse_labels(cfg.preview_digits, cfg.label_names)
     diffusion = Diffusion(cfg, state.levels)

@@ -58,7 +58,7 @@ def model_with_hash(expected: str, output_dir: Path) -> Path | None:
     return None
 
 
-def choose_model(folder: Path) -> Path:
+def ask_for_model(folder: Path) -> Path:
     """List the models in a folder and ask for one; Enter takes the newest."""
     found = list_models(folder)
     log(f"Models in {folder}:")
@@ -68,10 +68,10 @@ def choose_model(folder: Path) -> Path:
     return found[ask("Which model", len(found), whole_number(len(found))) - 1][0]
 
 
-def chosen_model(args: Namespace, folder: Path) -> Path:
+def model_from_flags(args: Namespace, folder: Path) -> Path:
     """The model that the flags name, the one that --fast takes, or the answer to a question."""
     if args.digits is None and not args.model:
-        return choose_model(folder)
+        return ask_for_model(folder)
     file = find_model(args.model or "newest", folder)
     its_student = file.with_name(STUDENT)
     if args.fast and not args.model and file.name == PRETRAINED and its_student.is_file():
@@ -96,17 +96,15 @@ class Request:
     recorded: Collection[str] | None = None  # names that a PNG drawn again records
 
     def __post_init__(self) -> None:
-        names = self.cfg.label_names
-        if self.digits == "mnist" and names != list("0123456789"):
+        names, mnist = self.cfg.label_names, self.digits == "mnist"
+        if mnist and names != list("0123456789"):
             raise ValueError("digits = 'mnist': this model was not trained on MNIST; use all")
-        numbers = {"all": len(names), "mnist": 1}
-        if self.digits not in numbers:
-            numbers[self.digits] = len(parse_labels(self.digits, names))
-        if self.original and numbers[self.digits] != 1:
+        each = 1 if mnist else len(labels_named(self.digits, names))  # images of a variant
+        if self.original and each != 1:
             raise ValueError(f"digits = {shortened(self.digits)}: name the one label to draw")
         if type(self.count) is not int or self.count < 1:
             raise ValueError(f"count = {shortened(self.count)}: must be a whole number, at least 1")
-        images = self.count * numbers[self.digits]
+        images = self.count * each
         largest = MAX_IMAGES
         if self.animated:
             largest = min(MAX_ANIMATED, LONGEST // (self.cfg.img_size + GAP))
@@ -136,23 +134,27 @@ class Request:
     def kept_states(self, steps: int) -> list[int]:
         """Which of the states 0…steps to keep: of an animation at most MAX_FRAMES, evenly spaced;
         otherwise the last."""
-        last = min(steps, MAX_FRAMES - 1) if self.animated else 0
-        return [steps - round(i * steps / max(1, last)) for i in range(last, -1, -1)]
+        if not self.animated:
+            return [steps]
+        last = min(steps, MAX_FRAMES - 1)
+        return [round(i * steps / last) for i in range(last + 1)]
 
     @property
     def labels(self) -> Tensor:
         """The label of each image, int64 (N,)."""
         if self.digits == "mnist":
             return draw_labels(self.count, self.cfg.seed)
-        names = self.cfg.label_names
-        all_ = self.digits == "all"
-        labels = list(range(len(names))) if all_ else parse_labels(self.digits, names)
-        return torch.tensor(labels * self.count)
+        return torch.tensor(labels_named(self.digits, self.cfg.label_names) * self.count)
+
+
+def labels_named(digits: str, names: list[str]) -> list[int]:
+    """The labels of one variant of `digits`, each by its number; every label for "all"."""
+    return list(range(len(names))) if digits == "all" else parse_labels(digits, names)
 
 
 def usual_count(digits: str, names: list[str]) -> int:
     """How many variants to draw by default: 16 images, but 16 of each label of "all"."""
-    return 16 if digits in ("all", "mnist") else max(1, 16 // len(parse_labels(digits, names)))
+    return 16 if digits in ("all", "mnist") else max(1, 16 // len(labels_named(digits, names)))
 
 
 def free_name(cfg: Config, digits: str) -> Path:
@@ -232,7 +234,7 @@ def requests_from_answers(cfg: Config, seed: int | None) -> Iterator[Request]:
     while True:
         digits = ask(question, None, digits_or_all, cfg.label_names)
         names = cfg.label_names
-        most = MAX_IMAGES // len(names if digits == "all" else parse_labels(digits, names))
+        most = MAX_IMAGES // len(labels_named(digits, names))
         usual = min(count or usual_count(digits, names), most)
         count = ask("How many", usual, whole_number(most))
         guidance = cfg.guidance if cfg.is_student else ask("Guidance", cfg.guidance, guidance_value)

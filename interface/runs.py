@@ -18,7 +18,7 @@ from config import Config
 from distill import student_settings
 from interface import folder
 from interface.board import Board
-from interface.cli import as_flags, of_this_computer, quote, settings_for_training
+from interface.cli import as_flags, machine_settings, quote, settings_for_training
 from interface.requests import find_model, model_with_hash
 from other_data import with_classes
 from system import distributed
@@ -43,12 +43,12 @@ class Plan:
 
 
 def only_describes(given: dict[str, Any], load: Path | None, more_epochs: int) -> bool:
-    """Whether the flags ask no more than where the checkpoint `load` stands. Raises ValueError if
-    others are given, which only training would heed."""
+    """Whether the flags only ask how far the checkpoint `load` has come. Raises ValueError if there
+    are flags beside it that only training uses."""
     if load is None or more_epochs or given.keys() & {"epochs", "budget"}:
         return False
     for name in given.keys() - set(Config.names("machine")):
-        needed = "it needs --continue_training_epochs or --budget beside --load_checkpoint_path"
+        needed = "to train on, add --continue_training_epochs or --budget"
         raise ValueError(f"{name} = {given[name]!r}: {needed}")
     return True
 
@@ -60,45 +60,42 @@ def make_plan(
     Raises ValueError if a checkpoint cannot be read, or for flags that do not fit it."""
     if resume:
         load = folder.newest_of_run(Path(given.get("output_dir", Config().output_dir), "models"))
-    trained, progress, plan = Config(), Progress(), Plan(Config())
-    if load:
-        saved = checkpoint.load(load, only_look=resume)  # newest_of_run has just checked that one
-        trained, progress = Config.from_dict(saved["config"]), Progress(**saved["progress"])
-        plan = Plan(trained, "train", load, progress, "model" in saved)
-    cfg = trained
+    if not load:
+        return Plan(student_of(given) if given.get("teacher") else with_classes(Config(), given))
+    saved = checkpoint.load(load, only_look=resume)  # newest_of_run has just checked that one
+    trained, progress = Config.from_dict(saved["config"]), Progress(**saved["progress"])
+    plan = Plan(trained, "train", load, progress, trainable="model" in saved)
+    if not resume and only_describes(given, load, more_epochs):
+        plan.action, plan.cfg = "describe", replace(trained, **machine_settings(given))
+        return plan
 
+    cfg = trained
     if "epochs" in given:
         cfg = replace(trained, budget="")
     elif more_epochs:
         begun = progress.epoch + (progress.images > 0)  # the current epoch is finished first
         cfg = replace(trained, budget="", epochs=begun + more_epochs)
-    elif "budget" in given and load and not resume:
+    elif "budget" in given and not resume:
         progress.budget_from, plan.changed = progress.seconds, True  # a new budget, from here on
-    elif not resume and only_describes(given, load, more_epochs):
-        plan.action, plan.cfg = "describe", replace(trained, **of_this_computer(given))
 
-    if not load and given.get("teacher"):
-        plan.cfg = student_of(given)
-    elif not load:
-        plan.cfg = with_classes(cfg, given)
-    elif plan.action == "train":
-        now, late = dict(given), {}
-        if {"dataset", "preview_digits"} <= given.keys():  # it may name labels of the new data set
-            late["preview_digits"] = now.pop("preview_digits")
-        inside = plan.trainable and progress.images > 0
-        plan.cfg, plan.notes = settings_for_training(cfg, now, mid_epoch=inside)
-        if "dataset" in given:
-            plan.cfg = with_classes(plan.cfg, late)
-            if plan.cfg.num_classes != trained.num_classes:
-                fit = f"has {plan.cfg.num_classes} labels, the model {trained.num_classes}"
-                raise ValueError(f"dataset = {given['dataset']!r}: {fit}; train a new one")
-        plan.changed |= replace(trained, **plan.cfg.select("machine")) != plan.cfg
-        done = fraction_done(plan.cfg, progress, images_per_epoch=math.inf) >= 1  # whole epochs
-        if done and folder.is_complete(plan.cfg.output_dir):
-            plan.action = "finished"
-        if not plan.trainable and not resume:  # a new run, which begins with these weights
-            plan.weights, plan.start, plan.progress = load, None, Progress()
-            plan.cfg = replace(plan.cfg, epochs=max(1, more_epochs))
+    known, later = dict(given), {}
+    if {"dataset", "preview_digits"} <= given.keys():  # labels of a data set that is not known yet
+        later["preview_digits"] = known.pop("preview_digits")
+    inside = plan.trainable and progress.images > 0
+    plan.cfg, plan.notes = settings_for_training(cfg, known, mid_epoch=inside)
+    if "dataset" in given:
+        plan.cfg = with_classes(plan.cfg, later)
+        if plan.cfg.num_classes != trained.num_classes:
+            fit = f"has {plan.cfg.num_classes} labels, the model {trained.num_classes}"
+            raise ValueError(f"dataset = {given['dataset']!r}: {fit}; train a new one")
+    plan.changed |= replace(trained, **plan.cfg.select("machine")) != plan.cfg
+    # How many images an epoch has is not known yet, so that only whole epochs count
+    done = fraction_done(plan.cfg, progress, images_per_epoch=math.inf) >= 1
+    if done and folder.is_complete(plan.cfg.output_dir):
+        plan.action = "finished"
+    if not plan.trainable and not resume:  # a new run, which begins with these weights
+        plan.weights, plan.start, plan.progress = load, None, Progress()
+        plan.cfg = replace(plan.cfg, epochs=max(1, more_epochs))
     return plan
 
 
@@ -113,14 +110,14 @@ def student_of(given: dict[str, Any]) -> Config:
             fixed = f"a student of this teacher has {getattr(cfg, name)!r}"
             raise ValueError(f"{name} = {given[name]!r}: {fixed}; drop the flag")
     for f in fields(Config):
-        if f.name in given and not f.metadata.get("student", True):
+        if f.name in given and f.metadata.get("unused_by_students"):
             unused = "has no effect on a student; drop the flag"
             raise ValueError(f"{f.name} = {given[f.name]!r}: {unused}")
     return replace(cfg, **given)
 
 
 def named_teacher(text: str, output_dir: str | Path) -> Path:
-    """The model that `--teacher` means: in the folder of the student's run, or else in the usual
+    """The model that `--teacher` means: in the folder of the student's run, or else in the default
     one, where pretrained.pth is. Raises ValueError if there is none."""
     for out in (output_dir, Config().output_dir):
         with suppress(ValueError):
@@ -132,9 +129,11 @@ def find_teacher(cfg: Config, expected: str | None) -> Path:
     """The file of a student's teacher. A run that continues needs the file with the `expected`
     SHA-256: by now its name may mean another one, such as "newest", or it may lie among the earlier
     runs. Raises ValueError if it is not there."""
+    if expected is None:
+        return named_teacher(cfg.teacher, cfg.output_dir)
     with suppress(ValueError):
         path = named_teacher(cfg.teacher, cfg.output_dir)
-        if expected in (None, sha256(path)):
+        if sha256(path) == expected:
             return path
     for out in (cfg.output_dir, Config().output_dir):
         if path := model_with_hash(expected, Path(out)):
@@ -164,21 +163,21 @@ def describe(plan: Plan) -> str:
 
 def check_data(plan: Plan, state: TrainState, data: dict[str, Any]) -> None:
     """Record the training data in `state`, and say so if it changed. Raises ValueError if that was
-    inside an epoch, because the order of its images is one of the old data."""
+    inside an epoch, because the epoch's order is that of the old data."""
     if state.data is not None and state.data != data:
         what = f"{plan.start} was trained on other data than these {data['images']:,} images"
         if plan.progress.images:
             remedy = "give it the same --data_dir and --max_images, or resume from an epoch's end"
             raise ValueError(f"{what} and is inside an epoch; {remedy}")
-        print(f"{what}; it goes on with these")
+        print(f"{what}; continuing with these")
     state.data = data
 
 
 def train_command(cfg: Config, *flags: object) -> str:
     """The command that trains with `flags`, and with the settings of this computer that differ from
     config.py, which a run never takes from a checkpoint."""
-    usual, program = Config().select("machine"), ["python"]
-    changed = {n: v for n, v in cfg.select("machine").items() if v != usual[n]}
+    defaults, program = Config().select("machine"), ["python"]
+    changed = {n: v for n, v in cfg.select("machine").items() if v != defaults[n]}
     if (here := distributed.from_torchrun("LOCAL_WORLD_SIZE", 1)) > 1:
         program = ["torchrun", "--standalone", f"--nproc_per_node={here}"]
     return quote([*program, "train.py", *flags, *as_flags(changed)])
@@ -217,14 +216,14 @@ class Run:
             raise ValueError(f"budget = {self.cfg.budget!r}: {fault}")
 
     def update_clock(self) -> None:
-        """Take the first process's time, and heed signals."""
+        """Take the first process's time, and check whether a signal asks to stop."""
         seconds = time.perf_counter() - self.began if distributed.rank() == 0 else 0.0
         self.state.progress.seconds, stop = distributed.largest(
             seconds, max(self.signals, default=0)
         )
         self.stopped_by = int(stop)
 
-    def heed_signals(self) -> None:
+    def check_signals(self) -> None:
         """Stop if any process has received a signal."""
         [stop] = distributed.largest(max(self.signals, default=0))
         self.stopped_by = int(stop)

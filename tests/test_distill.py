@@ -17,7 +17,7 @@ from data import load_split
 from diffusion import Diffusion
 from distill import (
     Distillation,
-    batch_to_repeat,
+    batch_of_step,
     student_settings,
     teacher_settings,
     x_0_between,
@@ -153,10 +153,10 @@ def batch_of(loss: Distillation) -> tuple[torch.Tensor, ...]:
 
 
 def test_batches_are_seen_three_times_in_turn():
-    numbers = [batch_to_repeat(step, batch_size=128) for step in range(100)]
+    numbers = [batch_of_step(step, batch_size=128) for step in range(100)]
     assert numbers[:96] == 3 * list(range(32))
     assert numbers[96:] == [32, 33, 34, 35]
-    assert [batch_to_repeat(step, 10_000) for step in range(7)] == [0, 0, 0, 1, 1, 1, 2]
+    assert [batch_of_step(step, 10_000) for step in range(7)] == [0, 0, 0, 1, 1, 1, 2]
 
 
 def test_a_batch_seen_again_needs_no_teacher_and_is_what_a_resumed_run_would_make(monkeypatch):

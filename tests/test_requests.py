@@ -17,7 +17,7 @@ from data import LABEL_COUNTS
 from interface import requests
 from interface.requests import (
     Request,
-    choose_model,
+    ask_for_model,
     find_model,
     free_name,
     is_folder,
@@ -171,7 +171,7 @@ def test_a_model_that_does_not_exist_is_named(models, text):
 
 def test_a_folder_without_a_model_says_how_to_train_one(tmp_path):
     (tmp_path / "notes.pth").write_text("not a checkpoint")
-    for look_for_it in (list_models, choose_model, lambda folder: find_model("newest", folder)):
+    for look_for_it in (list_models, ask_for_model, lambda folder: find_model("newest", folder)):
         with pytest.raises(ValueError, match=r"no model in .*python train\.py"):
             look_for_it(tmp_path)
 
@@ -183,12 +183,12 @@ def test_the_shipped_model_counts_as_the_oldest(models):
 
 def test_a_person_chooses_from_a_numbered_list(models, monkeypatch, capsys):
     answers(monkeypatch, "4", "2")
-    assert choose_model(models).stem == "model_epoch_5"
+    assert ask_for_model(models).stem == "model_epoch_5"
     shown = capsys.readouterr().err
     assert re.search(r"  2  model_epoch_5\.pth  epoch 5 \(step 50\)  20\d\d-\d\d-\d\d \d\d:", shown)
     assert "'4' is not a whole number from 1 to 3" in shown
     answers(monkeypatch, "")
-    assert choose_model(models).stem == "model_epoch_30"
+    assert ask_for_model(models).stem == "model_epoch_30"
 
 
 # ---- by flags

@@ -627,7 +627,7 @@ def test_other_data_is_noticed_and_refused_inside_an_epoch(whole, tmp_path, run)
     fewer = TINY | {"max_images": 256, "output_dir": tmp_path}
     result = run("train.py", **fewer, resume=True)
     assert result.code == 0
-    assert "was trained on other data than these 256 images; it goes on with these" in result.out
+    assert "was trained on other data than these 256 images; continuing with these" in result.out
     contents = checkpoint.load(tmp_path / "models" / "model_epoch_4.pth")
     assert contents["data"]["images"] == 256
     contents["progress"] |= {"images": 64, "step": 40}
@@ -715,6 +715,18 @@ def test_a_teacher_that_its_students_run_moves_aside_is_found_again(whole, tmp_p
     shutil.rmtree(tmp_path / "earlier")
     result = run("train.py", **flags, epochs=3, resume=True)
     assert_one_line(result, "teacher = 'newest'", "learned from", "put it into")
+
+
+def test_a_teacher_that_is_gone_and_was_not_recorded_is_named(whole, tmp_path, run):
+    """A file reduced to what drawing needs does not know its teacher's hash."""
+    teacher = Path(shutil.copy(whole / "models" / "model_epoch_4.pth", tmp_path / "teacher.pth"))
+    flags = STUDENT | {"output_dir": tmp_path / "student"}
+    assert run("train.py", **flags, teacher=teacher, epochs=1).code == 0
+    student = tmp_path / "student" / "models" / "model_epoch_1.pth"
+    export.slim(student, tmp_path / "slim.pth")
+    teacher.unlink()
+    go_on = {"load_checkpoint_path": tmp_path / "slim.pth", "continue_training_epochs": 1}
+    assert_one_line(run("train.py", **flags, **go_on), "teacher = ", "no such model")
 
 
 def test_a_teacher_in_the_usual_folder_is_found_again_from_another(
