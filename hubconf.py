@@ -1,20 +1,41 @@
 """For torch.hub: model = torch.hub.load(".", "mnist_diffusion", source="local")."""
 
-import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
-sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # the modules lie beside this file
+HERE = Path(__file__).resolve().parent
 
-# isort: split
-from checkpoint import PRETRAINED, STUDENT, LoadedModel, load_model
-from config import Config
-from data import to_uint8
-from diffusion import Diffusion
-from interface.cli import settings_for_drawing
-from system.values import parse_labels
+
+@contextmanager
+def modules_of_this_folder() -> Iterator[None]:
+    """A `with` block that imports the modules beside this file, although a user may have others of
+    the same names, such as model.py. Those are back afterwards."""
+    names = {path.stem for path in HERE.iterdir()} - {"hubconf"}
+
+    def taken_out() -> dict[str, object]:
+        found = [name for name in sys.modules if name.partition(".")[0] in names]
+        return {name: sys.modules.pop(name) for name in found}
+
+    before, sys.path[:0] = taken_out(), [str(HERE)]
+    try:
+        yield
+    finally:
+        taken_out()
+        sys.modules.update(before)
+        sys.path.remove(str(HERE))
+
+
+with modules_of_this_folder():
+    from checkpoint import PRETRAINED, STUDENT, LoadedModel, load_model
+    from config import Config
+    from data import to_uint8
+    from diffusion import Diffusion
+    from interface.cli import settings_for_drawing
+    from system.values import parse_labels
 
 dependencies = ["torch", "numpy", "PIL", "tqdm"]  # which torch.hub looks for
 
@@ -44,8 +65,8 @@ class Sampler(torch.nn.Module):
 
 def mnist_diffusion(path: str = PRETRAINED, device: str = "cpu") -> Sampler:
     """The pretrained model, or the one in the checkpoint at `path`."""
-    shipped = Path(__file__).parent / "results" / "models" / path
-    return Sampler(load_model(shipped if shipped.is_file() else path, torch.device(device)))
+    file = HERE / "results" / "models" / path if path in (PRETRAINED, STUDENT) else path
+    return Sampler(load_model(file, torch.device(device)))
 
 
 def mnist_diffusion_student(device: str = "cpu") -> Sampler:

@@ -41,3 +41,17 @@ def test_a_wrong_label_is_named(monkeypatch):
     for wrong in ({"widths": (8, 8)}, {"guidence": 2.0}, {"guidance": 3.0}):  # of a student
         with pytest.raises(ValueError, match=r"no setting for drawing; choose|a student learned"):
             hubconf.mnist_diffusion_student().sample("1", **wrong)
+
+
+def test_a_users_modules_of_the_same_names_stay_theirs(tmp_path):
+    for name in ("model", "data", "config"):
+        (tmp_path / f"{name}.py").write_text(f"mine = {name!r}")
+    program = f"""
+import model, sys, torch
+torch.hub.load({str(REPO)!r}, "mnist_diffusion_student", source="local").sample("7")
+import data
+assert (model.mine, data.mine) == ("model", "data")
+assert sys.modules["model"] is model
+assert {str(REPO)!r} not in sys.path
+"""
+    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True, timeout=120)
