@@ -12,7 +12,6 @@ import secrets
 import signal
 import socket
 import tempfile
-import threading
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
@@ -325,7 +324,8 @@ def serve(gr: ModuleType, args: Namespace) -> None:
     _, url, _ = blocks.launch(**where, **look, **without, prevent_thread_lock=True)
     print(url, flush=True)
     try:
-        threading.Event().wait()
+        while True:
+            time.sleep(1)  # on Windows, Ctrl-C does not end an Event's wait
     finally:
         blocks.close(verbose=False)
 
@@ -334,11 +334,10 @@ def main() -> int:
     args = app_flags()
     check_address(args.host, args.port)
     with tempfile.TemporaryDirectory() as folder:
-        # gradio keeps uploads in this folder, and is told to send its makers nothing. When it
-        # starts it asks for its own page, which must not go through a proxy
-        no_proxy = ",".join(filter(None, [os.environ.get("NO_PROXY"), args.host]))
+        # gradio keeps uploads in this folder, and is told to send its makers nothing. It asks for
+        # its own page, and for nothing else, so that it must not go through a proxy
         os.environ |= {"GRADIO_TEMP_DIR": folder, "GRADIO_ANALYTICS_ENABLED": "False"}
-        os.environ["NO_PROXY"] = no_proxy
+        os.environ |= {"NO_PROXY": "*", "no_proxy": "*"}
         gr = optional("gradio")
         serve(gr, args)
     return 0
