@@ -7,10 +7,12 @@ import itertools
 import sys
 import time
 from argparse import Namespace
+from contextlib import nullcontext
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -62,7 +64,9 @@ def evaluate_model(
     settings["precision"] = pick_precision(cfg.precision, loaded.device)
     settings["match_levels"] = cfg.match_levels and loaded.levels is not None
     identity = {"model": loaded.sha256, "settings": settings}
-    identity["evaluator"] = evaluator and evaluator.sha256
+    if evaluator:
+        identity["evaluator"] = evaluator.sha256
+        identity |= {"test_sha256": evaluator.test_sha256} if evaluator.test_sha256 else {}
     known = distributed.from_first(lambda: results.read_result(file, identity))
     if known and all(name in known for name in ("cas", "c2st") if getattr(args, name)):
         tqdm.write(f"read {file}, measured before; the pictures in images/ are left as they are")
@@ -179,6 +183,8 @@ def classify(loaded: LoadedModel, cfg: Config, count: int) -> None:
     """Have the denoiser itself name what is on test images, and say how well it does."""
     if cfg.is_student:
         raise ValueError(f"{loaded.path}: a student knows few noise levels; choose its teacher")
+    if cfg.num_classes == 1:
+        raise ValueError(f"{loaded.path}: has one label, and nothing to tell apart")
     make_folders(cfg.output_dir)
     images, labels = load_split(cfg, train=False, device=loaded.device)
     some = shuffled(len(images), cfg.seed)[:count].to(loaded.device)
@@ -193,6 +199,34 @@ def classify(loaded: LoadedModel, cfg: Config, count: int) -> None:
     file = Path(cfg.output_dir, "metrics", name)
     results.write_result(file, result)
     print(f"wrote {file}")
+
+
+def evaluate_chosen_model(
+    args: Namespace, given: dict[str, Any], cfg: Config, device: torch.device
+) -> None:
+    """Evaluate the model that --model names, or the newest."""
+    folder = Path(cfg.output_dir, "models")
+    file = distributed.from_first(lambda: find_model(args.model or "newest", folder))
+    loaded = load_model(file, device, cfg.compile)
+    cfg = cli.settings_for_drawing(loaded.cfg, given)
+    swept = [given | each for each in parse_sweep(args.sweep or [])]
+    configs = [cli.settings_for_drawing(loaded.cfg, each) for each in swept]
+    if not args.sweep:
+        cli.check_effects(cfg, given)
+    if args.classify:
+        classify(loaded, cfg, args.samples or 1000)
+        return
+    only: list[Evaluator] = []  # of the first process
+    distributed.from_first(lambda: only.append(Evaluator(cfg, device)))
+    evaluator = only[0] if only else None
+    real = distributed.from_first(lambda: evaluator and evaluator.real_images)
+    args.samples = args.samples or min(real, MAX_MEASURED)
+    if args.samples > real:
+        raise ValueError(f"samples = {args.samples}: choose at most {real} (as many are real)")
+    if args.sweep:
+        sweep(evaluator, loaded, configs, args)
+    else:
+        evaluate_model(evaluator, loaded, cfg, args)
 
 
 def main() -> int:
@@ -212,24 +246,9 @@ def main() -> int:
         evaluator = Evaluator(cfg, pick_device(cfg.device))
         evaluate_file(evaluator, args, cfg.output_dir)
     else:
-        file = find_model(args.model or "newest", Path(cfg.output_dir, "models"))
-        loaded = load_model(file, pick_device(cfg.device), cfg.compile)
-        cfg = cli.settings_for_drawing(loaded.cfg, given)
-        swept = [given | each for each in parse_sweep(args.sweep or [])]
-        configs = [cli.settings_for_drawing(loaded.cfg, each) for each in swept]
-        if args.classify:
-            classify(loaded, cfg, args.samples or 1000)
-            return 0
-        evaluator = Evaluator(cfg, loaded.device) if distributed.rank() == 0 else None
-        with distributed.joined(loaded.device):
-            real = distributed.from_first(lambda: evaluator and len(evaluator.test_images))
-            args.samples = args.samples or min(real, MAX_MEASURED)
-            if args.samples > real:
-                raise ValueError(f"samples = {args.samples}: choose at most {real} (test images)")
-            if args.sweep:
-                sweep(evaluator, loaded, configs, args)
-            else:
-                evaluate_model(evaluator, loaded, cfg, args)
+        device = pick_device(cfg.device)
+        with nullcontext() if args.classify else distributed.joined(device):
+            evaluate_chosen_model(args, given, cfg, device)
     return 0
 
 

@@ -6,7 +6,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from config import Config
-from data import load_split
+from data import fingerprint, load_split
 from evaluation import classifier, metrics, two_sample
 from evaluation.results import Result
 
@@ -21,6 +21,8 @@ class Evaluator:
         self.cfg = cfg = cfg if own else classifier.full_mnist(cfg)
         self.device = device
         train, test = (load_split(cfg, train=kind, device=device) for kind in (True, False))
+        own = own or fingerprint(*train)["sha256"] != classifier.MNIST_SHA256
+        self.test_sha256 = fingerprint(*test)["sha256"] if own else None  # of images that can vary
         (self.train_images, self.train_labels), (self.test_images, self.test_labels) = train, test
         path = classifier.own_classifier(cfg, train, test) if own else classifier.PATH
         sizes = cfg.img_channels, cfg.num_classes
@@ -29,6 +31,11 @@ class Evaluator:
         some = self.train_images[shuffled(len(self.train_images), seed=0)[:MAX_MEASURED].to(device)]
         self.some_train_features = classifier.features_of(self.net, some)
         self._real: dict[int, Result] = {}  # metrics of N real test images, by N
+
+    @property
+    def real_images(self) -> int:
+        """How many there are to compare with, of each split."""
+        return min(len(self.test_images), len(self.train_images))
 
     def measure(self, images: Tensor, labels: Tensor | None) -> tuple[Result, Tensor]:
         """Measure uint8 images (N, C, H, W) with int64 labels (N,). Returns their metrics, with
@@ -77,7 +84,8 @@ class Evaluator:
             real = self.train_images[some], self.train_labels[some]
             for kind, (x, y) in (("synthetic", (images, labels)), ("real", real)):
                 classes = self.cfg.num_classes
-                net = classifier.fit(x, y, epochs=classifier.EPOCHS, seed=seed, classes=classes)
+                least = classifier.LEAST_STEPS_OF_CAS
+                net = classifier.fit(x, y, seed=seed, classes=classes, least_steps=least)
                 score[kind].append(classifier.accuracy(net, self.test_images, self.test_labels))
         score["gap"] = float(np.mean(score["real"]) - np.mean(score["synthetic"]))
         return score

@@ -9,6 +9,7 @@ from evaluation.classifier import block
 from system.randomness import seeded_generator
 
 EPOCHS, BATCH_SIZE, LEARNING_RATE, WEIGHT_DECAY = 8, 128, 3e-3, 0.1
+LEAST_STEPS = 300  # for few images
 
 
 def coarse(images: Tensor) -> Tensor:
@@ -73,7 +74,7 @@ def fit(x: Tensor, answers: Tensor, seed: int) -> Discriminator:
         torch.manual_seed(seed)
         net = Discriminator(x.shape[1]).to(x.device)
     per_epoch = max(1, len(x) // BATCH_SIZE)
-    total = EPOCHS * per_epoch
+    total = max(EPOCHS, -(-LEAST_STEPS // per_epoch)) * per_epoch
     optimizer = torch.optim.AdamW(net.parameters(), weight_decay=WEIGHT_DECAY)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, LEARNING_RATE, total_steps=total, cycle_momentum=False

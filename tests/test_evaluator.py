@@ -1,7 +1,9 @@
 """The evaluator with the committed classifier, on real images and on ones with known faults."""
 
 import functools
+import struct
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -155,3 +157,32 @@ def test_more_images_than_there_are_real_ones_to_compare_are_refused(evaluator, 
     monkeypatch.setattr(evaluator, "test_images", evaluator.test_images[:300])
     with pytest.raises(ValueError, match="500 images: measure at most 300, as there are 300 test"):
         evaluator.measure(*real)
+
+
+def test_other_digits_in_mnists_format_have_a_classifier_of_their_own(tmp_path, monkeypatch):
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for name, count in (("train", 150), ("t10k", 200)):
+        images = np.random.default_rng(count).integers(0, 256, (count, 28, 28), np.uint8)
+        head = struct.pack(">4I", 0x0803, count, 28, 28)
+        (raw / f"{name}-images-idx3-ubyte").write_bytes(head + images.tobytes())
+        labels = np.arange(count, dtype=np.uint8) % 10
+        head = struct.pack(">2I", 0x0801, count)
+        (raw / f"{name}-labels-idx1-ubyte").write_bytes(head + labels.tobytes())
+    asked = []
+
+    def own_classifier(cfg, train, test):
+        asked.append((len(train[0]), len(test[0])))
+        return classifier.PATH
+
+    monkeypatch.setattr(classifier, "own_classifier", own_classifier)
+    cfg = Config(data_dir=str(tmp_path))
+    own = Evaluator(cfg, torch.device("cpu"))
+    assert asked == [(150, 200)]
+    assert own.real_images == 150  # more samples could not be compared with as many
+    before = own.test_sha256
+    changed = bytearray((raw / "t10k-images-idx3-ubyte").read_bytes())
+    changed[-1] ^= 1
+    (raw / "t10k-images-idx3-ubyte").write_bytes(changed)
+    assert Evaluator(cfg, torch.device("cpu")).test_sha256 != before
+    assert shared_evaluator().test_sha256 is None  # MNIST's never change

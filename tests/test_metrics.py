@@ -68,6 +68,12 @@ def test_precision_and_recall_distinguish_two_faults():
     assert abs(same["kid"]) < 0.01 < narrow["kid"] < far["kid"]
 
 
+@pytest.mark.parametrize("count", [400, 1000])
+def test_the_spread_of_kid_is_not_that_of_one_subset(count):
+    a, b = (gaussian(0, 1, count=count, seed=seed) for seed in (1, 2))
+    assert feature_metrics(a, b)["kid_std"] > 1e-5
+
+
 def test_pixel_metrics_by_hand():
     images = torch.tensor([0, 0, 10, 255], dtype=torch.uint8).view(1, 1, 2, 2)
     found = pixel_metrics(images)
