@@ -244,11 +244,14 @@ def load_model(path: str | Path, device: torch.device, compiled: bool = False) -
 
 def list_checkpoints(folder: str | Path, pattern: str = "*.pth") -> list[tuple[Path, Progress]]:
     """The readable checkpoints in a folder, newest last, by completed steps and then by time.
-    The models in git come first, so that any other counts as newer."""
+    The models in git come first, so that any other counts as newer; and a file reduced to what
+    drawing needs comes before the whole one."""
     found = []
     for path in sorted(Path(folder).glob(pattern)):
         with suppress(ValueError, OSError):  # some other file, or a damaged one, or just deleted
-            progress = Progress(**load(path, only_look=True)["progress"])
+            contents = load(path, only_look=True)
+            progress, trainable = Progress(**contents["progress"]), "model" in contents
             rank = {STUDENT: 0, PRETRAINED: 1}.get(path.name, 2)
-            found.append(((rank, progress.step, path.stat().st_mtime), path, progress))
+            key = rank, progress.step, trainable, path.stat().st_mtime
+            found.append((key, path, progress))
     return [(path, progress) for _, path, progress in sorted(found, key=lambda item: item[0])]

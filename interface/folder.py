@@ -50,7 +50,10 @@ def own_folder(output_dir: str) -> Iterator[None]:
         with suppress(OSError):
             owner.unlink(missing_ok=True)
             if is_new and os.listdir(out) == [".lock"]:  # a start that failed leaves nothing
-                Path(out, ".lock").unlink()
+                if os.name == "nt":
+                    lock.release()  # and deletes the file, which Windows does not while it is open
+                else:
+                    Path(out, ".lock").unlink()
                 out.rmdir()
         lock.release()
 
@@ -95,16 +98,18 @@ def newest_of_run(models: Path) -> Path | None:
     over others. Raises ValueError if none can be read."""
     listed = [path for path, _ in checkpoint.list_checkpoints(models, CHECKPOINTS)]
     unreadable = [path for path in models.glob(CHECKPOINTS) if path not in listed]
-    paths = [*unreadable, *reversed(listed)]
+    paths, reduced = [*unreadable, *reversed(listed)], None
     for path in paths:
         try:
-            checkpoint.load(path)
-            return path
+            if "model" in checkpoint.load(path):
+                return path
+            print(f"passed over: {path}: holds only what drawing needs")
+            reduced = reduced or path
         except ValueError as error:
             print(f"passed over: {str(error).rpartition(';')[0] or error}")
-    if paths:
+    if paths and not reduced:
         raise ValueError(f"{models}: none of its checkpoints can be read; move them elsewhere")
-    return None
+    return reduced
 
 
 def holds_this_run(output_dir: str) -> bool:
@@ -147,7 +152,8 @@ def what_to_set_aside(
     models, images, metrics = out / "models", out / "images", out / "metrics.csv"
     files = [*models.glob(CHECKPOINTS), *images.glob("samples_epoch_*.png")]
     curves = images / "training.png"
-    if start is None or start.resolve().parent != models.resolve():
+    of_this_run = start and start.match(CHECKPOINTS) and start.resolve().parent == models.resolve()
+    if not of_this_run:
         return [*files, metrics, curves, out / "tensorboard"], [], []
     listed = checkpoint.list_checkpoints(models, CHECKPOINTS)
     # What to keep, as "epoch_5" of model_epoch_5.pth and samples_epoch_5.png
@@ -167,16 +173,21 @@ def what_to_set_aside(
 
 def set_aside(earlier: Path, moved: list[Path], copied: list[Path]) -> None:
     """Move and copy those files that exist into a new folder of `earlier`, named after the time."""
-    transfers = [(shutil.move, path) for path in moved if path.exists()]
-    transfers += [(shutil.copy2, path) for path in copied if path.exists()]
-    if not transfers:
+    copies, moves = ([path for path in paths if path.exists()] for paths in (copied, moved))
+    if not copies and not moves:
         return
     folder = earlier / time.strftime("%Y-%m-%d_%H%M%S")
     while folder.exists():
         folder = folder.with_name(folder.name + "_")
     folder.mkdir(parents=True)
-    for transfer, path in transfers:
-        transfer(path, folder / path.name)
+    try:  # first, as a full disk may prevent it
+        for path in copies:
+            shutil.copy2(path, folder / path.name)
+    except OSError as error:
+        shutil.rmtree(folder)
+        raise OSError(error.errno, error.strerror, str(folder)) from None
+    for path in moves:
+        shutil.move(path, folder / path.name)
     print(f"what this run would overwrite is kept in {folder}")
 
 

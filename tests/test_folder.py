@@ -2,12 +2,15 @@
 
 import errno
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from test_runs import IN_AN_EPOCH, plan_of, save
 
+import checkpoint
+import export
 from checkpoint import Progress
 from config import Config
 from interface import folder as run_folder
@@ -245,6 +248,40 @@ def test_files_kept_aside_in_the_same_second_get_folders_of_their_own(tmp_path, 
     assert kept == {"first", "second"}
     set_aside(tmp_path / "earlier", [tmp_path / "missing.png"], [])
     assert len(list((tmp_path / "earlier").iterdir())) == 2
+
+
+def test_going_on_from_a_checkpoint_under_another_name_is_an_unrelated_run(finished):
+    best = finished / "models" / "best.pth"
+    shutil.copy(finished / "models" / "model_epoch_2.pth", best)
+    prepare(plan_of(finished, load=best, more_epochs=1))
+    assert list((finished / "models").iterdir()) == [best]
+    assert not (finished / "metrics.csv").exists()
+
+
+def test_a_disk_that_is_full_while_copying_moves_nothing(tmp_path, monkeypatch):
+    def fails(source: Path, target: Path) -> None:
+        Path(target).write_text("a part")
+        raise OSError(errno.ENOSPC, "No space left on device", str(source))
+
+    for name in ("newer.pth", "metrics.csv"):
+        (tmp_path / name).write_text(name)
+    monkeypatch.setattr("shutil.copy2", fails)
+    with pytest.raises(OSError, match="No space") as error:
+        set_aside(tmp_path / "earlier", [tmp_path / "newer.pth"], [tmp_path / "metrics.csv"])
+    assert Path(error.value.filename).parent == tmp_path / "earlier"
+    assert (tmp_path / "newer.pth").read_text() == "newer.pth"
+    assert list((tmp_path / "earlier").iterdir()) == []
+
+
+def test_a_run_goes_on_from_a_whole_checkpoint_not_a_reduced_one(tmp_path):
+    models = tmp_path / "models"
+    whole = save(tmp_path, progress=Progress(2, 0, 20))
+    export.slim(whole, models / "model_epoch_2_small.pth")
+    assert newest_of_run(models) == whole
+    assert checkpoint.list_checkpoints(models)[-1][0] == whole
+    export.slim(whole, models / "model_epoch_3.pth")
+    whole.unlink()
+    assert newest_of_run(models).name in ("model_epoch_2_small.pth", "model_epoch_3.pth")
 
 
 def test_checkpoints_of_whole_epochs_that_have_no_grid_are_found(finished):
