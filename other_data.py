@@ -19,6 +19,7 @@ from system.files import MAX_BYTES, first_line, from_torchvision
 from system.values import shortened
 
 PICTURES = (".png", ".jpg", ".jpeg")
+OTHER_PICTURES = {".avif", ".bmp", ".gif", ".heic", ".tif", ".tiff", ".webp"}
 MODES = {1: "L", 3: "RGB"}  # Pillow's, by the number of channels
 MAX_CLASSES = 1000
 
@@ -85,24 +86,28 @@ def read_by_torchvision(cfg: Config, train: bool) -> tuple[Tensor, Tensor]:
     if name == "QMNIST":
         labels = labels[:, 0]  # the other columns tell the writer
     elif name == "EMNIST":
-        images, labels = images.transpose(1, 2), labels - (split == "letters")  # which begin at 1
-    return images[:, None].contiguous(), labels.long()
+        images, labels = images.transpose(1, 2), labels - int(split == "letters")  # from 1 on
+    return images[:, None].contiguous(), labels.long().contiguous()
 
 
 def read_folder(cfg: Config, train: bool) -> tuple[Tensor, Tensor]:
     """The pictures of data_dir/LABEL/, cropped to squares and resized. Every tenth picture of a
     label is set aside for testing, beginning with its second. Prints what cannot be read."""
-    files = [
+    everything = [
         (path, label)
         for label, name in enumerate(class_names(cfg))
         for path in sorted(Path(cfg.data_dir, name).iterdir())
-        if path.suffix.lower() in PICTURES
     ]
+    files = [(path, label) for path, label in everything if path.suffix.lower() in PICTURES]
+    kinds = {path.suffix.lower() for path, _ in everything} & OTHER_PICTURES
+    if kinds and train:
+        others = ", ".join(sorted(kinds))
+        print(f"left out all {others} in {cfg.data_dir}: make them .png or .jpg to train on them")
     images, labels, unread = [], [], []
     seen = [0] * cfg.num_classes
     for path, label in tqdm(files, desc="reading pictures", leave=False, disable=None):
         try:
-            pixels = read_picture(path, cfg)
+            pixels = to_pixels(open_picture(path), cfg)
         except Exception as error:  # a damaged file can make Pillow raise anything
             unread.append(f"{path} ({first_line(error)})")
             continue
@@ -120,25 +125,31 @@ def read_folder(cfg: Config, train: bool) -> tuple[Tensor, Tensor]:
         remedy = "no .png or .jpg that can be read; add some, or choose another --data_dir"
         raise ValueError(f"{Path(cfg.data_dir, empty)}: {remedy}")
     if not images:
-        return read_folder(cfg, train=True)  # nothing is set aside from so few
+        print(f"{cfg.data_dir}: too few pictures to set any aside; training ones serve for testing")
+        return read_folder(cfg, train=True)
     order = torch.from_numpy(np.random.default_rng(0).permutation(len(images)))  # for max_images
     return torch.stack(images)[order], torch.tensor(labels)[order]
 
 
-def read_picture(path: Path, cfg: Config) -> Tensor:
-    """A .png or .jpg, cropped to a square and resized: uint8 (C, img_size, img_size). Whatever
-    Pillow raises passes through."""
+def open_picture(path: Path) -> Image.Image:
+    """A .png or .jpg, as a camera was held, on black where it is transparent. Whatever Pillow
+    raises passes through."""
     # These formats alone: for others, Pillow may start programs such as Ghostscript
     with (
         warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning),
         Image.open(path, formats=["PNG", "JPEG"]) as file,
     ):
-        image = ImageOps.exif_transpose(file)  # as a camera was held
+        image = ImageOps.exif_transpose(file)
         if image.mode.startswith("I"):  # 16 bits a pixel
             image = Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
         if image.has_transparency_data:
             black = Image.new("RGBA", image.size, "black")
             image = Image.alpha_composite(black, image.convert("RGBA"))
-        fitted = ImageOps.fit(image.convert(MODES[cfg.img_channels]), (cfg.img_size, cfg.img_size))
+    return image
+
+
+def to_pixels(image: Image.Image, cfg: Config) -> Tensor:
+    """A picture cropped to a square and resized: uint8 (C, img_size, img_size)."""
+    fitted = ImageOps.fit(image.convert(MODES[cfg.img_channels]), (cfg.img_size, cfg.img_size))
     pixels = torch.from_numpy(np.array(fitted))  # (H, W) or (H, W, 3)
     return pixels.view(cfg.img_size, cfg.img_size, -1).permute(2, 0, 1).contiguous()

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from config import Config
 from data import to_model_range
-from other_data import read_picture
+from interface.picture import without_frame
+from other_data import open_picture, to_pixels
 from system.files import first_line
 
 KEEP = ("top", "bottom", "left", "right")
@@ -88,10 +89,16 @@ def from_flags(args: Namespace, cfg: Config) -> Original | None:
 
 
 def read(path: Path, cfg: Config) -> Tensor:
-    """The pixels of a .png or .jpg in the model's size and colours, uint8 (C, H, W)."""
+    """The pixels of a .png or .jpg in the model's size and colours, uint8 (C, H, W). Raises
+    ValueError if it cannot be read, or if it is a grid of several that generate.py drew."""
     if not path.is_file():
         raise ValueError(f"{path}: no such picture")
     try:
-        return read_picture(path, cfg)
+        image = open_picture(path)
+        inside = without_frame(image, cfg.img_size)
+        pixels = to_pixels(inside or image, cfg)
     except Exception as error:  # a damaged file can make Pillow raise anything
         raise ValueError(f"{path}: not a .png or .jpg ({first_line(error)})") from None
+    if "model" in image.info and not inside:  # which provenance.record writes
+        raise ValueError(f"{path}: is a grid of several; draw a single one with --count 1")
+    return pixels

@@ -20,19 +20,30 @@ ENDINGS = (".png", ".npz", *ANIMATIONS)
 MAX_FRAMES = 76  # of an animation: 1.5 s at 20 ms each
 MAX_ANIMATED = 500  # images
 LONGEST = 16_000  # side of an animation in pixels, as WebP has 16,383 at most
-GAP = 2  # grey pixels around each image of a grid
+GAP, GREY = 2, 64  # width and level of the frame around each image of a grid
 
 
 def image_grid(images: Tensor, columns: int, gap: int = GAP) -> Image.Image:
     """uint8 images (N, C, H, W), C 1 or 3, row by row, with `gap` grey pixels around each."""
     N, C, H, W = images.shape
     rows = -(-N // columns)
-    grid = torch.full((C, rows * (H + gap) + gap, columns * (W + gap) + gap), 64, dtype=torch.uint8)
+    grid = torch.full(
+        (C, rows * (H + gap) + gap, columns * (W + gap) + gap), GREY, dtype=torch.uint8
+    )
     for i, image in enumerate(images.cpu()):
         top, left = gap + i // columns * (H + gap), gap + i % columns * (W + gap)
         grid[:, top : top + H, left : left + W] = image
     pixels = grid[0] if C == 1 else grid.permute(1, 2, 0)
     return Image.fromarray(pixels.numpy())
+
+
+def without_frame(grid: Image.Image, side: int) -> Image.Image | None:
+    """The only image, of `side` pixels, in an image_grid; None if this is no such grid."""
+    inside = (GAP, GAP, GAP + side, GAP + side)
+    frame = grid.convert("L")
+    frame.paste(GREY, inside)
+    is_frame = frame.size == (side + 2 * GAP,) * 2 and frame.getextrema() == (GREY, GREY)
+    return grid.crop(inside) if is_frame else None
 
 
 def name_rows(grid: Image.Image, names: list[str], gap: int = GAP) -> Image.Image:

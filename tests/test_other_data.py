@@ -13,9 +13,9 @@ from PIL import Image
 import checkpoint
 import other_data
 from config import Config
-from data import load_split
+from data import fingerprint, load_split
 from evaluation.classifier import own_classifier
-from other_data import class_names, read_picture, with_classes
+from other_data import class_names, open_picture, to_pixels, with_classes
 from system.values import parse_labels
 
 CPU = torch.device("cpu")
@@ -131,6 +131,14 @@ def test_a_run_on_own_pictures_from_training_to_drawing_by_name(run, tmp_path):
 
     make_folder(pictures, ["bird"])  # a label more than the model knows
     result = run("train.py", **flags, resume=True, epochs=3)
+    assert_one_line(
+        result, "labels 'bird/cat/dog with hat/七'", "the model knows 'cat/dog with hat"
+    )
+    others = {
+        "load_checkpoint_path": out / "models" / "model_epoch_2.pth",
+        "output_dir": tmp_path / "b",
+    }
+    result = run("train.py", **(flags | others), continue_training_epochs=1)
     assert_one_line(result, "has 4 labels, the model 3")
     (pictures / "cat").rename(tmp_path / "cat")
     del flags["dataset"]
@@ -204,7 +212,48 @@ def test_a_data_set_that_is_downloaded_split_by_split(tmp_path, monkeypatch):
     monkeypatch.setattr(other_data, "from_torchvision", lambda name: datasets)
     cfg = Config(dataset="QMNIST", data_dir=str(tmp_path))
     for train in (False, True):
-        assert load_split(cfg, train, CPU)[0].shape == (3, 1, 28, 28)
+        images, labels = load_split(cfg, train, CPU)
+        assert images.shape == (3, 1, 28, 28)
+        assert fingerprint(images, labels)["images"] == 3
+
+
+@pytest.mark.parametrize(("kind", "first"), [("letters", 1), ("digits", 0)])
+def test_emnist_lies_on_its_side_and_counts_letters_from_one(kind, first, monkeypatch):
+    class EMNIST:  # like torchvision's
+        def __init__(self, root: str, split: str, train: bool, download: bool = False) -> None:
+            assert split == kind
+            self.data = torch.arange(2 * 28 * 28).view(2, 28, 28).remainder(251).byte()
+            self.targets = torch.tensor([first, first + 9])
+
+    datasets = type("datasets", (), {"EMNIST": EMNIST})
+    monkeypatch.setattr(other_data, "from_torchvision", lambda name: datasets)
+    cfg = with_classes(Config(), {"dataset": f"EMNIST-{kind}"})
+    images, labels = load_split(cfg, True, CPU)
+    assert torch.equal(images[0, 0].T, EMNIST("", kind, True).data[0])
+    assert labels.tolist() == [0, 9]
+    assert fingerprint(images, labels)["images"] == 2
+
+
+def test_pictures_of_other_kinds_are_named(tmp_path, capsys):
+    root = make_folder(tmp_path, NAMES[:2])
+    for name in ("a.webp", "b.HEIC", "notes.txt"):
+        (root / "cat" / name).write_bytes(b"")
+    load_split(folder(root), True, CPU)
+    said = capsys.readouterr().out
+    assert "left out all .heic, .webp in" in said
+    assert "txt" not in said
+
+
+def test_too_few_pictures_to_set_any_aside_is_said(tmp_path, capsys):
+    cfg = folder(make_folder(tmp_path, NAMES, count=1))
+    assert torch.equal(load_split(cfg, False, CPU)[0], load_split(cfg, True, CPU)[0])
+    assert "training ones serve for testing" in capsys.readouterr().out
+
+
+def test_a_label_may_be_written_in_either_way_of_unicode():
+    one, two = "caf\u00e9", "cafe\u0301"  # as a Mac writes it
+    assert parse_labels(one, ["dog", two]) == parse_labels(two, ["dog", one]) == [1]
+    assert parse_labels(f"dog,{one}", ["dog", two]) == [0, 1]
 
 
 def test_letters_are_labels_too():
@@ -246,7 +295,9 @@ def test_pictures_are_turned_as_the_camera_was_held_and_laid_on_black(tmp_path):
     transparent.save(tmp_path / "transparent.png")
     Image.fromarray(top_white.astype(np.uint16) * 257).save(tmp_path / "deep.png")
     for name in ("turned", "transparent", "deep"):
-        assert np.array_equal(read_picture(tmp_path / f"{name}.png", cfg)[0], top_white), name
+        assert np.array_equal(
+            to_pixels(open_picture(tmp_path / f"{name}.png"), cfg)[0], top_white
+        ), name
 
 
 def test_a_folder_is_evaluated_with_a_classifier_of_its_own(run, tmp_path, monkeypatch):
@@ -292,10 +343,10 @@ def test_pictures_of_which_none_can_be_set_aside_cannot_be_evaluated(tmp_path):
 
 
 def test_too_few_pictures_to_evaluate_are_one_line(run, tmp_path):
-    folder = tmp_path / "pictures" / "one"
-    folder.mkdir(parents=True)
     for i in range(40):
-        Image.new("L", (8, 8), i * 6).save(folder / f"{i}.png")
+        folder = tmp_path / "pictures" / ("even" if i % 2 else "odd")
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8), i * 6).save(folder / f"{i:02}.png")
     out = tmp_path / "results"
     here = {"data_dir": tmp_path / "pictures", "output_dir": out, "device": "cpu"}
     shape = {"dataset": "folder", "img_size": 8, "patch_size": 1, "batch_size": 8, "epochs": 1}
@@ -304,3 +355,13 @@ def test_too_few_pictures_to_evaluate_are_one_line(run, tmp_path):
     refused = run("evaluate.py", **here)
     assert refused.code == 2
     assert "4 test images; the metrics need at least 128; add pictures" in refused.err
+
+
+def test_a_single_label_cannot_be_judged(run, tmp_path):
+    pictures, out = make_folder(tmp_path / "pictures", ["cat"], side=8), tmp_path / "out"
+    here = {"data_dir": pictures, "output_dir": out}
+    assert run("train.py", **NETWORK, **here, epochs=1, guidance=1).code == 0
+    for flags in ({}, {"classify": True}):
+        result = run("evaluate.py", **here, device="cpu", **flags)
+        assert result.code == 2
+        assert "has one label, and nothing to tell apart" in result.err
