@@ -36,8 +36,14 @@ class GreyLevels:
     def __post_init__(self) -> None:
         """Raises ValueError for tensors that are no such curves."""
         shapes = (len(WHITES),), (len(WHITES), 255 * FINE + 1)
-        fits = (self.share.shape, self.curves.shape) == shapes and self.curves.dtype == torch.uint8
-        if not fits or not (self.share >= 0).all() or not 0.99 < float(self.share.sum()) < 1.01:
+        kinds = self.share.dtype, self.curves.dtype
+        fits = (self.share.shape, self.curves.shape) == shapes
+        if (
+            not fits
+            or kinds != (torch.float32, torch.uint8)
+            or not (self.share >= 0).all()
+            or not 0.99 < float(self.share.sum()) < 1.01
+        ):
             raise ValueError("its curves of grey levels are malformed")
 
     @classmethod

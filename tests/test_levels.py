@@ -107,6 +107,7 @@ def test_colours_share_the_curves(channels):
         (torch.ones(5) / 5, torch.zeros(6, 2041, dtype=torch.uint8)),
         (torch.ones(6), torch.zeros(6, 2041, dtype=torch.uint8)),
         (torch.ones(6) / 6, torch.zeros(6, 2041)),
+        (torch.ones(6).double() / 6, torch.zeros(6, 2041, dtype=torch.uint8)),
         (torch.full((6,), torch.nan), torch.zeros(6, 2041, dtype=torch.uint8)),
     ],
 )
