@@ -21,6 +21,7 @@ from diffusion import Diffusion, Model
 TEACHER_STEPS = 16  # of a teacher that is not itself a student
 REPEATS = 3  # steps that take each batch, as a teacher's examples cost more than learning from them
 KEPT_IMAGES = 4096  # images whose examples are kept until each has served REPEATS times
+KEPT_BYTES = 1_000_000_000  # at most, of large images
 ROUNDING = 1e-3  # a goal this close to black or white is meant to be exactly that
 BELOW_ANY_SNR = 1e-6  # as absolute_snr, so that errors count unsquared at every t
 
@@ -105,21 +106,27 @@ class Distillation:
         key = generator.initial_seed(), part.start, part.stop
         if key not in self.recent:
             # Twice as many as are repeated, as validation adds its own
-            if sum(len(x_t) for x_t, *_ in self.recent.values()) >= 2 * KEPT_IMAGES:
+            while self.recent and not self.has_room():
                 del self.recent[next(iter(self.recent))]  # the oldest
             self.recent[key] = self.examples(x_0, y, generator, part)
         return self.student.prediction_loss(model, *self.recent[key])
+
+    def has_room(self) -> bool:
+        """Whether to keep more examples; what is not kept is made again."""
+        kept = [x_t for x_t, *_ in self.recent.values()]
+        size = 3 * sum(x_t.nbytes for x_t in kept)  # of x_t, x_0 and eps
+        return sum(map(len, kept)) < 2 * KEPT_IMAGES and size < KEPT_BYTES
 
     def examples(
         self, x_0: Tensor, y: Tensor, generator: torch.Generator, part: slice
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """x_t, t, y, and the right answer, x_0 and eps, for a part of the batch."""
         B, count = len(y), len(self.segments)
-        segments = [i * count // B for i in range(B)][part]  # a list: a GPU need not be waited for
-        t = self.starts[segments]
+        t = self.starts[torch.arange(B, device=x_0.device) * count // B][part]
         eps = torch.randn(x_0.shape, generator=generator, device=x_0.device)
         x_0, y, eps = x_0[part], y[part], eps[part]
         x_t = self.student.add_noise(x_0, t, eps)
+        segments = [i * count // B for i in range(B)][part]  # not from t: a GPU would have to wait
         sizes = [segments.count(k) for k in range(count)]
         pieces = zip(x_t.split(sizes), y.split(sizes), self.segments, strict=True)
         goals = torch.cat([self.goal(x, labels, *ends) for x, labels, ends in pieces if len(x)])

@@ -222,3 +222,12 @@ def test_a_number_of_steps_that_does_not_fit_the_teachers_is_refused(student_ste
         ValueError, match=f"student_steps = {student_steps}: .* choose 1 or 2 or 4 or 8"
     ):
         student_settings(TEACHER, student_steps)
+
+
+def test_examples_of_large_images_are_kept_within_bounds(monkeypatch):
+    loss = distillation(4)
+    monkeypatch.setattr("distill.KEPT_BYTES", 3 * 4 * 8 * 8 * 20)  # 20 images
+    x_0, y = torch.zeros(8, 1, 8, 8), torch.arange(8)
+    for seed in range(6):
+        loss.loss(ExactStudent(loss.student), x_0, y, seeded_generator(seed))
+        assert sum(len(x_t) for x_t, *_ in loss.recent.values()) <= 24
