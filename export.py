@@ -121,7 +121,7 @@ def export_onnx(module: Sampler | Network, path: Path) -> None:
         error = float((found - module(**inputs)).abs().max())
         if not error <= LARGEST_ERROR:
             raise ValueError(f"{path}: differs from torch by {error:g}, not written; update onnx")
-    with atomic_write(path) as file:
+    with atomic_write(path, replace=False) as file:
         file.write(graph)
     inputs = module.example(B=1)
     arrays = {name: tensor.numpy() for name, tensor in inputs.items()}
@@ -141,12 +141,12 @@ def slim(source: Path, target: Path) -> None:
     if teacher := kept["config"].get("teacher"):
         kept["config"]["teacher"] = Path(teacher).stem
     if target.suffix == ".safetensors":
-        write_safetensors(target, kept)
+        write_safetensors(target, kept, replace=False)
         return
     for name in ("ema", "guide"):
         weights = kept[name]
         kept[name] = weights and {key: weight.half() for key, weight in weights.items()}
-    write_tensors(target, kept)
+    write_tensors(target, kept, replace=False)
 
 
 def milliseconds(work: Callable[[], object]) -> float:
@@ -162,16 +162,21 @@ def milliseconds(work: Callable[[], object]) -> float:
 def main() -> int:
     args = export_flags()
     path, given = args.output, cli.given_settings(args)
+    taken = f"{path}: exists already; choose another name"
     if path.exists():  # it could be a model that pictures or training need
-        raise ValueError(f"{path}: exists already; choose another name")
+        raise ValueError(taken)
     check_writable(path)
     file = find_model(args.model, Path(given.get("output_dir", Config().output_dir), "models"))
-    if path.suffix != ".onnx":
-        slim(file, path)
-    else:
-        loaded = load_model(file, torch.device("cpu"))
-        cfg = replace(cli.settings_for_drawing(loaded.cfg, given), precision="float32")
-        export_onnx((Network if args.network else Sampler)(loaded, cfg), path)
+    try:
+        if path.suffix != ".onnx":
+            slim(file, path)
+        else:
+            loaded = load_model(file, torch.device("cpu"))
+            cfg = replace(cli.settings_for_drawing(loaded.cfg, given), precision="float32")
+            cli.check_effects(cfg, given)
+            export_onnx((Network if args.network else Sampler)(loaded, cfg), path)
+    except FileExistsError:  # since it was looked for
+        raise ValueError(taken) from None
     print(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB), exported from {file}")
     return 0
 

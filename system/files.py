@@ -100,7 +100,7 @@ def _partial(path: Path) -> Path:
     return path.with_name(f".{name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
 
 
-def write_tensors(path: Path, contents: dict[str, Any]) -> None:
+def write_tensors(path: Path, contents: dict[str, Any], *, replace: bool = True) -> None:
     """Write tensors and plain values. Raises what atomic_write raises."""
     buffer = io.BytesIO()  # torch.save itself would hide that a disk is full
     torch.save(contents, buffer)
@@ -108,7 +108,7 @@ def write_tensors(path: Path, contents: dict[str, Any]) -> None:
         raise ValueError(
             f"{path}: would hold more than {MAX_BYTES / 1e6:.0f} MB; choose a smaller network"
         )
-    with atomic_write(path) as file:
+    with atomic_write(path, replace=replace) as file:
         file.write(buffer.getbuffer())
 
 
@@ -142,7 +142,7 @@ def read_tensors(path: Path, kind: str, *, only_look: bool = False) -> Any:
         raise ValueError(f"{path}: {reason}") from None
 
 
-def write_safetensors(path: Path, contents: dict[str, Any]) -> None:
+def write_safetensors(path: Path, contents: dict[str, Any], *, replace: bool = True) -> None:
     """Write plain values, and dictionaries of tensors, in the format of Hugging Face's safetensors:
     {"ema": {"bias": …}} as the tensor ema.bias, a plain value as JSON in the metadata. Raises
     ValueError if that package is not installed, and what atomic_write raises."""
@@ -153,7 +153,7 @@ def write_safetensors(path: Path, contents: dict[str, Any]) -> None:
         else:
             notes[name] = json.dumps(value)
     content = optional("safetensors.torch").save(tensors, notes)
-    with atomic_write(path) as file:
+    with atomic_write(path, replace=replace) as file:
         file.write(content)
 
 
