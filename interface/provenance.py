@@ -16,10 +16,13 @@ from config import Config
 from interface.cli import settings_for_drawing
 from interface.original import Original
 from interface.requests import Request, free_name, model_with_hash
+from system.files import check_writable
 from system.machine import pick_device, pick_precision
 from system.values import shortened
 
 VERSION = "1.0"  # of a PNG's text chunks
+COMPILED = ", compiled"
+MOST_THREADS = 1024
 
 
 def record(loaded: LoadedModel, request: Request) -> dict[str, Any]:
@@ -32,8 +35,8 @@ def record(loaded: LoadedModel, request: Request) -> dict[str, Any]:
     start = request.original.record() if request.original else {}
     if request.row_names:
         start["row names"] = True
-    where = made_with(loaded.device) + (", compiled" if request.cfg.compile else "")
-    all_ = what | how | start | {"made with": where}
+    where = made_with(loaded.device) + (COMPILED if request.cfg.compile else "")
+    all_ = what | how | start | {"made with": where, "threads": torch.get_num_threads()}
     return {k: v for k, v in all_.items() if request.recorded is None or k in request.recorded}
 
 
@@ -48,8 +51,9 @@ def read(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: no such picture")
     provenance = {}
     with suppress(Exception):  # a damaged or hostile file can make Pillow and json raise anything
-        # PNG alone: for other formats, Pillow may start programs such as Ghostscript
-        with warnings.catch_warnings(action="error"), Image.open(path, formats=["PNG"]) as image:
+        # PNG alone: for other formats, Pillow may start programs such as Ghostscript. It warns of
+        # large ones
+        with warnings.catch_warnings(action="ignore"), Image.open(path, formats=["PNG"]) as image:
             image.load()  # chunks may also follow the pixels
             for name, text in image.text.items():
                 with suppress(ValueError):  # a chunk of another program
@@ -92,11 +96,15 @@ def again(picture: Path, output: str | None, given: dict[str, Any]) -> tuple[Loa
         lacks = f"its model, SHA-256 {shortened(recorded['model'])}, is not in {here['output_dir']}"
         remedy = "copy it there, or try --output_dir; git's history has earlier shipped ones"
         raise ValueError(f"{picture}: {lacks}; {remedy}")
-    loaded = replace(load_model(file, device), sha256=recorded["model"])
-    request = request_from_picture(recorded, picture, loaded.cfg, here)
+    compiled = str(recorded.get("made with")).endswith(COMPILED)
+    loaded = replace(load_model(file, device, compiled), sha256=recorded["model"])
+    if "threads" in recorded and type(recorded["threads"]) is int:
+        torch.set_num_threads(min(max(1, recorded["threads"]), MOST_THREADS))
+    request = request_from_picture(recorded, picture, loaded.cfg, here | {"compile": compiled})
     name = f"{request.digits[:14]}_again"
     request.output = Path(output) if output else free_name(request.cfg, name)
     request.if_taken = "replace" if output else "renumber"
+    check_writable(request.output)
     if request.output.exists() and request.output.samefile(picture):
         raise ValueError(f"output = '{output}': this is the picture itself; choose another name")
     return loaded, request

@@ -96,6 +96,8 @@ class Request:
     recorded: Collection[str] | None = None  # names that a PNG drawn again records
 
     def __post_init__(self) -> None:
+        if type(self.digits) is not str:  # in a stranger's picture
+            raise TypeError
         names, mnist = self.cfg.label_names, self.digits == "mnist"
         if mnist and names != list("0123456789"):
             raise ValueError("digits = 'mnist': this model was not trained on MNIST; use all")

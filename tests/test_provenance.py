@@ -65,6 +65,12 @@ def test_a_picture_from_before_the_precision_was_recorded_is_drawn_in_float32():
     assert request_from_picture(known, Path("a.png"), CFG, {}).cfg.precision == "float32"
 
 
+@pytest.mark.parametrize("digits", [7, {"7": 1}, [","], ["7"], None])
+def test_digits_that_are_no_text_are_no_request(digits):
+    with pytest.raises(ValueError, match=r"a\.png: not a PNG that generate\.py wrote"):
+        request_from_picture(recorded(CFG) | {"digits": digits}, Path("a.png"), CFG, {})
+
+
 @pytest.mark.parametrize("name", ["digits", "count", "seed", "clip_x_0", "sampler"])
 def test_a_picture_that_lacks_a_setting_asks_for_nothing(name):
     known = recorded(CFG)
