@@ -34,6 +34,7 @@ from system.randomness import seeded_generator
 # Every random number of training is a function of (seed, stream, epoch or step): a resumed run
 # draws what an uninterrupted one would have drawn, and previews cannot disturb training.
 ORDER_STREAM, NOISE_STREAM, VALIDATION_STREAM = 1, 2, 3
+LONGEST_WARMUP = 0.1  # of the run
 VALIDATION_IMAGES = 1000  # 0.6 % of an epoch's work; at most a sixtieth of the training images
 
 # (model, x_0, y, generator, part of the batch) -> the mean loss of that part
@@ -110,7 +111,7 @@ def prepare(plan: Plan, data: dict[str, Any], device: torch.device) -> tuple[Tra
             state.start_from(teacher)
     runs.check_data(plan, state, data)
     if cfg.compile:
-        compile_network(state.model)
+        compile_network(state.model, graphs=cfg.accumulate == 1)
     state.network = distributed.data_parallel(state.model)
     return state, loss
 
@@ -181,8 +182,14 @@ def learning_rate(cfg: Config, step: int, fraction: float, making_guide: bool = 
     linear fall, from the peak to zero at the end of the run."""
     start, end = (0.0, cfg.guide_fraction) if making_guide else (cfg.guide_fraction, 1.0)
     left = min(1.0, max(0.0, (end - fraction) / (end - start)))
-    warmup = min(1.0, (step + 1) / (cfg.warmup_steps + 1))
-    return cfg.learning_rate * warmup * left
+    return cfg.learning_rate * warmup(cfg, step, fraction) * left
+
+
+def warmup(cfg: Config, step: int, fraction: float) -> float:
+    """The linear rise from 0 to 1, over `warmup_steps` or, if that is shorter, over a tenth of the
+    epochs; a budget, in which starting up counts, has only the former."""
+    part = 0.0 if cfg.budget else fraction / LONGEST_WARMUP
+    return min(1.0, max((step + 1) / (cfg.warmup_steps + 1), part))
 
 
 def randomize_labels(y: Tensor, cfg: Config, generator: torch.Generator) -> Tensor:
@@ -196,8 +203,8 @@ def randomize_labels(y: Tensor, cfg: Config, generator: torch.Generator) -> Tens
 def keep_guide(cfg: Config, state: TrainState, fraction: float) -> None:
     """Keep a copy of the averaged model as the guide, once `guide_fraction` of the run and the
     warm-up are over."""
-    warm = state.progress.step >= cfg.warmup_steps
-    if state.guide is None and warm and fraction >= cfg.guide_fraction > 0:
+    is_warm = warmup(cfg, state.progress.step, fraction) >= 1
+    if state.guide is None and is_warm and fraction >= cfg.guide_fraction > 0:
         state.guide = copy.deepcopy(state.ema)
 
 

@@ -60,10 +60,11 @@ def check_step(cfg: Config, device: torch.device) -> None:
         raise ValueError(f"batch_size = {cfg.batch_size}: {limit}; {remedy}")
 
 
-def compile_network(network: nn.Module) -> None:
-    """Compile a network when it is first called; for a GPU into CUDA graphs."""
+def compile_network(network: nn.Module, *, graphs: bool = True) -> None:
+    """Compile a network when it is first called; for a GPU into CUDA `graphs`, unless gradients of
+    several calls are added up: each graph would overwrite those of the last."""
     on_gpu = next(network.parameters()).device.type == "cuda"
-    network.compile(mode="reduce-overhead" if on_gpu else None)
+    network.compile(mode="reduce-overhead" if on_gpu and graphs else None)
 
 
 def pick_device(name: str) -> torch.device:

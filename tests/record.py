@@ -125,7 +125,11 @@ def run(script: str, flags: str, folder: Path) -> str:
     """Run a script's main() in this process; returns what it printed on stdout."""
     module = importlib.import_module(script)
     torch.set_flush_denormal(True)  # as run_script does
-    flags = "--no-match_levels " + ("--absolute_snr 0 " if script == "train" else "") + flags
+    flags = (
+        "--no-match_levels "
+        + ("--absolute_snr 0 " if script == "train" and "prediction" not in flags else "")
+        + flags
+    )
     sys.argv = [f"{script}.py", *flags.format(folder=folder).split()]
     handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
     with tempfile.TemporaryFile("w+") as out:
