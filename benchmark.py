@@ -113,8 +113,8 @@ class Training:
 
 def clock(device: torch.device) -> float:
     """The time, once the device has finished its work."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
     return time.perf_counter()
 
 
@@ -260,7 +260,10 @@ def trained_for(budget: str, given: dict[str, Any], out: Path) -> dict[str, Any]
     seconds = {}
     for script, flags in words.items():
         began, path = time.perf_counter(), Path(__file__).with_name(script)
-        subprocess.run([sys.executable, path, *flags], check=True)
+        if subprocess.run([sys.executable, path, *flags]).returncode:
+            raise ValueError(
+                f"{script} with a budget of {budget} failed, see above; mend that first"
+            )
         seconds[f"{script}_seconds"] = time.perf_counter() - began
     [file] = Path(out, "metrics").glob("*.json")
     measured = json.loads(file.read_text("utf-8"))

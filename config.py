@@ -18,7 +18,8 @@ DATASETS += ("folder",)
 def setting(default: Any, help: str, **metadata: Any) -> Any:
     """A field of Config. `metadata`: `group`; the limits `ge`, `gt`, `le` (of a text, its length),
     `multiple_of`, `choices`; `flag`, where it differs from the name; `fixed_in_epoch`, if it must
-    not change when a run resumes in the middle of an epoch; `unused_by_students`."""
+    not change when a run resumes in the middle of an epoch; `unused_by_students`; `only_with`, the
+    setting without one of whose values, (name, values), it has no effect."""
     return field(default=default, metadata={"help": help, **metadata})
 
 
@@ -68,14 +69,26 @@ class Config:
         "snr_power", "how the loss weights timesteps", choices=("uniform", "min_snr", "snr_power")
     )
     snr_power: float = training(
-        0.25, "weight of x_0's error: signal-to-noise ratio^this", ge=0, le=1
+        0.25,
+        "weight of x_0's error: signal-to-noise ratio^this",
+        ge=0,
+        le=1,
+        only_with=("loss_weighting", ["snr_power"]),
     )
-    min_snr_gamma: float = training(5.0, "min_snr: largest weight of x_0's error", gt=0)
+    min_snr_gamma: float = training(
+        5.0,
+        "min_snr: largest weight of x_0's error",
+        gt=0,
+        only_with=("loss_weighting", ["min_snr"]),
+    )
     timestep_power: float = training(
         0.7, "t is T * u^this, u uniform (below 1: more noise)", gt=0, unused_by_students=True
     )
     absolute_snr: float = training(
-        10.0, "predicting x_0: its error counts unsquared where snr > this (0: nowhere)", ge=0
+        10.0,
+        "predicting x_0: its error counts unsquared where snr > this (0: nowhere)",
+        ge=0,
+        only_with=("prediction", ["x_0"]),
     )
     clip_loss: bool = training(True, "no loss where clamping (clip_x_0) makes x_0_hat exact")
     label_dropout: float = training(
@@ -115,7 +128,13 @@ class Config:
     guidance: float = sampling(2.8, "guidance w (1: none; larger: clearer, more alike)", ge=-1000)
     guidance_low: float = sampling(0.4, "guidance acts where t / timesteps > this", ge=0, le=1)
     guidance_high: float = sampling(0.9, "guidance acts where t / timesteps <= this", ge=0, le=1)
-    eta: float = sampling(0.3, "noise added by ddim and dpmpp (0: none, 1: as ddpm)", ge=0, le=1)
+    eta: float = sampling(
+        0.3,
+        "noise added by ddim and dpmpp (0: none, 1: as ddpm)",
+        ge=0,
+        le=1,
+        only_with=("sampler", ["ddim", "dpmpp"]),
+    )
     precision: str = picture(
         "auto",
         "what the network computes in; auto: the faster",

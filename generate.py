@@ -17,7 +17,7 @@ from checkpoint import LoadedModel
 from config import FAST, Config
 from data import to_uint8
 from diffusion import Diffusion
-from interface import cli, picture, provenance, requests
+from interface import cli, original, picture, provenance, requests
 from interface.flags import generate_flags
 from interface.requests import Request
 from interface.terminal import log, sampling_bar, show
@@ -60,11 +60,11 @@ def draw(loaded: LoadedModel, request: Request, together: bool) -> list[Tensor]:
     """The images of a request, uint8 (N, C, H, W) on the CPU: for an animation one such tensor for
     each state, from noise to the images, otherwise a single one. With `together` all processes
     draw them, each some of the batches."""
-    cfg, y, original = request.cfg, request.labels.to(loaded.device), request.original
+    cfg, y, begun = request.cfg, request.labels.to(loaded.device), request.original
     diffusion = Diffusion(cfg, loaded.levels)
     denoiser = diffusion.guided(loaded.model, loaded.guide)
-    start = original.start(loaded.device) if original else {}
-    steps = len(diffusion.sampling_times(original.strength if original else 1.0)) - 1
+    start = begun.start(loaded.device) if begun else {}
+    steps = len(diffusion.sampling_times(begun.strength if begun else 1.0)) - 1
     batches = range(diffusion.batch_count(len(y)))
     [mine] = distributed.my_parts(len(batches)) if together else [slice(None)]
     states: dict[int, list[Tensor]] = {number: [] for number in request.kept_states(steps)}
@@ -120,13 +120,32 @@ def fast_settings(loaded: LoadedModel) -> dict[str, Any]:
     return FAST | steps if loaded.guide else steps
 
 
+def check_flags(loaded: LoadedModel, cfg: Config, args: Namespace, given: dict[str, Any]) -> None:
+    """Raise ValueError if a flag would have no effect on what is drawn, or if the model cannot be
+    guided as it should be."""
+    cli.check_effects(cfg, given)
+    diffusion, guidance = Diffusion(cfg), f"guidance = {cfg.guidance:g}"
+    strength = original.checked_strength(args.strength) if args.edit else 1.0
+    is_guided = any(diffusion.guidance_at(t) != 1 for t in diffusion.sampling_times(strength)[:-1])
+    if not is_guided and cfg.guidance != 1 and any(name.startswith("guidance") for name in given):
+        between = f"between guidance_low = {cfg.guidance_low:g} and high = {cfg.guidance_high:g}"
+        raise ValueError(f"{guidance}: no time of {cfg.steps} steps is {between}; change one")
+    if is_guided and not loaded.guide and loaded.cfg.label_dropout == 0:
+        needs = "this model has no guide, and knows no images without labels; use --guidance 1"
+        raise ValueError(f"{guidance}: {needs}")
+    if given.get("match_levels") and not loaded.levels:
+        raise ValueError(f"match_levels = True: {loaded.path} has no grey levels; drop the flag")
+
+
 def draw_what_is_asked(args: Namespace, given: dict[str, Any], device: torch.device) -> None:
     """Draw what --digits says, or else what the answers say."""
-    folder = Path(given.get("output_dir", Config().output_dir), "models")
+    here = Config().select("machine") | given
+    folder = Path(here["output_dir"], "models")
     file = distributed.from_first(lambda: requests.model_from_flags(args, folder))
-    loaded = checkpoint.load_model(file, device, given.get("compile", False))
+    loaded = checkpoint.load_model(file, device, here["compile"])
     fast = fast_settings(loaded) if args.fast else {}
     cfg = cli.settings_for_drawing(loaded.cfg, fast | given)
+    check_flags(loaded, cfg, args, fast | given)
     if args.digits is not None:
         show_digits = args.show and not requests.is_folder(args.output)
         wanted = distributed.from_first(lambda: requests.requests_from_flags(args, cfg))

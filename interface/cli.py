@@ -18,6 +18,8 @@ from system import distributed
 from system.files import first_line
 from system.machine import set_up_torch
 
+OUT_OF_MEMORY = ("allocate memory", "not enough memory", "out of memory")  # what torch says
+
 
 class Parser(argparse.ArgumentParser):
     """argparse that takes whole flags only, complains in one line, and has rules between flags."""
@@ -130,6 +132,18 @@ def as_flags(settings: dict[str, Any]) -> list[str]:
     return words
 
 
+def check_effects(cfg: Config, given: dict[str, Any]) -> None:
+    """Raise ValueError for a flag that would have no effect."""
+    for f in fields(Config):
+        name, values = f.metadata.get("only_with", ("", ()))
+        if f.name in given and values and getattr(cfg, name) not in values:
+            reason = f"has no effect with {name} = {getattr(cfg, name)!r}; drop the flag"
+            raise ValueError(f"{f.name} = {given[f.name]!r}: {reason}")
+        if f.name in given and cfg.is_student and f.metadata.get("unused_by_students"):
+            reason = "has no effect on a student; drop the flag"
+            raise ValueError(f"{f.name} = {given[f.name]!r}: {reason}")
+
+
 def settings_for_training(
     trained: Config, given: dict[str, Any], mid_epoch: bool = False
 ) -> tuple[Config, list[str]]:
@@ -150,8 +164,6 @@ def settings_for_training(
         if new != old and group in fixed:
             reason = f"the checkpoint was trained with {old!r}; drop the flag, or train a new model"
             raise ValueError(f"{name} = {new!r}: {reason}")
-        if new != old and trained.is_student and f.metadata.get("unused_by_students"):
-            raise ValueError(f"{name} = {new!r}: has no effect on a student; drop the flag")
         if new != old and mid_epoch and f.metadata.get("fixed_in_epoch"):
             reason = f"the checkpoint is inside an epoch that began with {old!r}"
             raise ValueError(f"{name} = {new!r}: {reason}; finish it without the flag")
@@ -217,8 +229,6 @@ def run_script(name: str, main: Callable[[], int]) -> None:
     with redirect_stdout(out), redirect_stderr(Output(nothing) if is_silent else errors):
         code = exit_code(name, main, errors)
         out.flush()
-    if is_silent and code:
-        time.sleep(1)  # when one process ends, torchrun ends the others: let the first speak
     if distributed.has_left:
         errors.flush()
         os._exit(code)  # torch's threads sometimes crash where Python ends in its usual way
@@ -238,7 +248,7 @@ def exit_code(name: str, main: Callable[[], int], errors: TextIO) -> int:
         if os.environ.get("TRACEBACK"):
             raise
         kind, line, code = type(error).__name__, first_line(error), 2
-        if "MemoryError" in kind or "allocate memory" in line or "out of memory" in line:
+        if "MemoryError" in kind or any(words in line for words in OUT_OF_MEMORY):
             reason = line if str(error) else "out of memory"
             line = f"{reason}; choose a smaller --batch_size or --sample_batch_size"
         elif isinstance(error, FloatingPointError):
@@ -254,6 +264,7 @@ def exit_code(name: str, main: Callable[[], int], errors: TextIO) -> int:
             line, code = f"{kind}: {line}; a bug: report it with what TRACEBACK=1 shows", 1
     if distributed.processes() > 1:
         name += f", process {distributed.rank()}"
-    if distributed.should_report(error):
-        print(f"{name}: {line}", file=errors)
+    if not distributed.is_first_here():
+        time.sleep(1)  # a user's mistake is the same in all processes: the first ends the others
+    print(f"{name}: {line}", file=errors)
     return code

@@ -121,8 +121,8 @@ def benchmark_flags() -> Namespace:
     what.add_argument("--scaling", action="store_true", help="estimate the speed of many GPUs")
     file = PATH | {"metavar": "FILE"}
     parser.add_argument("--json", **file, help="also write the figures as JSON")
-    names = Config.names("machine", "model", "training", "sampling", "picture")
-    add_settings(parser, set(names) - {"accumulate", "dataset"})  # steps are measured as a whole
+    names = set(Config.names("machine", "model", "training", "sampling", "picture"))
+    add_settings(parser, names - {"accumulate", "dataset", "output_dir", "save_every"})
     add_model_size(parser)
     parser.allows_only("--scaling", "--device", "--data_dir")
     args = parser.parse_args()

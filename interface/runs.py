@@ -5,7 +5,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from config import Config
 from distill import student_settings
 from interface import folder
 from interface.board import Board
-from interface.cli import as_flags, machine_settings, quote, settings_for_training
+from interface.cli import as_flags, check_effects, machine_settings, quote, settings_for_training
 from interface.requests import find_model, model_with_hash
 from other_data import with_classes
 from system import distributed
@@ -61,7 +61,16 @@ def make_plan(
     if resume:
         load = folder.newest_of_run(Path(given.get("output_dir", Config().output_dir), "models"))
     if not load:
-        return Plan(student_of(given) if given.get("teacher") else with_classes(Config(), given))
+        cfg = student_of(given) if given.get("teacher") else with_classes(Config(), given)
+        check_effects(cfg, given)
+        if (
+            cfg.guide_fraction == cfg.label_dropout == 0
+            and cfg.guidance != 1
+            and not cfg.is_student
+        ):
+            needs = "needs a guide or images without labels; with neither, use --guidance 1"
+            raise ValueError(f"guidance = {cfg.guidance}: {needs}")
+        return Plan(cfg)
     saved = checkpoint.load(load, only_look=resume)  # newest_of_run has just checked that one
     trained, progress = Config.from_dict(saved["config"]), Progress(**saved["progress"])
     plan = Plan(trained, "train", load, progress, trainable="model" in saved)
@@ -83,7 +92,8 @@ def make_plan(
         later["preview_digits"] = known.pop("preview_digits")
     inside = plan.trainable and progress.images > 0
     plan.cfg, plan.notes = settings_for_training(cfg, known, mid_epoch=inside)
-    if "dataset" in given:
+    check_effects(plan.cfg, given)
+    if "dataset" in given and not (resume and given["dataset"] == trained.dataset):
         plan.cfg = with_classes(plan.cfg, later)
         if plan.cfg.num_classes != trained.num_classes:
             fit = f"has {plan.cfg.num_classes} labels, the model {trained.num_classes}"
@@ -109,10 +119,6 @@ def student_of(given: dict[str, Any]) -> Config:
         if name in given and given[name] != getattr(cfg, name):
             fixed = f"a student of this teacher has {getattr(cfg, name)!r}"
             raise ValueError(f"{name} = {given[name]!r}: {fixed}; drop the flag")
-    for f in fields(Config):
-        if f.name in given and f.metadata.get("unused_by_students"):
-            unused = "has no effect on a student; drop the flag"
-            raise ValueError(f"{f.name} = {given[f.name]!r}: {unused}")
     return replace(cfg, **given)
 
 

@@ -54,6 +54,10 @@ def ask(
                 answer = input().strip()
             except EOFError:
                 raise EOFError("no more answers on stdin; --digits draws without asking") from None
+            except UnicodeDecodeError:
+                raise ValueError(
+                    f"an answer on stdin is not {sys.stdin.encoding}; use that"
+                ) from None
         if answer.lower() in ("q", "quit") and answer not in names:
             raise EOFError
         if answer == "?":

@@ -42,10 +42,9 @@ def processes() -> int:
     return from_torchrun("WORLD_SIZE", 1)
 
 
-def should_report(error: BaseException) -> bool:
-    """Whether this process should report an error. A user's mistake is the same in all processes of
-    a machine, and one of them is enough."""
-    return not isinstance(error, ValueError) or from_torchrun("LOCAL_RANK", 0) == 0
+def is_first_here() -> bool:
+    """Whether this is the only process on this computer, or the first of several."""
+    return from_torchrun("LOCAL_RANK", 0) == 0
 
 
 def lost_others(error: Exception) -> bool:

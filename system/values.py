@@ -3,6 +3,7 @@ Standard library only."""
 
 import math
 import re
+import unicodedata
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,11 +25,18 @@ def problem_of(value: Any, kind: type, limits: Mapping[str, Any]) -> str:
         return f"must be at most {limits.get('le', LARGEST)}"
     if kind is float and not math.isfinite(value):  # after the limits, which no huge int passes
         return "must be a finite number"
-    if kind is str and not (value.isprintable() and len(value) <= limits.get("le", 999)):
-        return f"must be printable text of at most {limits.get('le', 999)} characters"
+    if kind is str and (any(map(is_control, value)) or len(value) > limits.get("le", 999)):
+        return f"must be text of at most {limits.get('le', 999)} characters, without control codes"
     if "multiple_of" in limits and value % limits["multiple_of"]:
         return f"must be a multiple of {limits['multiple_of']}"
     return ""
+
+
+def is_control(character: str) -> bool:
+    """Whether a character could take over a terminal or hide what a text says: control codes, line
+    separators, halves of surrogates, and what turns the direction of writing around."""
+    turns = character in "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+    return turns or unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp")
 
 
 def shortened(value: Any) -> str:
@@ -52,6 +60,8 @@ def parse_duration(text: str) -> float:
 def parse_labels(text: str, names: list[str], setting: str = "digits") -> list[int]:
     """The labels that a text names: one ("cat"), several with commas ("cat,dog,cat"), or without
     commas if each name is a single character ("707": [7, 0, 7]). Raises ValueError for others."""
+    # é may be one character or two, as on a Mac's disk
+    text, *names = (unicodedata.normalize("NFC", each) for each in (text, *names))
     if text in names:
         return [names.index(text)]
     parts = [part.strip() for part in text.split(",")] if "," in text else list(text)

@@ -237,6 +237,7 @@ def test_in_drawing_the_seed_the_folders_and_the_device_come_from_config():
             "can't allocate memory: 9 TB; choose a smaller --batch_size",
         ),
         (MemoryError(), 2, "a.py: out of memory; choose a smaller"),
+        (RuntimeError("CPUAllocator: not enough memory: you tried"), 2, "choose a smaller"),
         (torch.cuda.OutOfMemoryError("CUDA is full"), 2, "a.py: CUDA is full; choose a smaller"),
         (KeyboardInterrupt(), 130, "a.py: stopped"),
     ],

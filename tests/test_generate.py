@@ -154,6 +154,26 @@ def test_the_guide_of_the_model_matters_where_guidance_does(results, pixels):
     assert (with_guidance(2) != before[2]).any()
 
 
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"guidance": 5, "steps": 1}, ("guidance = 5", "no time of 1 steps is between")),
+        ({"guidance": 5, "guidance_low": 0.86}, ("guidance = 5", "guidance_low = 0.86")),
+        ({"fast": True, "steps": 2}, ("guidance = 4.2", "guidance_low = 0.5")),
+        ({"sampler": "ddpm", "eta": 0}, ("eta = 0.0", "no effect with sampler = 'ddpm'")),
+    ],
+)
+def test_a_flag_without_effect_is_refused(results, draw, flags, words):
+    assert_one_line(draw(digits=7, count=1, **flags), *words)
+
+
+def test_grey_levels_that_a_model_lacks_are_not_promised(results, draw):
+    path = results / "models" / "model_epoch_2.pth"
+    torch.save(checkpoint.load(path) | {"levels": None}, path)
+    assert draw(digits=7, count=1).code == 0
+    assert_one_line(draw(digits=7, count=1, match_levels=True), "match_levels", "no grey levels")
+
+
 def test_the_seed_sets_the_pictures_and_the_count_does_not(pixels):
     usual = {"digits": 3, "count": 4, "seed": 5}
     four = pixels(**usual)
@@ -410,7 +430,7 @@ def test_a_picture_carries_what_it_was_drawn_with_in_a_fixed_order(results, draw
     settings = ("sampler", "steps", "guidance", "guidance_low", "guidance_high", "eta")
     rest = ("precision", "seed", "clip_x_0", "match_levels", "sample_batch_size")
     start = ("model", "digits", "count", "version")
-    assert list(recorded) == [*start, *settings, *rest, "made with"]
+    assert list(recorded) == [*start, *settings, *rest, "made with", "threads"]
     model = results / "models" / "model_epoch_2.pth"
     assert recorded["model"] == files.sha256(model)
     assert [recorded[name] for name in start[1:]] == ["026", 2, "1.0"]
@@ -420,10 +440,14 @@ def test_a_picture_carries_what_it_was_drawn_with_in_a_fixed_order(results, draw
     assert f"torch {torch.__version__}" in recorded["made with"]
 
 
-def test_a_picture_is_never_replaced_by_its_reproduction(draw):
+def test_a_picture_is_never_replaced_by_its_reproduction(draw, tmp_path):
     made = Path(draw(digits=7).out.strip())
     before = made.read_bytes()
     assert_one_line(draw(reproduce=made, output=made), "is the picture itself")
+    if os.name != "nt":
+        os.mkfifo(tmp_path / "pipe.png")
+        result = draw(reproduce=made, output=tmp_path / "pipe.png")
+        assert_one_line(result, "pipe.png", "a device or a pipe")
     assert made.read_bytes() == before
 
 

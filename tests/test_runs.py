@@ -197,6 +197,21 @@ def test_flags_that_a_trained_model_cannot_take_are_named(tmp_path):
         plan_of(tmp_path, load=saved, more_epochs=1, widths=(16, 16))
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "others"),
+    [
+        ("snr_power", 0.5, {"loss_weighting": "min_snr"}),
+        ("min_snr_gamma", 3.0, {}),
+        ("absolute_snr", 5.0, {"prediction": "v"}),
+        ("eta", 0.5, {"sampler": "ddpm"}),
+    ],
+)
+def test_a_flag_without_effect_is_refused(tmp_path, name, value, others):
+    with pytest.raises(ValueError, match=f"{name} = {value}: has no effect with .* drop the flag"):
+        plan_of(tmp_path, **{name: value}, **others)
+    plan_of(tmp_path, **others)  # the default of the one does not forbid the other
+
+
 # ---- where a checkpoint stands
 
 

@@ -174,3 +174,10 @@ def test_the_sampling_bar_counts_every_state_of_every_batch(monkeypatch):
         on_state(torch.zeros(4, 1, 28, 28))
     assert totals == [3 * 6]  # from the noise over five steps, three times
     assert updates == [1]
+
+
+def test_an_answer_in_another_encoding_is_named(monkeypatch):
+    stdin = io.TextIOWrapper(io.BytesIO(b"\xff\n"), encoding="utf-8")
+    monkeypatch.setattr("sys.stdin", stdin)
+    with pytest.raises(ValueError, match="an answer on stdin is not utf-8"):
+        terminal.ask("Digits", None, str)

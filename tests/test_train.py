@@ -371,7 +371,9 @@ def test_a_checkpoint_for_sampling_alone_begins_a_new_run(whole, run, tmp_path):
     for name, weight in ended.items():
         torch.testing.assert_close(weight, begun[name].float(), rtol=0, atol=1e-5)
     assert run("generate.py", digits=1, model=path, output_dir=tmp_path).code == 0
-    export.slim(whole_file, newest_of_run(tmp_path / "models"))
+    begun = newest_of_run(tmp_path / "models")
+    begun.unlink()
+    export.slim(whole_file, begun)
     result = run("train.py", resume=True, epochs=9, output_dir=tmp_path, data_dir=MNIST)
     assert_one_line(result, "holds only what drawing needs")  # a resumed run does not begin anew
 
@@ -536,14 +538,27 @@ def test_labels_are_randomized_until_the_guide_is_made_and_the_guide_draws_the_p
         assert not any(p.requires_grad for p in network.parameters())
 
 
-def test_a_run_shorter_than_its_warm_up_makes_no_guide(run, tmp_path):
-    flags = TINY | {"epochs": 1, "warmup_steps": 11, "output_dir": tmp_path}
+def test_a_run_shorter_than_its_warm_up_makes_its_guide_in_time(run, tmp_path):
+    """As one on a few dozen pictures of the user's: a tenth of it is warm-up, not all of it."""
+    flags = TINY | {"epochs": 2, "warmup_steps": 100, "output_dir": tmp_path}
     result = run("train.py", **flags)
-    assert "--guidance 1.5 " in result.out  # the usual 2.8 is for models with a guide
-    assert checkpoint.load(tmp_path / "models/model_epoch_1.pth")["guide"] is None
+    assert "--guidance" not in result.out
+    cfg = Config.from_dict(checkpoint.load(tmp_path / "models/model_epoch_2.pth")["config"])
+    warm = [train.warmup(cfg, step, step / 20) for step in range(20)]  # 320 images, 32 a step
+    assert warm == [1 / 101, 0.5, *[1.0] * 18]
+    in_a_budget = train.warmup(replace(cfg, budget="1m"), 9, 0.9)  # starting up counts in it
+    assert in_a_budget == 10 / 101
+
+
+def test_a_run_without_a_guide_says_how_to_draw(run, tmp_path):
+    flags = TINY | {"epochs": 1, "guide_fraction": 0, "output_dir": tmp_path}
+    assert "--guidance 1.5 " in run("train.py", **flags).out  # 2.8 is for models with a guide
     result = run("train.py", **flags, label_dropout=0)
+    assert_one_line(result, "guidance = 2.8", "use --guidance 1")
+    result = run("train.py", **flags, label_dropout=0, guidance=1)
     assert "--guidance 1 " in result.out  # it never learned to do without the label
-    assert "--guidance" not in run("train.py", **(flags | {"warmup_steps": 2})).out
+    drawn = run("generate.py", digits=1, count=1, output_dir=tmp_path, guidance=2)
+    assert_one_line(drawn, "guidance = 2", "no guide", "use --guidance 1")
 
 
 def test_the_guide_is_the_average_at_its_fraction_of_the_run(whole, run, tmp_path):
