@@ -57,10 +57,10 @@ class Training:
         self.images, self.labels = load_split(cfg, train=True, device=device)
         if cfg.batch_size > len(self.images):
             raise ValueError(f"batch_size = {cfg.batch_size}: choose at most {len(self.images)}")
-        self.loss, self.state = Diffusion(cfg).loss, TrainState.initial(cfg, device)
+        self.state, loss = TrainState.initial(cfg, device), Diffusion(cfg).loss
+        self.loss = lambda model, *rest: loss(self.timed, *rest)
         if cfg.compile:
             compile_network(self.state.model)
-        self.state.network = self.timed
         self.state.optimizers[0].register_step_pre_hook(self.mark)
         self.state.optimizers[-1].register_step_post_hook(self.mark)
 

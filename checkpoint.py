@@ -7,7 +7,7 @@ state, because every random number of training is a function of the seed and the
 import copy
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -63,7 +63,6 @@ class TrainState:
     optimizers: list[torch.optim.Optimizer]
     progress: Progress
     totals: Tensor  # (2,) sums over the current epoch's steps: loss, gradient norm
-    network: Callable[..., Tensor]  # the model as a step calls it (distributed.data_parallel)
     epoch_seconds: float = 0.0  # training time of the current epoch
     levels: GreyLevels | None = None  # give samples of `ema` real grey levels
     data: dict[str, Any] | None = None  # what is trained on, as data.fingerprint says
@@ -78,7 +77,7 @@ class TrainState:
         model = UNet(cfg).to(device)
         ema = copy.deepcopy(model).requires_grad_(False)
         totals = torch.zeros(2, device=device)
-        return cls(model, ema, None, make_optimizers(cfg, model), Progress(), totals, model)
+        return cls(model, ema, None, make_optimizers(cfg, model), Progress(), totals)
 
     def start_from(self, trained: "LoadedModel") -> None:
         """Begin with the averaged weights of another model."""

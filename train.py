@@ -66,8 +66,6 @@ def train(plan: Plan, device: torch.device, began: float) -> int:
         run.show_progress()
         state.epoch_seconds += time.perf_counter() - step_began
         epoch_done = run.epoch_done  # which start_next_epoch resets
-        if epoch_done or run.done or run.stopped_by:
-            distributed.average(state.totals)  # each process has added the loss of its own part
         if epoch_done or run.done:
             run.log_epoch(validation_loss(cfg, loss, state, *unseen))
         if epoch_done:
@@ -112,7 +110,7 @@ def prepare(plan: Plan, data: dict[str, Any], device: torch.device) -> tuple[Tra
     runs.check_data(plan, state, data)
     if cfg.compile:
         compile_network(state.model, graphs=cfg.accumulate == 1)
-    state.network = distributed.data_parallel(state.model)
+    distributed.barrier()  # until all have read what the first one will move aside
     return state, loss
 
 
@@ -156,13 +154,11 @@ def training_step(
     for part in parts:
         generator = seeded_generator(*key, device=x_0.device)
         labels = randomize_labels(y, cfg, generator) if noisy_labels else y
-        # DistributedDataParallel averages over the processes; this factor makes that a sum again
-        weight = (part.stop - part.start) * distributed.processes() / B
-        with distributed.synchronized(state.network, part == parts[-1]):
-            value = weight * loss(state.network, x_0, labels, generator, part)
-            value.backward()
+        value = (part.stop - part.start) / B * loss(state.model, x_0, labels, generator, part)
+        value.backward()
         total += value.detach()
     parameters = list(state.model.parameters())
+    distributed.add_up([*(p.grad for p in parameters), total])
     grad_norm = nn.utils.clip_grad_norm_(parameters, cfg.grad_clip)
     making_guide = state.guide is None and fraction < cfg.guide_fraction  # warm-up may delay it
     for optimizer in state.optimizers:

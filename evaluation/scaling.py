@@ -1,10 +1,9 @@
 """How far a network's training can be spread over GPUs: a formula, its inputs and its table.
 
-One step takes max(compute, compute / 3 + communication), because gradients travel during the
-backward pass, which is two thirds of a step. Computing takes as long as the floating-point
-operations of a GPU's part of the batch, but never less than launching all kernels. An all-reduce
-moves 2 (n - 1) / n times the gradient through each GPU, which is the least possible (Patarasuk &
-Yuan 2009), in 2 log2(n) rounds, as trees do.
+One step takes its computing plus an all-reduce of the gradient. Computing takes as long as the
+floating-point operations of a GPU's part of the batch, but never less than launching all kernels.
+An all-reduce moves 2 (n - 1) / n times the gradient through each GPU, which is the least possible
+(Patarasuk & Yuan 2009), in 2 log2(n) rounds, as trees do.
 """
 
 import math
@@ -71,7 +70,7 @@ def step_seconds(cost: Cost, cluster: Cluster, gpus: int, batch: int) -> float:
     gradient = 4 * cost.parameters  # bytes: float32
     rounds = 2 * math.ceil(math.log2(gpus))
     travel = 2 * (gpus - 1) / gpus * gradient / speed + rounds * cluster.latency
-    return max(compute, compute / 3 + travel)
+    return compute + travel
 
 
 def efficiency(cost: Cost, cluster: Cluster, gpus: int, batch: int) -> float:

@@ -248,8 +248,7 @@ class Run:
         return self.state.progress.images >= self.images_per_epoch
 
     def save_due(self, epoch_done: bool) -> bool:
-        """Whether to save now, at the end of an epoch or of the run. To save at another time,
-        train.train would have to average the totals then, too."""
+        """Whether to save now, at the end of an epoch or of the run."""
         return self.done or (epoch_done and self.state.progress.epoch % self.cfg.save_every == 0)
 
     @property

@@ -1,7 +1,7 @@
 """The processes of one run: torchrun starts several, otherwise there is one.
 
-Each takes its part of every batch. Gradients are averaged by PyTorch's DistributedDataParallel, so
-that all processes hold the same weights. The first process alone writes files and prints.
+Each takes its part of every batch. Their gradients are added up before each step, so that all
+processes hold the same weights. The first process alone writes files and prints.
 """
 
 import datetime
@@ -9,13 +9,12 @@ import functools
 import itertools
 import os
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
 T = TypeVar("T")
 has_left = False  # whether this process was connected to others and is not any more
@@ -146,13 +145,6 @@ def largest(*values: float) -> list[float]:
     return tensor.tolist()
 
 
-def average(tensor: Tensor) -> None:
-    """Replace a tensor by its mean over all processes."""
-    if is_joined():
-        dist.all_reduce(tensor)
-        tensor /= processes()
-
-
 def gather(parts: list[Tensor]) -> Tensor:
     """The parts (n, ...) of all processes in the order of their ranks, as one tensor on the CPU."""
     everything = [[part.cpu() for part in parts]]
@@ -170,12 +162,14 @@ def my_parts(count: int, parts_each: int = 1) -> list[slice]:
     return [slice(*ends) for ends in itertools.pairwise(edges)]
 
 
-def data_parallel(model: nn.Module) -> nn.Module:
-    """The model as training should call it: with several processes, backward() averages gradients
-    over them."""
-    return DistributedDataParallel(model, gradient_as_bucket_view=True) if is_joined() else model
-
-
-def synchronized(network: nn.Module, now: bool) -> AbstractContextManager:
-    """A `with` block in which backward() averages gradients (`now`), or only adds them up."""
-    return nullcontext() if now or not is_joined() else network.no_sync()
+def add_up(tensors: list[Tensor]) -> None:
+    """Add up tensors over all processes, in place and all of them in one, so that numbers are
+    always added in the same order. PyTorch's DistributedDataParallel changes it after the first
+    step, and a resumed run of three processes would end with other bits."""
+    if is_joined():
+        together = torch.cat([tensor.flatten() for tensor in tensors])
+        dist.all_reduce(together)
+        for tensor, total in zip(
+            tensors, together.split([t.numel() for t in tensors]), strict=True
+        ):
+            tensor.copy_(total.view_as(tensor))
