@@ -9,7 +9,7 @@ from typing import Any
 
 from system.values import parse_duration, parse_labels, problem_of, shortened
 
-VERSION = "1.6"  # of the program
+VERSION = "1.7"  # of the program
 
 DATASETS = ("MNIST", "FashionMNIST", "KMNIST", "QMNIST", "EMNIST-digits", "EMNIST-letters")
 DATASETS += ("folder",)
