@@ -32,7 +32,7 @@ from diffusion import Diffusion
 from evaluation import scaling
 from evaluation.evaluator import MAX_MEASURED
 from evaluation.results import aligned
-from interface.cli import as_flags, given_settings, run_script
+from interface.cli import as_flags, check_effects, given_settings, run_script
 from interface.flags import benchmark_flags
 from model import UNet, without_weights
 from system.files import atomic_write, check_writable
@@ -114,7 +114,7 @@ class Training:
 def clock(device: torch.device) -> float:
     """The time, once the device has finished its work."""
     if device.type != "cpu":
-        torch.accelerator.synchronize()
+        torch.accelerator.synchronize(device)
     return time.perf_counter()
 
 
@@ -304,6 +304,7 @@ def main() -> int:
     args = benchmark_flags()
     given = given_settings(args)
     cfg = replace(Config(), **given)
+    check_effects(cfg, given)
     if args.json:
         check_writable(args.json)
     device = pick_device(cfg.device)

@@ -227,11 +227,10 @@ class Diffusion:
 
     def sampling_times(self, strength: float = 1.0) -> list[int]:
         """T = t_0 > t_1 > … > t_steps = 0, evenly spaced. With a strength below 1 the list begins
-        with strength · T, and those of these times follow that are lower by at least half a step:
-        dpmpp would extrapolate far from two times that are close together."""
+        with strength · T and goes on with those of these times that are lower."""
         steps, first = self.cfg.steps, max(1, round(strength * self.T))
-        times = [(self.T * i + steps // 2) // steps for i in range(steps, 0, -1)]  # rounded
-        return [first, *(t for t in times if first - t >= self.T / steps / 2), 0]
+        times = [(self.T * i + steps // 2) // steps for i in range(steps, -1, -1)]  # rounded
+        return [first, *(t for t in times if t < first)]
 
     def sample(
         self,

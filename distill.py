@@ -21,7 +21,7 @@ from diffusion import Diffusion, Model
 TEACHER_STEPS = 16  # of a teacher that is not itself a student
 REPEATS = 3  # steps that take each batch, as a teacher's examples cost more than learning from them
 KEPT_IMAGES = 4096  # images whose examples are kept until each has served REPEATS times
-KEPT_BYTES = 1_000_000_000  # at most, of large images
+KEPT_BYTES = 500_000_000  # of examples, if images are large
 ROUNDING = 1e-3  # a goal this close to black or white is meant to be exactly that
 BELOW_ANY_SNR = 1e-6  # as absolute_snr, so that errors count unsquared at every t
 
@@ -66,11 +66,17 @@ def teacher_settings(cfg: Config) -> Config:
     return replace(cfg, sampler="dpmpp", steps=TEACHER_STEPS, eta=0.0, guidance_high=high)
 
 
-def batch_of_step(step: int, batch_size: int) -> int:
+def kept_images(cfg: Config) -> int:
+    """How many images serve in turn: KEPT_IMAGES, or fewer if they are large."""
+    example = 12 * cfg.img_channels * cfg.img_size**2  # bytes of x_t, x_0 and eps
+    return min(KEPT_IMAGES, KEPT_BYTES // example)
+
+
+def batch_of_step(step: int, cfg: Config) -> int:
     """The number of the batch that a `step` of an epoch takes, both from 0. The first KEPT_IMAGES,
     32 batches of 128, serve REPEATS times in turn, then the next, and so on. So an epoch sees only
     a third of the images."""
-    in_turn = max(1, KEPT_IMAGES // batch_size)
+    in_turn = max(1, kept_images(cfg) // cfg.batch_size)
     return step // (REPEATS * in_turn) * in_turn + step % in_turn
 
 
@@ -105,17 +111,12 @@ class Distillation:
         """
         key = generator.initial_seed(), part.start, part.stop
         if key not in self.recent:
-            # Twice as many as are repeated, as validation adds its own
-            while self.recent and not self.has_room():
-                del self.recent[next(iter(self.recent))]  # the oldest
+            if sum(len(x_t) for x_t, *_ in self.recent.values()) >= 2 * kept_images(
+                self.student.cfg
+            ):
+                del self.recent[next(iter(self.recent))]  # the oldest; validation adds some, too
             self.recent[key] = self.examples(x_0, y, generator, part)
         return self.student.prediction_loss(model, *self.recent[key])
-
-    def has_room(self) -> bool:
-        """Whether to keep more examples; what is not kept is made again."""
-        kept = [x_t for x_t, *_ in self.recent.values()]
-        size = 3 * sum(x_t.nbytes for x_t in kept)  # of x_t, x_0 and eps
-        return sum(map(len, kept)) < 2 * KEPT_IMAGES and size < KEPT_BYTES
 
     def examples(
         self, x_0: Tensor, y: Tensor, generator: torch.Generator, part: slice

@@ -23,7 +23,7 @@ from diffusion import Diffusion
 from evaluation import classifier, denoiser, plots, results
 from evaluation.evaluator import MAX_MEASURED, Evaluator, shuffled
 from evaluation.results import Result
-from interface import cli
+from interface import cli, requests
 from interface.flags import evaluate_flags
 from interface.picture import image_grid, read_npz, save_png
 from interface.requests import find_model
@@ -65,8 +65,7 @@ def evaluate_model(
     settings["match_levels"] = cfg.match_levels and loaded.levels is not None
     identity = {"model": loaded.sha256, "settings": settings}
     if evaluator:
-        identity["evaluator"] = evaluator.sha256
-        identity |= {"test_sha256": evaluator.test_sha256} if evaluator.test_sha256 else {}
+        identity |= evaluator.identity
     known = distributed.from_first(lambda: results.read_result(file, identity))
     if known and all(name in known for name in ("cas", "c2st") if getattr(args, name)):
         tqdm.write(f"read {file}, measured before; the pictures in images/ are left as they are")
@@ -95,16 +94,16 @@ def evaluate_file(evaluator: Evaluator, args: Namespace, output_dir: str) -> Res
     images = images.to(evaluator.device)
     labels = None if labels is None else labels.to(evaluator.device)
     result = {"source": str(args.images), "images_sha256": sha256(args.images)}
-    result["evaluator"] = evaluator.sha256
+    result |= evaluator.identity
     name = f"{args.images.stem}-{result['images_sha256'][:8]}.json"
     file = Path(output_dir, "metrics", name)
-    identity = {key: result[key] for key in ("images_sha256", "evaluator")}
+    identity = {"images_sha256": result["images_sha256"], **evaluator.identity}
     result |= trained_metrics(results.read_result(file, identity))
     return measure(evaluator, result, images, labels, file, args)
 
 
 def trained_metrics(known: Result | None) -> Result:
-    """Of an earlier result, the metrics for which networks were trained: too costly to lose."""
+    """Metrics of an earlier result for which networks were trained: too costly to lose."""
     return {name: known[name] for name in ("cas", "c2st") if known and name in known}
 
 
@@ -184,7 +183,7 @@ def classify(loaded: LoadedModel, cfg: Config, count: int) -> None:
     if cfg.is_student:
         raise ValueError(f"{loaded.path}: a student knows few noise levels; choose its teacher")
     if cfg.num_classes == 1:
-        raise ValueError(f"{loaded.path}: has one label, and nothing to tell apart")
+        raise ValueError(f"{loaded.path}: has one label, nothing to tell apart; choose another")
     make_folders(cfg.output_dir)
     images, labels = load_split(cfg, train=False, device=loaded.device)
     some = shuffled(len(images), cfg.seed)[:count].to(loaded.device)
@@ -212,7 +211,7 @@ def evaluate_chosen_model(
     swept = [given | each for each in parse_sweep(args.sweep or [])]
     configs = [cli.settings_for_drawing(loaded.cfg, each) for each in swept]
     if not args.sweep:
-        cli.check_effects(cfg, given)
+        requests.check_flags(loaded, cfg, given)
     if args.classify:
         classify(loaded, cfg, args.samples or 1000)
         return
@@ -222,7 +221,7 @@ def evaluate_chosen_model(
     real = distributed.from_first(lambda: evaluator and evaluator.real_images)
     args.samples = args.samples or min(real, MAX_MEASURED)
     if args.samples > real:
-        raise ValueError(f"samples = {args.samples}: choose at most {real} (as many are real)")
+        raise ValueError(f"samples = {args.samples}: choose at most {real} (the real images)")
     if args.sweep:
         sweep(evaluator, loaded, configs, args)
     else:

@@ -120,23 +120,6 @@ def fast_settings(loaded: LoadedModel) -> dict[str, Any]:
     return FAST | steps if loaded.guide else steps
 
 
-def check_flags(loaded: LoadedModel, cfg: Config, args: Namespace, given: dict[str, Any]) -> None:
-    """Raise ValueError if a flag would have no effect on what is drawn, or if the model cannot be
-    guided as it should be."""
-    cli.check_effects(cfg, given)
-    diffusion, guidance = Diffusion(cfg), f"guidance = {cfg.guidance:g}"
-    strength = original.checked_strength(args.strength) if args.edit else 1.0
-    is_guided = any(diffusion.guidance_at(t) != 1 for t in diffusion.sampling_times(strength)[:-1])
-    if not is_guided and cfg.guidance != 1 and any(name.startswith("guidance") for name in given):
-        between = f"between guidance_low = {cfg.guidance_low:g} and high = {cfg.guidance_high:g}"
-        raise ValueError(f"{guidance}: no time of {cfg.steps} steps is {between}; change one")
-    if is_guided and not loaded.guide and loaded.cfg.label_dropout == 0:
-        needs = "this model has no guide, and knows no images without labels; use --guidance 1"
-        raise ValueError(f"{guidance}: {needs}")
-    if given.get("match_levels") and not loaded.levels:
-        raise ValueError(f"match_levels = True: {loaded.path} has no grey levels; drop the flag")
-
-
 def draw_what_is_asked(args: Namespace, given: dict[str, Any], device: torch.device) -> None:
     """Draw what --digits says, or else what the answers say."""
     here = Config().select("machine") | given
@@ -145,7 +128,7 @@ def draw_what_is_asked(args: Namespace, given: dict[str, Any], device: torch.dev
     loaded = checkpoint.load_model(file, device, here["compile"])
     fast = fast_settings(loaded) if args.fast else {}
     cfg = cli.settings_for_drawing(loaded.cfg, fast | given)
-    check_flags(loaded, cfg, args, fast | given)
+    requests.check_flags(loaded, cfg, given, original.strength_of(args))
     if args.digits is not None:
         show_digits = args.show and not requests.is_folder(args.output)
         wanted = distributed.from_first(lambda: requests.requests_from_flags(args, cfg))

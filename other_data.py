@@ -2,6 +2,7 @@
 a folder of your own pictures."""
 
 import string
+import unicodedata
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -45,6 +46,9 @@ def class_names(cfg: Config) -> list[str]:
         if not 1 <= len(found) <= MAX_CLASSES:
             needs = f"needs one for each label, 1 to {MAX_CLASSES}; choose another folder"
             raise ValueError(f"data_dir = {cfg.data_dir!r}: has {len(found)} subfolders, {needs}")
+        written_alike = [unicodedata.normalize("NFC", name) for name in found]
+        if len(set(written_alike)) < len(found):
+            raise ValueError(f"{root}: two labels differ only in how é or the like is written")
         for name in found:
             if name in ("all", "mnist") or "," in name or name != name.strip():
                 raise ValueError(f"{root / name}: a label cannot have this name; rename the folder")
@@ -90,7 +94,7 @@ def read_by_torchvision(cfg: Config, train: bool) -> tuple[Tensor, Tensor]:
     return images[:, None].contiguous(), labels.long().contiguous()
 
 
-def read_folder(cfg: Config, train: bool) -> tuple[Tensor, Tensor]:
+def read_folder(cfg: Config, train: bool, *, quiet: bool = False) -> tuple[Tensor, Tensor]:
     """The pictures of data_dir/LABEL/, cropped to squares and resized. Every tenth picture of a
     label is set aside for testing, beginning with its second. Prints what cannot be read."""
     everything = [
@@ -100,7 +104,7 @@ def read_folder(cfg: Config, train: bool) -> tuple[Tensor, Tensor]:
     ]
     files = [(path, label) for path, label in everything if path.suffix.lower() in PICTURES]
     kinds = {path.suffix.lower() for path, _ in everything} & OTHER_PICTURES
-    if kinds and train:
+    if kinds and train and not quiet:
         others = ", ".join(sorted(kinds))
         print(f"left out all {others} in {cfg.data_dir}: make them .png or .jpg to train on them")
     images, labels, unread = [], [], []
@@ -117,7 +121,7 @@ def read_folder(cfg: Config, train: bool) -> tuple[Tensor, Tensor]:
             labels.append(label)
         if len(images) * pixels.numel() > MAX_BYTES:
             raise ValueError(f"{cfg.data_dir}: too many pictures; choose a smaller --img_size")
-    if unread and train:
+    if unread and train and not quiet:
         print(f"left out {len(unread)} of {len(files)} pictures, which cannot be read:")
         print(*unread[:5], *(["…"] if len(unread) > 5 else []), sep="\n")
     if train and 0 in seen:
@@ -126,7 +130,7 @@ def read_folder(cfg: Config, train: bool) -> tuple[Tensor, Tensor]:
         raise ValueError(f"{Path(cfg.data_dir, empty)}: {remedy}")
     if not images:
         print(f"{cfg.data_dir}: too few pictures to set any aside; training ones serve for testing")
-        return read_folder(cfg, train=True)
+        return read_folder(cfg, train=True, quiet=True)
     order = torch.from_numpy(np.random.default_rng(0).permutation(len(images)))  # for max_images
     return torch.stack(images)[order], torch.tensor(labels)[order]
 

@@ -125,7 +125,7 @@ def batch(cfg: Config, images: Tensor, labels: Tensor, progress: Progress) -> tu
 def batch_number(cfg: Config, progress: Progress) -> int:
     """Which batch of the epoch the next step takes; a student takes each one several times."""
     step = progress.images // cfg.batch_size
-    return batch_of_step(step, cfg.batch_size) if cfg.is_student else step
+    return batch_of_step(step, cfg) if cfg.is_student else step
 
 
 @functools.lru_cache(maxsize=1)

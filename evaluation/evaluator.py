@@ -22,11 +22,14 @@ class Evaluator:
         self.device = device
         train, test = (load_split(cfg, train=kind, device=device) for kind in (True, False))
         own = own or fingerprint(*train)["sha256"] != classifier.MNIST_SHA256
-        self.test_sha256 = fingerprint(*test)["sha256"] if own else None  # of images that can vary
         (self.train_images, self.train_labels), (self.test_images, self.test_labels) = train, test
         path = classifier.own_classifier(cfg, train, test) if own else classifier.PATH
         sizes = cfg.img_channels, cfg.num_classes
         self.net, self.train_moments, self.sha256 = classifier.load(device, path, *sizes)
+        self.identity: Result = {"evaluator": self.sha256}  # what a result depends on
+        test_sha256 = fingerprint(*test)["sha256"]
+        if own or test_sha256 != classifier.MNIST_TEST_SHA256:
+            self.identity["test_sha256"] = test_sha256
         self.label_counts = self.train_labels.bincount(minlength=cfg.num_classes).tolist()
         some = self.train_images[shuffled(len(self.train_images), seed=0)[:MAX_MEASURED].to(device)]
         self.some_train_features = classifier.features_of(self.net, some)

@@ -239,7 +239,9 @@ def exit_code(name: str, main: Callable[[], int], errors: TextIO) -> int:
     """The exit code of main(), after one line on `errors` if it raised an error."""
     try:
         return main()
-    except SystemExit as stop:  # argparse, or the first process, has said why
+    except SystemExit as stop:  # argparse, or the first process, says why
+        if stop.code and distributed.rank() > 0:
+            time.sleep(1)  # torchrun ends all processes when one ends: let the first speak
         return stop.code if isinstance(stop.code, int) else int(bool(stop.code))
     except KeyboardInterrupt as interrupt:
         error, line, code = interrupt, "stopped", 130
@@ -265,6 +267,6 @@ def exit_code(name: str, main: Callable[[], int], errors: TextIO) -> int:
     if distributed.processes() > 1:
         name += f", process {distributed.rank()}"
     if not distributed.is_first_here():
-        time.sleep(1)  # a user's mistake is the same in all processes: the first ends the others
+        time.sleep(1)  # the same mistake may be made in all processes: the first ends the others
     print(f"{name}: {line}", file=errors)
     return code

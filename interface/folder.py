@@ -94,8 +94,8 @@ def is_complete(output_dir: str) -> bool:
 
 
 def newest_of_run(models: Path) -> Path | None:
-    """The newest whole checkpoint of the run in a folder; None if it has none. Says why it passes
-    over others. Raises ValueError if none can be read."""
+    """The newest whole checkpoint of the run in a folder, or else the newest reduced one, or None.
+    Says why it passes over others. Raises ValueError if none can be read."""
     listed = [path for path, _ in checkpoint.list_checkpoints(models, CHECKPOINTS)]
     unreadable = [path for path in models.glob(CHECKPOINTS) if path not in listed]
     paths, reduced = [*unreadable, *reversed(listed)], None
@@ -152,8 +152,8 @@ def what_to_set_aside(
     models, images, metrics = out / "models", out / "images", out / "metrics.csv"
     files = [*models.glob(CHECKPOINTS), *images.glob("samples_epoch_*.png")]
     curves = images / "training.png"
-    of_this_run = start and start.match(CHECKPOINTS) and start.resolve().parent == models.resolve()
-    if not of_this_run:
+    found = start and start.resolve()
+    if not found or not found.match(CHECKPOINTS) or found.parent != models.resolve():
         return [*files, metrics, curves, out / "tensorboard"], [], []
     listed = checkpoint.list_checkpoints(models, CHECKPOINTS)
     # What to keep, as "epoch_5" of model_epoch_5.pth and samples_epoch_5.png

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from config import Config
 from data import to_model_range
-from interface.picture import without_frame
+from interface.picture import GAP, without_frame
 from other_data import open_picture, to_pixels
 from system.files import first_line
 
@@ -24,7 +24,7 @@ class Original:
     """A picture to complete or to edit."""
 
     pixels: Tensor  # uint8 (C, H, W)
-    known: Tensor | None = None  # bool (H, W): what to keep of it; None: nothing exactly
+    known: Tensor | None = None  # bool (H, W): which pixels to keep exactly; None: none
     strength: float = 1.0  # how far it is turned into noise, as a fraction of all timesteps
 
     def start(self, device: torch.device) -> dict[str, Any]:
@@ -67,13 +67,18 @@ def checked_strength(value: float) -> float:
     return float(value)
 
 
+def strength_of(args: Namespace) -> float:
+    """The strength that the flags ask for: 1 unless a picture is edited."""
+    return checked_strength(args.strength) if args.edit else 1.0
+
+
 def from_flags(args: Namespace, cfg: Config) -> Original | None:
     """What --complete and --edit, with the flags that belong to them, ask for. Raises ValueError
     for a picture that cannot be read, or a mask that leaves nothing to keep or to draw."""
     if args.edit:
         if cfg.is_student:
             raise ValueError("--edit needs a model that is not a student; try --model pretrained")
-        return Original(read(args.edit, cfg), strength=checked_strength(args.strength))
+        return Original(read(args.edit, cfg), strength=strength_of(args))
     if args.complete is None:
         return None
     if args.mask:
@@ -95,10 +100,14 @@ def read(path: Path, cfg: Config) -> Tensor:
         raise ValueError(f"{path}: no such picture")
     try:
         image = open_picture(path)
-        inside = without_frame(image, cfg.img_size)
+        is_drawn = image.info.keys() >= {"digits", "count"}  # which provenance.record writes
+        is_single = (
+            image.info["count"] == "1" if is_drawn else image.width == cfg.img_size + 2 * GAP
+        )
+        inside = without_frame(image) if is_single else None
         pixels = to_pixels(inside or image, cfg)
     except Exception as error:  # a damaged file can make Pillow raise anything
         raise ValueError(f"{path}: not a .png or .jpg ({first_line(error)})") from None
-    if "model" in image.info and not inside:  # which provenance.record writes
-        raise ValueError(f"{path}: is a grid of several; draw a single one with --count 1")
+    if is_drawn and not inside:
+        raise ValueError(f"{path}: holds several images; draw one with --digits 7 --count 1")
     return pixels

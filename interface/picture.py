@@ -37,13 +37,14 @@ def image_grid(images: Tensor, columns: int, gap: int = GAP) -> Image.Image:
     return Image.fromarray(pixels.numpy())
 
 
-def without_frame(grid: Image.Image, side: int) -> Image.Image | None:
-    """The only image, of `side` pixels, in an image_grid; None if this is no such grid."""
-    inside = (GAP, GAP, GAP + side, GAP + side)
+def without_frame(grid: Image.Image) -> Image.Image | None:
+    """The only image in an image_grid; None if it is not square, or has no grey frame."""
+    inside = (GAP, GAP, grid.width - GAP, grid.height - GAP)
+    if grid.width != grid.height or grid.width <= 2 * GAP:
+        return None
     frame = grid.convert("L")
     frame.paste(GREY, inside)
-    is_frame = frame.size == (side + 2 * GAP,) * 2 and frame.getextrema() == (GREY, GREY)
-    return grid.crop(inside) if is_frame else None
+    return grid.crop(inside) if frame.getextrema() == (GREY, GREY) else None
 
 
 def name_rows(grid: Image.Image, names: list[str], gap: int = GAP) -> Image.Image:

@@ -8,14 +8,17 @@ from collections.abc import Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from checkpoint import PRETRAINED, STUDENT, Progress, list_checkpoints
+from checkpoint import PRETRAINED, STUDENT, LoadedModel, Progress, list_checkpoints
 from config import Config
 from data import draw_labels
+from diffusion import Diffusion
 from interface import original
+from interface.cli import check_effects
 from interface.original import Original
 from interface.picture import ANIMATIONS, ENDINGS, GAP, LONGEST, MAX_ANIMATED, MAX_FRAMES
 from interface.terminal import ask, log, whole_number
@@ -77,6 +80,25 @@ def model_from_flags(args: Namespace, folder: Path) -> Path:
     if args.fast and not args.model and file.name == PRETRAINED and its_student.is_file():
         return its_student
     return file
+
+
+def check_flags(
+    loaded: LoadedModel, cfg: Config, given: dict[str, Any], strength: float = 1.0
+) -> None:
+    """Raise ValueError if a flag (`given`: settings) would have no effect on what is drawn from
+    strength · T on, or if the model cannot be guided as it should be."""
+    check_effects(cfg, given)
+    diffusion, guidance = Diffusion(cfg), f"guidance = {cfg.guidance:g}"
+    is_guided = any(diffusion.guidance_at(t) != 1 for t in diffusion.sampling_times(strength)[:-1])
+    if not is_guided and cfg.guidance != 1 and any(name.startswith("guidance") for name in given):
+        between = f"between guidance_low = {cfg.guidance_low:g} and high = {cfg.guidance_high:g}"
+        raise ValueError(f"{guidance}: no time of {cfg.steps} steps is {between}; change one")
+    knows_no_label = loaded.cfg.label_dropout > 0
+    if is_guided and not knows_no_label and (not loaded.guide or cfg.guidance == 0):
+        needs = "this model never learned to draw without a label; use --guidance 1"
+        raise ValueError(f"{guidance}: {needs}")
+    if given.get("match_levels") and not loaded.levels:
+        raise ValueError(f"match_levels = True: {loaded.path} has no grey levels; drop the flag")
 
 
 @dataclass

@@ -63,12 +63,8 @@ def make_plan(
     if not load:
         cfg = student_of(given) if given.get("teacher") else with_classes(Config(), given)
         check_effects(cfg, given)
-        if (
-            cfg.guide_fraction == cfg.label_dropout == 0
-            and cfg.guidance != 1
-            and not cfg.is_student
-        ):
-            needs = "needs a guide or images without labels; with neither, use --guidance 1"
+        if cfg.guidance != 1 and cfg.guide_fraction == cfg.label_dropout == 0:
+            needs = "needs --guide_fraction or --label_dropout above 0; or else use --guidance 1"
             raise ValueError(f"guidance = {cfg.guidance}: {needs}")
         return Plan(cfg)
     saved = checkpoint.load(load, only_look=resume)  # newest_of_run has just checked that one
@@ -88,12 +84,13 @@ def make_plan(
         progress.budget_from, plan.changed = progress.seconds, True  # a new budget, from here on
 
     known, later = dict(given), {}
-    if {"dataset", "preview_digits"} <= given.keys():  # labels of a data set that is not known yet
+    new_labels = "dataset" in given and not (resume and given["dataset"] == trained.dataset)
+    if new_labels and "preview_digits" in given:  # which can only be checked with them
         later["preview_digits"] = known.pop("preview_digits")
     inside = plan.trainable and progress.images > 0
     plan.cfg, plan.notes = settings_for_training(cfg, known, mid_epoch=inside)
     check_effects(plan.cfg, given)
-    if "dataset" in given and not (resume and given["dataset"] == trained.dataset):
+    if new_labels:
         plan.cfg = with_classes(plan.cfg, later)
         if plan.cfg.num_classes != trained.num_classes:
             fit = f"has {plan.cfg.num_classes} labels, the model {trained.num_classes}"

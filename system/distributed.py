@@ -18,6 +18,7 @@ from torch import Tensor
 
 T = TypeVar("T")
 has_left = False  # whether this process was connected to others and is not any more
+in_first = False  # whether this process does what only the first one does
 TIMEOUT = datetime.timedelta(hours=2)  # how long the others wait while one draws or evaluates
 
 
@@ -117,14 +118,18 @@ def first_only(work: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def from_first(work: Callable[[], T]) -> T:
-    """What `work` returns in the first process, in all of them. If it raises, the others exit."""
-    if not is_joined():
+    """Run `work` in the first process alone and return its result in all. If it raises, the others
+    exit."""
+    global in_first
+    if in_first or not is_joined():
         return work()
     result: list[Any] = [False, None]
     try:
         if rank() == 0:
+            in_first = True
             result = [True, work()]
     finally:
+        in_first = False
         dist.broadcast_object_list(result)
     if not result[0]:
         raise SystemExit(2)
@@ -155,16 +160,16 @@ def gather(parts: list[Tensor]) -> Tensor:
 
 
 def my_parts(count: int, parts_each: int = 1) -> list[slice]:
-    """`count` items in order, divided into `parts_each` parts for each process, as equal as can be:
-    those of this process."""
+    """This process's parts of `count` items in order, if each process gets `parts_each` parts and
+    all parts are as equal as can be."""
     total, first = processes() * parts_each, rank() * parts_each
     edges = [count * part // total for part in range(first, first + parts_each + 1)]
     return [slice(*ends) for ends in itertools.pairwise(edges)]
 
 
 def add_up(tensors: list[Tensor]) -> None:
-    """Add up tensors over all processes, in place and all of them in one, so that numbers are
-    always added in the same order. PyTorch's DistributedDataParallel changes it after the first
+    """Add up tensors over all processes, in place, joined into one, so that numbers are always
+    added in the same order. PyTorch's DistributedDataParallel changes that order after the first
     step, and a resumed run of three processes would end with other bits."""
     if is_joined():
         together = torch.cat([tensor.flatten() for tensor in tensors])

@@ -153,10 +153,11 @@ def batch_of(loss: Distillation) -> tuple[torch.Tensor, ...]:
 
 
 def test_batches_are_seen_three_times_in_turn():
-    numbers = [batch_of_step(step, batch_size=128) for step in range(100)]
+    numbers = [batch_of_step(step, Config()) for step in range(100)]
     assert numbers[:96] == 3 * list(range(32))
     assert numbers[96:] == [32, 33, 34, 35]
-    assert [batch_of_step(step, 10_000) for step in range(7)] == [0, 0, 0, 1, 1, 1, 2]
+    large = Config(batch_size=10_000)
+    assert [batch_of_step(step, large) for step in range(7)] == [0, 0, 0, 1, 1, 1, 2]
 
 
 def test_a_batch_seen_again_needs_no_teacher_and_is_what_a_resumed_run_would_make(monkeypatch):
@@ -225,9 +226,16 @@ def test_a_number_of_steps_that_does_not_fit_the_teachers_is_refused(student_ste
 
 
 def test_examples_of_large_images_are_kept_within_bounds(monkeypatch):
+    """And batches are repeated while their examples are kept."""
     loss = distillation(4)
     monkeypatch.setattr("distill.KEPT_BYTES", 3 * 4 * 8 * 8 * 20)  # 20 images
     x_0, y = torch.zeros(8, 1, 8, 8), torch.arange(8)
-    for seed in range(6):
-        loss.loss(ExactStudent(loss.student), x_0, y, seeded_generator(seed))
-        assert sum(len(x_t) for x_t, *_ in loss.recent.values()) <= 24
+    cfg = replace(loss.student.cfg, batch_size=8)
+    numbers = [batch_of_step(step, cfg) for step in range(60)]
+    assert numbers[:9] == [0, 1, 0, 1, 0, 1, 2, 3, 2]
+    taught, examples = [], loss.examples
+    monkeypatch.setattr(loss, "examples", lambda *a: taught.append(1) or examples(*a))
+    for number in numbers:
+        loss.loss(ExactStudent(loss.student), x_0, y, seeded_generator(number))
+        assert sum(len(x_t) for x_t, *_ in loss.recent.values()) <= 40
+    assert len(taught) == len(set(numbers)) == 20

@@ -180,9 +180,9 @@ def test_other_digits_in_mnists_format_have_a_classifier_of_their_own(tmp_path, 
     own = Evaluator(cfg, torch.device("cpu"))
     assert asked == [(150, 200)]
     assert own.real_images == 150  # more samples could not be compared with as many
-    before = own.test_sha256
+    before = own.identity["test_sha256"]
     changed = bytearray((raw / "t10k-images-idx3-ubyte").read_bytes())
     changed[-1] ^= 1
     (raw / "t10k-images-idx3-ubyte").write_bytes(changed)
-    assert Evaluator(cfg, torch.device("cpu")).test_sha256 != before
-    assert shared_evaluator().test_sha256 is None  # MNIST's never change
+    assert Evaluator(cfg, torch.device("cpu")).identity["test_sha256"] != before
+    assert list(shared_evaluator().identity) == ["evaluator"]  # of MNIST itself

@@ -159,12 +159,16 @@ def test_the_guide_of_the_model_matters_where_guidance_does(results, pixels):
     [
         ({"guidance": 5, "steps": 1}, ("guidance = 5", "no time of 1 steps is between")),
         ({"guidance": 5, "guidance_low": 0.86}, ("guidance = 5", "guidance_low = 0.86")),
-        ({"fast": True, "steps": 2}, ("guidance = 4.2", "guidance_low = 0.5")),
         ({"sampler": "ddpm", "eta": 0}, ("eta = 0.0", "no effect with sampler = 'ddpm'")),
     ],
 )
 def test_a_flag_without_effect_is_refused(results, draw, flags, words):
     assert_one_line(draw(digits=7, count=1, **flags), *words)
+
+
+def test_what_fast_sets_is_no_flag_of_the_users(draw):
+    assert draw(digits=7, count=1, fast=True, sampler="ddpm").code == 0  # which has no use for eta
+    assert draw(digits=7, count=1, fast=True, steps=2).code == 0  # too few for guidance to act
 
 
 def test_grey_levels_that_a_model_lacks_are_not_promised(results, draw):

@@ -97,9 +97,6 @@ def test_the_first_state_of_an_edit_is_the_noisy_original():
     noise, same = (ImageNoise(0, range(3), (1, 8, 8)) for _ in range(2))
     states = process.sample(lambda x, t, y: x * 0, y, noise, original, 0.35)
     assert process.sampling_times(0.35) == [350, 300, 200, 100, 0]
-    # dpmpp would extrapolate far from 301 and 300
-    assert process.sampling_times(0.301) == [301, 200, 100, 0]
-    assert process.sampling_times(0.04) == [40, 0]
     a = process.alpha_bar[350]
     expected = a.sqrt() * original + (1 - a).sqrt() * same.draw()
     torch.testing.assert_close(next(states), expected.float())
@@ -152,9 +149,10 @@ def test_a_picture_that_generate_drew_is_taken_without_its_frame(run, tmp_path, 
         start = Original.from_record(read(out), Config())
         assert np.array_equal(start.pixels[0], np.asarray(Image.open(framed))[2:30, 2:30])
     assert run("generate.py", **MODEL, digits=7, output=grid).code == 0
+    assert run("generate.py", **one, digits=26, output=tmp_path / "grid.png").code == 0
     for begin in ({"complete": grid}, {"complete": framed, "mask": grid}, {"edit": grid}):
         result = run("generate.py", **one, digits=7, **begin)
-        assert_one_line(result, "grid.png: is a grid of several", "--count 1")
+        assert_one_line(result, "grid.png: holds several images", "--count 1")
 
 
 def test_bad_originals_are_one_line(run, tmp_path, seven):

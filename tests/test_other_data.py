@@ -364,4 +364,4 @@ def test_a_single_label_cannot_be_judged(run, tmp_path):
     for flags in ({}, {"classify": True}):
         result = run("evaluate.py", **here, device="cpu", **flags)
         assert result.code == 2
-        assert "has one label, and nothing to tell apart" in result.err
+        assert "has one label, nothing to tell apart" in result.err
