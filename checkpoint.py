@@ -7,7 +7,6 @@ state, because every random number of training is a function of the seed and the
 import copy
 import json
 import math
-from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -78,11 +77,6 @@ class TrainState:
         ema = copy.deepcopy(model).requires_grad_(False)
         totals = torch.zeros(2, device=device)
         return cls(model, ema, None, make_optimizers(cfg, model), Progress(), totals)
-
-    def start_from(self, trained: "LoadedModel") -> None:
-        """Begin with the averaged weights of another model."""
-        for network in (self.model, self.ema):
-            network.load_state_dict(trained.model.state_dict())
 
     def start_next_epoch(self) -> None:
         self.progress.epoch += 1
@@ -168,12 +162,8 @@ def _check_tensors(contents: dict[str, Any], network: UNet) -> None:
     optimizers need, and are finite."""
     expected = {name: tensor.shape for name, tensor in network.state_dict().items()}
     for name in ("ema", "guide", "model"):
-        weights = contents.get(name)
-        if weights is None and name != "ema":
-            continue
-        if {key: tensor.shape for key, tensor in weights.items()} != expected:
-            raise ValueError(f"{name}: weights that do not fit this U-Net")
-        _check_finite(weights.values(), f"{name}: weights")
+        if name == "ema" or contents.get(name) is not None:
+            _check(contents[name], expected, f"{name}: weights")
     if "model" in contents:
         keys_of_each = {"average"}, {"step", "exp_avg", "exp_avg_sq"}
         if len(contents["optimizers"]) != len(keys_of_each):
@@ -183,18 +173,17 @@ def _check_tensors(contents: dict[str, Any], network: UNet) -> None:
         ):
             for index, state in saved["state"].items():
                 shapes = {key: () if key == "step" else parameters[index].shape for key in keys}
-                if {key: tensor.shape for key, tensor in state.items()} != shapes:
-                    raise ValueError("optimizers: state that does not fit this U-Net")
-                _check_finite(state.values(), "optimizers: state")
+                _check(state, shapes, "optimizers: tensors")
         totals, seconds = contents["metrics"]["totals"], contents["metrics"]["seconds"]
         if len(totals) != 2 or not all(map(math.isfinite, (*totals, seconds))):
             raise ValueError("metrics: not two finite totals and a finite time")
 
 
-def _check_finite(tensors: Iterable[Tensor], what: str) -> None:
-    for tensor in tensors:
-        kind_is_right = tensor.dtype in (torch.float32, torch.float16)
-        if not kind_is_right or not tensor.abs().max().isfinite():
+def _check(tensors: dict[str, Tensor], shapes: dict[str, tuple[int, ...]], what: str) -> None:
+    if {key: tensor.shape for key, tensor in tensors.items()} != shapes:
+        raise ValueError(f"{what} that do not fit this U-Net")
+    for tensor in tensors.values():
+        if tensor.dtype not in (torch.float32, torch.float16) or not tensor.abs().max().isfinite():
             raise ValueError(f"{what} that are not finite float32 or float16 numbers")
 
 
@@ -242,9 +231,8 @@ def load_model(path: str | Path, device: torch.device, compiled: bool = False) -
 
 
 def list_checkpoints(folder: str | Path, pattern: str = "*.pth") -> list[tuple[Path, Progress]]:
-    """The readable checkpoints in a folder, newest last, by completed steps and then by time.
-    The models in git come first, so that any other counts as newer; and a file reduced to what
-    drawing needs comes before the whole one."""
+    """The readable checkpoints in a folder, the most trained last: ordered by completed steps, then
+    reduced files before whole ones, then by time. The models in git come first."""
     found = []
     for path in sorted(Path(folder).glob(pattern)):
         with suppress(ValueError, OSError):  # some other file, or a damaged one, or just deleted

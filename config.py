@@ -18,8 +18,7 @@ DATASETS += ("folder",)
 def setting(default: Any, help: str, **metadata: Any) -> Any:
     """A field of Config. `metadata`: `group`; the limits `ge`, `gt`, `le` (of a text, its length),
     `multiple_of`, `choices`; `flag`, where it differs from the name; `fixed_in_epoch`, if it must
-    not change when a run resumes in the middle of an epoch; `unused_by_students`; `only_with`, the
-    setting without one of whose values, (name, values), it has no effect."""
+    not change when a run resumes in the middle of an epoch."""
     return field(default=default, metadata={"help": help, **metadata})
 
 
@@ -28,6 +27,7 @@ model = partial(setting, group="model")  # cannot change once a model has been t
 student = partial(setting, group="student")  # cannot change either
 classes = partial(setting, group="classes")  # given by the data set; has no flag
 training = partial(setting, group="training")
+not_in_students = partial(training, not_in_students=True)  # whose loss lacks it
 length = partial(setting, group="length")  # how long a run is
 sampling = partial(setting, group="sampling")  # how to draw with a model: comes with its checkpoint
 picture = partial(setting, group="picture")  # how to draw one picture: not taken from the model
@@ -36,7 +36,7 @@ picture = partial(setting, group="picture")  # how to draw one picture: not take
 
 @dataclass(frozen=True)
 class Config:
-    """All settings. Raises a ValueError that names the setting, its value and the remedy."""
+    """All settings. For a bad one, raises a ValueError that names it, its value and the remedy."""
 
     # Where things are
     data_dir: str = machine("mnist_data", "folder of the data set, to which MNIST is downloaded")
@@ -68,31 +68,15 @@ class Config:
     loss_weighting: str = training(
         "snr_power", "how the loss weights timesteps", choices=("uniform", "min_snr", "snr_power")
     )
-    snr_power: float = training(
-        0.25,
-        "weight of x_0's error: signal-to-noise ratio^this",
-        ge=0,
-        le=1,
-        only_with=("loss_weighting", ["snr_power"]),
+    snr_power: float = training(0.25, "snr_power: x_0's error is weighted by snr^this", ge=0, le=1)
+    min_snr_gamma: float = training(5.0, "min_snr: largest weight of x_0's error", gt=0)
+    timestep_power: float = not_in_students(
+        0.7, "t is T * u^this, u uniform (below 1: more noise)", gt=0
     )
-    min_snr_gamma: float = training(
-        5.0,
-        "min_snr: largest weight of x_0's error",
-        gt=0,
-        only_with=("loss_weighting", ["min_snr"]),
-    )
-    timestep_power: float = training(
-        0.7, "t is T * u^this, u uniform (below 1: more noise)", gt=0, unused_by_students=True
-    )
-    absolute_snr: float = training(
-        10.0,
-        "predicting x_0: its error counts unsquared where snr > this (0: nowhere)",
-        ge=0,
-        only_with=("prediction", ["x_0"]),
-    )
+    absolute_snr: float = training(10.0, "snr above which errors count unsquared (0: none)", ge=0)
     clip_loss: bool = training(True, "no loss where clamping (clip_x_0) makes x_0_hat exact")
-    label_dropout: float = training(
-        0.1, "fraction of images trained without a label", ge=0, le=1, unused_by_students=True
+    label_dropout: float = not_in_students(
+        0.1, "fraction of images trained without a label", ge=0, le=1
     )
 
     # Training
@@ -113,8 +97,8 @@ class Config:
     guide_fraction: float = model(
         0.1, "keep the averaged model at this fraction of the run as guide (0: none)", ge=0, le=0.5
     )
-    guide_label_noise: float = training(
-        0.3, "fraction of labels made random for the guide", ge=0, le=1, unused_by_students=True
+    guide_label_noise: float = not_in_students(
+        0.3, "fraction of labels made random for the guide", ge=0, le=1
     )
     teacher: str = student("", "train a student of this model: path, name, number or newest")
     student_steps: int = student(4, "network calls of a student per image", ge=1, le=8)
@@ -128,13 +112,7 @@ class Config:
     guidance: float = sampling(2.8, "guidance w (1: none; larger: clearer, more alike)", ge=-1000)
     guidance_low: float = sampling(0.4, "guidance acts where t / timesteps > this", ge=0, le=1)
     guidance_high: float = sampling(0.9, "guidance acts where t / timesteps <= this", ge=0, le=1)
-    eta: float = sampling(
-        0.3,
-        "noise added by ddim and dpmpp (0: none, 1: as ddpm)",
-        ge=0,
-        le=1,
-        only_with=("sampler", ["ddim", "dpmpp"]),
-    )
+    eta: float = sampling(0.3, "noise added by ddim and dpmpp (0: none, 1: as ddpm)", ge=0, le=1)
     precision: str = picture(
         "auto",
         "what the network computes in; auto: the faster",
@@ -211,6 +189,14 @@ class Config:
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in known.items()})
 
 
+# {setting: (another, the values of that one with which it has an effect)}
+ONLY_WITH = {
+    "snr_power": ("loss_weighting", ("snr_power",)),
+    "min_snr_gamma": ("loss_weighting", ("min_snr",)),
+    "absolute_snr": ("prediction", ("x_0",)),
+    "eta": ("sampler", ("ddim", "dpmpp")),
+}
+
 # {setting: the one to read where an old checkpoint lacks it}. In format 3, clip_x_0 meant both
 # today's clip_x_0 and clip_loss
 ALIASES = {"guide_fraction": "guide_share", "clip_loss": "clip_x_0"}
@@ -225,5 +211,5 @@ MODEL_SIZES = {
     "large": {"widths": (128, 256), "blocks": 3, "dense_size": 320, "embedding_size": 256},
 }
 
-# How generate.py --fast draws with a model that is not a student: 6 network calls, not 19
+# How generate.py --fast draws with a guided model that is no student: in 6 network calls, not 19
 FAST = {"steps": 5, "eta": 0.3, "guidance": 4.2, "guidance_low": 0.5, "guidance_high": 0.7}

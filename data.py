@@ -77,11 +77,11 @@ def to_uint8(x: Tensor) -> Tensor:
 
 
 def draw_labels(count: int, seed: int, counts: Sequence[int] = LABEL_COUNTS) -> Tensor:
-    """int64 labels (count,) in random order, each as often as in `counts`, usually MNIST's training
-    split, to within one: frequencies drawn at random would add noise to every comparison."""
-    random = np.random.default_rng(seed)
+    """int64 labels (count,) in random order, in the proportions of `counts` (usually MNIST's) to
+    within one image: frequencies drawn at random would add noise to every comparison."""
+    rng = np.random.default_rng(seed)
     share = np.array(counts) / sum(counts)
     # Evenly spaced points of the distribution, all shifted by one random number
-    points = (np.arange(count) + random.random()) / count
+    points = (np.arange(count) + rng.random()) / count
     labels = np.searchsorted(share.cumsum(), points).clip(max=len(counts) - 1)
-    return torch.from_numpy(random.permutation(labels))
+    return torch.from_numpy(rng.permutation(labels))

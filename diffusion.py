@@ -2,7 +2,7 @@
 
 Time runs over t = 0…T; x_0 is the clean image (alpha_bar[0] = 1) and x_T is almost pure noise.
 `draw` makes images batch by batch. For each batch it runs `sample`, which yields the states that
-`trajectory`, the samplers, computes, one `step` after another.
+the samplers' loop, `trajectory`, computes one `step` at a time.
 """
 
 import itertools
@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from config import Config
 from levels import GreyLevels
@@ -38,11 +38,9 @@ def make_alpha_bar(schedule: str, T: int) -> Tensor:
     elif schedule == "cosine":
         s = 0.008
         alpha_bar = (np.cos((u + s) / (1 + s) * np.pi / 2) / np.cos(s / (1 + s) * np.pi / 2)) ** 2
-    elif schedule == "sigmoid":
+    else:  # "sigmoid"
         at = 1 / (1 + np.exp(3 - 6 * u))  # the logistic function from -3 to 3
         alpha_bar = (at[-1] - at) / (at[-1] - at[0])
-    else:
-        raise ValueError(f"schedule = {schedule!r}: choose linear, cosine or sigmoid")
     if schedule != "linear":
         floor = np.prod(1 - _HO_BETA)
         alpha_bar = alpha_bar + floor * (1 - alpha_bar)
@@ -69,10 +67,10 @@ class Diffusion:
     def _make_loss_weight(self) -> Tensor:
         """Weight of the squared error of the prediction at t = 0…T; t = 0 is never trained.
 
-        "uniform" is 1 (with `timestep_power` 1, Ho et al. 2020, eq. 14). The others weight the
-        error of x_0, converted to the error of what is predicted: "min_snr" by min(snr, gamma),
-        Hang et al. 2023, and "snr_power" by snr^power, with snr limited to 0.01…100 throughout.
-        Power 0 weights the error of x_0 evenly, power 1 that of eps.
+        "uniform" is 1 (for eps and `timestep_power` 1: Ho et al. 2020, eq. 14). The others weight
+        the error of x_0, converted to the error of what is predicted: "min_snr" by min(snr, gamma)
+        (Hang et al. 2023), "snr_power" by snr^power, for which snr is limited to 0.01…100. Power 0
+        weights the error of x_0 evenly, power 1 that of eps.
         """
         cfg, snr = self.cfg, self.snr[1:]
         if cfg.loss_weighting == "uniform":
@@ -124,12 +122,7 @@ class Diffusion:
         return signal_scale * x_t - noise_scale * prediction
 
     def loss(
-        self,
-        model: Model,
-        x_0: Tensor,
-        y: Tensor,
-        generator: torch.Generator,
-        part: slice = slice(None),
+        self, model: Model, x_0: Tensor, y: Tensor, generator: Generator, part: slice = slice(None)
     ) -> Tensor:
         """The weighted loss of the prediction (see prediction_loss), a scalar, over a `part` of the
         batch; x_0 (B, C, H, W) in [-1, 1], y int64 (B,).
@@ -155,9 +148,9 @@ class Diffusion:
     ) -> Tensor:
         """The loss where x_0 and eps are the right answer for x_t (B, C, H, W); t int64 (B,).
 
-        It is a weighted mean squared error. But a network that predicts x_0 has errors that count
-        unsquared where little noise is left (snr above `absolute_snr`): the squares of a few grey
-        levels are too small to matter, and such errors would remain as faint specks.
+        It is a weighted mean squared error. But where a network predicts x_0 and little noise is
+        left (snr above `absolute_snr`), errors count unsquared: the squares of a few grey levels
+        are too small to matter, and such errors would remain as faint specks.
 
         With `clip_loss` a pixel costs nothing where clamping x_0_hat to [-1, 1] gives x_0 exactly.
         With `clip_x_0` the sampler clamps as well, so a black pixel may be predicted as -1 or
@@ -221,7 +214,7 @@ class Diffusion:
         return self.cfg.guidance if inside or self.cfg.guidance == 0 else 1.0
 
     def network_calls(self) -> int:
-        """Network calls per image: two at each time whose guidance is neither 0 nor 1."""
+        """Network calls per image: one for each time, two where guidance is neither 0 nor 1."""
         w = [self.guidance_at(t) for t in self.sampling_times()[:-1]]
         return sum(1 if each in (0, 1) else 2 for each in w)
 
@@ -263,12 +256,7 @@ class Diffusion:
 
     @torch.no_grad()
     def trajectory(
-        self,
-        denoiser: Denoiser,
-        x: Tensor,
-        y: Tensor,
-        times: list[int],
-        noise: ImageNoise | None = None,
+        self, denoiser: Denoiser, x: Tensor, y: Tensor, times: list[int], noise: ImageNoise | None
     ) -> Iterator[Tensor]:
         """Yield the states at falling `times`, of which x (B, C, H, W) is the first; `noise` is for
         an eta above 0.
@@ -277,14 +265,14 @@ class Diffusion:
         noise, "ddim" (Song et al. 2021, eq. 12) and "dpmpp" (DPM-Solver++ 2M, Lu et al. 2022,
         algorithm 2).
         """
-        multistep = self.cfg.sampler == "dpmpp"
         yield x
         before, t_before = None, 0
         for t, s in itertools.pairwise(times):
             x_0_hat = estimate = denoiser(x, t, y)
-            if multistep and before is not None and s > 0:  # log_snr is infinite at s = 0
-                coefficient = self.multistep_coefficient(t_before, t, s)
-                estimate = x_0_hat + coefficient * (x_0_hat - before)
+            if self.cfg.sampler == "dpmpp" and before is not None and s > 0:  # log_snr_0: infinite
+                # Half the ratio of the steps' lengths in log_snr; with noise, the paper's SDE form
+                last, now, after = (self.log_snr_at[each] for each in (t_before, t, s))
+                estimate = x_0_hat + (after - now) / (now - last) / 2 * (x_0_hat - before)
             x = self.step(x, estimate, t, s, noise)
             yield x
             before, t_before = x_0_hat, t
@@ -302,26 +290,20 @@ class Diffusion:
         x_s = kept * x + (math.sqrt(a_s) - kept * math.sqrt(a_t)) * x_0_hat
         return x_s + math.sqrt(variance) * noise.draw() if variance > 0 else x_s
 
-    def multistep_coefficient(self, t_before: int, t: int, s: int) -> float:
-        """How far dpmpp extrapolates the last change of x_0_hat: half the ratio of the steps'
-        lengths in log_snr. DPM-Solver++, Lu et al. 2022, algorithm 2; with noise, its SDE form."""
-        before, now, after = (self.log_snr_at[each] for each in (t_before, t, s))
-        return (after - now) / (now - before) / 2
-
     def draw(
         self,
         denoiser: Denoiser,
         y: Tensor,
-        on_state: Callable[[Tensor], object] | None = None,
+        on_state: Callable[[int, Tensor], object] | None = None,
         batches: slice = slice(None),
         **start: Any,
     ) -> Tensor:
-        """Draw an image for each label in y int64 (N,): (N, C, H, W), within [-1, 1] if `clip_x_0`.
-        With a slice of `batches`, only their images are drawn. `start` goes to `sample` for each
-        batch, so that an original must be a single one.
+        """Draw an image for each label in y int64 (N,), or only those of some `batches`:
+        (N, C, H, W), within [-1, 1] if `clip_x_0`. `start` goes to `sample` for each batch, so that
+        an original must be a single one.
 
         Image i is the same picture, up to rounding, for any N, batch size and device. Every state
-        of every batch is passed to `on_state`.
+        of every batch, with its number, is passed to `on_state`.
         """
         cfg = self.cfg
         shape = (cfg.img_channels, cfg.img_size, cfg.img_size)
@@ -330,9 +312,9 @@ class Diffusion:
             batch = y[first : first + cfg.sample_batch_size]
             indices = range(first, first + len(batch))
             noise = ImageNoise(cfg.seed, indices, shape, device=y.device)
-            for x in self.sample(denoiser, batch, noise, **start):
+            for number, x in enumerate(self.sample(denoiser, batch, noise, **start)):
                 if on_state:
-                    on_state(x)
+                    on_state(number, x)
             images.append(x)
         return torch.cat(images)
 

@@ -12,14 +12,14 @@ import math
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from checkpoint import LoadedModel
 from config import Config
 from diffusion import Diffusion, Model
 
 TEACHER_STEPS = 16  # of a teacher that is not itself a student
-REPEATS = 3  # steps that take each batch, as a teacher's examples cost more than learning from them
+REPEATS = 3  # steps that use each batch, as making a teacher's examples costs more than training
 KEPT_IMAGES = 4096  # images whose examples are kept until each has served REPEATS times
 KEPT_BYTES = 500_000_000  # of examples, if images are large
 ROUNDING = 1e-3  # a goal this close to black or white is meant to be exactly that
@@ -54,7 +54,7 @@ def student_settings(teacher: Config, student_steps: int) -> Config:
 
 
 def teacher_settings(cfg: Config) -> Config:
-    """How a teacher draws for its student: without added noise, and in steps that can be shared.
+    """How a teacher draws for its student: without added noise, in steps that segments can share.
     Its `guidance_high` is at least config.py's, as without added noise more digits come out wrong
     if they are guided from a later point only."""
     if cfg.is_student:
@@ -94,12 +94,7 @@ class Distillation:
         self.recent: dict[tuple[int | None, ...], tuple[Tensor, ...]] = {}  # examples, see `loss`
 
     def loss(
-        self,
-        model: Model,
-        x_0: Tensor,
-        y: Tensor,
-        generator: torch.Generator,
-        part: slice = slice(None),
+        self, model: Model, x_0: Tensor, y: Tensor, generator: Generator, part: slice = slice(None)
     ) -> Tensor:
         """The weighted loss (see Diffusion.prediction_loss) of a `part` of the batch, a scalar. The
         right answer is the x_0 with which one step takes x_t to where the teacher arrives; x_0 (B,
@@ -119,7 +114,7 @@ class Distillation:
         return self.student.prediction_loss(model, *self.recent[key])
 
     def examples(
-        self, x_0: Tensor, y: Tensor, generator: torch.Generator, part: slice
+        self, x_0: Tensor, y: Tensor, generator: Generator, part: slice
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """x_t, t, y, and the right answer, x_0 and eps, for a part of the batch."""
         B, count = len(y), len(self.segments)
@@ -127,7 +122,7 @@ class Distillation:
         eps = torch.randn(x_0.shape, generator=generator, device=x_0.device)
         x_0, y, eps = x_0[part], y[part], eps[part]
         x_t = self.student.add_noise(x_0, t, eps)
-        segments = [i * count // B for i in range(B)][part]  # not from t: a GPU would have to wait
+        segments = [i * count // B for i in range(B)][part]  # not from t: that would wait for a GPU
         sizes = [segments.count(k) for k in range(count)]
         pieces = zip(x_t.split(sizes), y.split(sizes), self.segments, strict=True)
         goals = torch.cat([self.goal(x, labels, *ends) for x, labels, ends in pieces if len(x)])
@@ -138,7 +133,7 @@ class Distillation:
         """The x_0_hat with which one step of the student takes x_t (B, C, H, W) to where the
         teacher, starting at x_t, gets by time s."""
         times = [each for each in self.teacher.sampling_times() if s <= each <= t]
-        *_, x_s = self.teacher.trajectory(self.denoiser, x_t, y, times)
+        *_, x_s = self.teacher.trajectory(self.denoiser, x_t, y, times, None)
         goal = x_0_between(self.student, x_t, x_s, t, s)
         # clip_loss asks whether a pixel is exactly black or white
         return torch.where((goal.abs() - 1).abs() < ROUNDING, goal.sign(), goal)

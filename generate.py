@@ -3,7 +3,6 @@
 import interface  # noqa: F401  (first, so that errors are one line while importing, too)
 
 # isort: split
-import itertools
 import time
 from argparse import Namespace
 from pathlib import Path
@@ -26,8 +25,8 @@ from system.machine import pick_device
 
 
 def draw_all(loaded: LoadedModel, wanted: list[Request], show_digits: bool) -> None:
-    """Draw and write all requests, and print their paths on stdout. Several processes divide the
-    images of a single request, or else the requests, among them."""
+    """Draw and write all requests, and print their paths on stdout. Several processes share the
+    images of a single request, or else the requests."""
     seconds, images = 0.0, 0
     together = len(wanted) == 1  # whether each process draws a part of the same picture
     [mine] = [slice(None)] if together else distributed.my_parts(len(wanted))
@@ -60,20 +59,18 @@ def draw(loaded: LoadedModel, request: Request, together: bool) -> list[Tensor]:
     """The images of a request, uint8 (N, C, H, W) on the CPU: for an animation one such tensor for
     each state, from noise to the images, otherwise a single one. With `together` all processes
     draw them, each some of the batches."""
-    cfg, y, begun = request.cfg, request.labels.to(loaded.device), request.original
+    cfg, y, source = request.cfg, request.labels.to(loaded.device), request.original
     diffusion = Diffusion(cfg, loaded.levels)
     denoiser = diffusion.guided(loaded.model, loaded.guide)
-    start = begun.start(loaded.device) if begun else {}
-    steps = len(diffusion.sampling_times(begun.strength if begun else 1.0)) - 1
+    start = source.start(loaded.device) if source else {}
+    steps = len(diffusion.sampling_times(source.strength if source else 1.0)) - 1
     batches = range(diffusion.batch_count(len(y)))
     [mine] = distributed.my_parts(len(batches)) if together else [slice(None)]
     states: dict[int, list[Tensor]] = {number: [] for number in request.kept_states(steps)}
-    state_numbers = itertools.count()
     with sampling_bar(steps, len(batches[mine])) as advance:
 
-        def on_state(x: Tensor) -> None:
-            advance(x)
-            number = next(state_numbers) % (steps + 1)
+        def on_state(number: int, x: Tensor) -> None:
+            advance(number, x)
             if number in states:
                 states[number].append(to_uint8(x).cpu())
 
@@ -105,7 +102,7 @@ def write(loaded: LoadedModel, request: Request, states: list[Tensor]) -> None:
 def reproduce(png: Path, args: Namespace, given: dict[str, Any]) -> None:
     """Draw a picture again from what it records. Raises ValueError if it cannot be drawn here, or
     if the bytes come out differently."""
-    loaded, request = provenance.again(png, args.output, given)
+    loaded, request = provenance.request_again(png, args.output, given)
     draw_all(loaded, [request], args.show)
     provenance.check_same(png, request.output, loaded.device)
     log(f"the same bytes as {png}")

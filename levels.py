@@ -30,11 +30,11 @@ LOOKED_AT = 8_000_000  # how many training pixels are counted: those of 10,000 M
 class GreyLevels:
     """A curve for each of WHITES, from the levels that a model draws to real ones."""
 
-    share: Tensor  # float32 (6,): how many of the training images have this white
+    share: Tensor  # float32 (6,): the fraction of the training images that has this white
     curves: Tensor  # uint8 (6, 255 · FINE + 1): the level for each level drawn
 
     def __post_init__(self) -> None:
-        """Raises ValueError for tensors that are no such curves."""
+        """Raises ValueError for tensors that are not such curves."""
         shapes = (len(WHITES),), (len(WHITES), 255 * FINE + 1)
         kinds = self.share.dtype, self.curves.dtype
         fits = (self.share.shape, self.curves.shape) == shapes
@@ -108,16 +108,16 @@ class GreyLevels:
     @classmethod
     def from_dict(cls, tensors: dict[str, Any] | None) -> "GreyLevels | None":
         """The inverse of to_dict; None for None, as in checkpoints of older versions. Raises
-        ValueError for tensors that are no such curves."""
+        ValueError for tensors that are not such curves."""
         return cls(**tensors) if tensors else None
 
 
 def _codes(x: Tensor) -> Tensor:
-    """Which point of a curve each value of x, in [-1, 1], is: int64, 0 to 255 · FINE."""
+    """The index in a curve of each value of x in [-1, 1]: int64, 0 to 255 · FINE."""
     return ((x.clamp(-1, 1) + 1) * (127.5 * FINE)).round().long()
 
 
 def _shares(numbers: Tensor, kinds: int) -> np.ndarray:
-    """How often each of 0…kinds - 1 is among whole numbers, as a fraction: float64 (kinds,)."""
+    """The fraction of whole `numbers` that is 0, 1, … kinds - 1: float64 (kinds,)."""
     counts = np.bincount(numbers.flatten().cpu().numpy(), minlength=kinds)
     return counts / numbers.numel()

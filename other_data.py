@@ -26,7 +26,7 @@ MAX_CLASSES = 1000
 
 
 def check_kind(cfg: Config) -> None:
-    """Raise ValueError if a data set, MNIST too, has other channels or labels than the settings."""
+    """Raise ValueError unless a data set, MNIST too, has the settings' channels and labels."""
     if cfg.dataset != "folder" and cfg.img_channels != 1:
         raise ValueError(f"img_channels = {cfg.img_channels}: {cfg.dataset} has 1; drop the flag")
     names = class_names(cfg)
@@ -79,7 +79,7 @@ def read_by_torchvision(cfg: Config, train: bool) -> tuple[Tensor, Tensor]:
     try:
         kind = getattr(from_torchvision("datasets"), name)
         options["train"] = train
-        # Several processes must not download to one place. "and None": only small things travel
+        # Several processes must not download at once; "and None", as data sets are large to send
         distributed.from_first(lambda: kind(cfg.data_dir, download=True, **options) and None)
         data = kind(cfg.data_dir, **options)
     except Exception as error:  # of damaged files it can raise almost anything
@@ -136,7 +136,7 @@ def read_folder(cfg: Config, train: bool, *, quiet: bool = False) -> tuple[Tenso
 
 
 def open_picture(path: Path) -> Image.Image:
-    """A .png or .jpg, as a camera was held, on black where it is transparent. Whatever Pillow
+    """A .png or .jpg, rotated as its EXIF says, black where it is transparent. Whatever Pillow
     raises passes through."""
     # These formats alone: for others, Pillow may start programs such as Ghostscript
     with (

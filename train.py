@@ -34,7 +34,7 @@ from system.randomness import seeded_generator
 # Every random number of training is a function of (seed, stream, epoch or step): a resumed run
 # draws what an uninterrupted one would have drawn, and previews cannot disturb training.
 ORDER_STREAM, NOISE_STREAM, VALIDATION_STREAM = 1, 2, 3
-LONGEST_WARMUP = 0.1  # of the run
+LONGEST_WARMUP = 0.1  # of the epochs; with a budget there is no such limit
 VALIDATION_IMAGES = 1000  # 0.6 % of an epoch's work; at most a sixtieth of the training images
 
 # (model, x_0, y, generator, part of the batch) -> the mean loss of that part
@@ -49,7 +49,7 @@ def train(plan: Plan, device: torch.device, began: float) -> int:
     images, labels = load_split(cfg, train=True, device=device)
     count = min(VALIDATION_IMAGES, max(1, len(images) // 60))
     test = load_split(cfg, train=False, device=device)
-    unseen = [x[:: max(1, len(x) // count)][:count] for x in test]  # spread out: it may be sorted
+    held_out = [x[:: max(1, len(x) // count)][:count] for x in test]  # spread out: it may be sorted
     state, loss = prepare(plan, fingerprint(images, labels), device)
     run = Run(plan, state, len(images), began)
     if run.done and distributed.from_first(lambda: folder.is_complete(cfg.output_dir)):
@@ -67,19 +67,19 @@ def train(plan: Plan, device: torch.device, began: float) -> int:
         state.epoch_seconds += time.perf_counter() - step_began
         epoch_done = run.epoch_done  # which start_next_epoch resets
         if epoch_done or run.done:
-            run.log_epoch(validation_loss(cfg, loss, state, *unseen))
+            run.log_epoch(validation_loss(cfg, loss, state, *held_out))
         if epoch_done:
             state.start_next_epoch()
         # A run that a signal stops is saved below, without a grid of samples
         if run.save_due(epoch_done) and (run.done or not run.stopped_by):
-            save(run, images, labels)
+            save_with_levels(run, images, labels)
             draw_preview(run, state)
             run.draw_curves()
             run.check_signals()
 
     if run.stopped_by and not run.done:
         if not run.is_saved:
-            save(run, images, labels)
+            save_with_levels(run, images, labels)
         run.draw_curves()
         flags = ["--resume"] + (["--tensorboard"] if plan.tensorboard else [])
         print(f"stopped at {state.progress}; to continue: {runs.train_command(cfg, *flags)}")
@@ -97,16 +97,17 @@ def prepare(plan: Plan, data: dict[str, Any], device: torch.device) -> tuple[Tra
     if plan.start:
         checkpoint.restore(plan.start, state)
         state.progress = plan.progress  # the same, but for `budget_from` where a budget is new
-    if plan.weights:
-        state.start_from(load_model(plan.weights, device))
+    weights = load_model(plan.weights, device) if plan.weights else None
     if cfg.is_student:
         expected = (state.data or {}).get("teacher")
         teacher = load_model(runs.find_teacher(cfg, expected), device)
         print(f"training a student of {teacher.path}")
         loss = Distillation(cfg, teacher).loss
         data["teacher"] = teacher.sha256
-        if not plan.start and not plan.weights:
-            state.start_from(teacher)
+        weights = weights or (None if plan.start else teacher)
+    if weights:  # begin with the averaged weights of another model
+        for network in (state.model, state.ema):
+            network.load_state_dict(weights.model.state_dict())
     runs.check_data(plan, state, data)
     if cfg.compile:
         compile_network(state.model, graphs=cfg.accumulate == 1)
@@ -150,7 +151,7 @@ def training_step(
     parts = distributed.my_parts(B, cfg.accumulate)
     noisy_labels = state.guide is None and cfg.guide_fraction > 0
     before = progress.step - progress.images // cfg.batch_size  # steps of earlier epochs
-    key = cfg.seed, NOISE_STREAM, before + batch_number(cfg, progress)  # the same if repeated
+    key = cfg.seed, NOISE_STREAM, before + batch_number(cfg, progress)  # repeats have equal noise
     for part in parts:
         generator = seeded_generator(*key, device=x_0.device)
         labels = randomize_labels(y, cfg, generator) if noisy_labels else y
@@ -160,7 +161,7 @@ def training_step(
     parameters = list(state.model.parameters())
     distributed.add_up([*(p.grad for p in parameters), total])
     grad_norm = nn.utils.clip_grad_norm_(parameters, cfg.grad_clip)
-    making_guide = state.guide is None and fraction < cfg.guide_fraction  # warm-up may delay it
+    making_guide = state.guide is None and fraction < cfg.guide_fraction
     for optimizer in state.optimizers:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(cfg, progress.step, fraction, making_guide)
@@ -182,8 +183,8 @@ def learning_rate(cfg: Config, step: int, fraction: float, making_guide: bool = 
 
 
 def warmup(cfg: Config, step: int, fraction: float) -> float:
-    """The linear rise from 0 to 1, over `warmup_steps` or, if that is shorter, over a tenth of the
-    epochs; a budget, in which starting up counts, has only the former."""
+    """The linear rise from 0 to 1 over `warmup_steps`, or over a tenth of the epochs if that is
+    shorter. With a budget, which includes starting up, only `warmup_steps` count."""
     part = 0.0 if cfg.budget else fraction / LONGEST_WARMUP
     return min(1.0, max((step + 1) / (cfg.warmup_steps + 1), part))
 
@@ -215,8 +216,8 @@ def ema_gamma(sigma_rel: float) -> float:
 def validation_loss(
     cfg: Config, loss: Loss, state: TrainState, images: Tensor, labels: Tensor
 ) -> float:
-    """The averaged model's loss on images (N, C, H, W) that it was not trained on, always with the
-    same noise and timesteps: it rises when the model overfits."""
+    """The averaged model's loss on test images (N, C, H, W), always with the same noise and
+    timesteps: it rises when the model overfits."""
     total = torch.zeros((), device=images.device)
     for first in range(0, len(images), cfg.batch_size):
         part = slice(first, first + cfg.batch_size)
@@ -227,7 +228,7 @@ def validation_loss(
 
 
 @distributed.first_only
-def save(run: Run, images: Tensor, labels: Tensor) -> None:
+def save_with_levels(run: Run, images: Tensor, labels: Tensor) -> None:
     """Measure the grey levels of the averaged model, and write a checkpoint with them."""
     diffusion, state = Diffusion(run.cfg), run.state
     denoiser = diffusion.guided(state.ema, state.guide)

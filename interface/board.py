@@ -16,8 +16,8 @@ class Board:
     """The event files of one run, in output_dir/tensorboard."""
 
     def __init__(self, cfg: Config, step: int) -> None:
-        """Goes on from `step`; what was written of later ones is hidden. Raises ValueError if the
-        package is missing."""
+        """Continues from `step`, and hides what was written for later ones. Raises ValueError if
+        the package is missing."""
         folder = Path(cfg.output_dir, "tensorboard")
         self.writer = optional("torch.utils.tensorboard").SummaryWriter(folder, purge_step=step + 1)
         rows = "\n".join(f"| {name} | {value} |" for name, value in cfg.to_dict().items())

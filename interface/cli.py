@@ -13,7 +13,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TextIO
 
-from config import MODEL_SIZES, VERSION, Config
+from config import MODEL_SIZES, ONLY_WITH, VERSION, Config
 from system import distributed
 from system.files import first_line
 from system.machine import set_up_torch
@@ -135,11 +135,11 @@ def as_flags(settings: dict[str, Any]) -> list[str]:
 def check_effects(cfg: Config, given: dict[str, Any]) -> None:
     """Raise ValueError for a flag that would have no effect."""
     for f in fields(Config):
-        name, values = f.metadata.get("only_with", ("", ()))
+        name, values = ONLY_WITH.get(f.name, ("", ()))
         if f.name in given and values and getattr(cfg, name) not in values:
             reason = f"has no effect with {name} = {getattr(cfg, name)!r}; drop the flag"
             raise ValueError(f"{f.name} = {given[f.name]!r}: {reason}")
-        if f.name in given and cfg.is_student and f.metadata.get("unused_by_students"):
+        if f.name in given and cfg.is_student and f.metadata.get("not_in_students"):
             reason = "has no effect on a student; drop the flag"
             raise ValueError(f"{f.name} = {given[f.name]!r}: {reason}")
 

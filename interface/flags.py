@@ -55,7 +55,7 @@ def generate_flags() -> Namespace:
     file = {"type": output_name, "metavar": "FILE"}
     parser.add_argument("--output", **file, help=".png, .npz, .gif, .webp, or a folder/")
     parser.add_argument(
-        "--fast", action="store_true", help="in 4 network calls with the shipped student, else in 6"
+        "--fast", action="store_true", help="in 4 network calls (shipped student) or about 6"
     )
     begin = parser.add_mutually_exclusive_group()
     picture = PATH | {"metavar": "PICTURE"}
@@ -116,7 +116,7 @@ def benchmark_flags() -> Namespace:
     parser = Parser(prog="benchmark.py", description="Measure training and sampling speed.")
     what = parser.add_mutually_exclusive_group()
     what.add_argument(
-        "--gpu", action="store_true", help="speed eager and compiled, and three training runs"
+        "--gpu", action="store_true", help="time eager and compiled runs, and train three times"
     )
     what.add_argument("--scaling", action="store_true", help="estimate the speed of many GPUs")
     file = PATH | {"metavar": "FILE"}
@@ -131,7 +131,7 @@ def benchmark_flags() -> Namespace:
     if args.json and args.json.suffix != ".json":
         raise ValueError(f"json = {str(args.json)!r}: choose a name that ends in .json")
     if args.gpu and getattr(args, "img_size", 28) != 28:
-        raise ValueError(f"img_size = {args.img_size}: --gpu trains on MNIST of 28; drop the flag")
+        raise ValueError(f"img_size = {args.img_size}: --gpu trains on MNIST at 28; drop the flag")
     return args
 
 

@@ -38,7 +38,7 @@ def image_grid(images: Tensor, columns: int, gap: int = GAP) -> Image.Image:
 
 
 def without_frame(grid: Image.Image) -> Image.Image | None:
-    """The only image in an image_grid; None if it is not square, or has no grey frame."""
+    """The only image in an image_grid; None if it is not square or lacks a grey frame."""
     inside = (GAP, GAP, grid.width - GAP, grid.height - GAP)
     if grid.width != grid.height or grid.width <= 2 * GAP:
         return None

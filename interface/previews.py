@@ -24,7 +24,7 @@ def draw_preview(run: Run, state: TrainState) -> None:
     signal ends it."""
     cfg, path = run.cfg, folder.grid_path(run.cfg.output_dir, state.progress)
     if state.guide is None and cfg.guide_fraction > 0 and cfg.guidance > 1:
-        cfg = replace(cfg, guidance=1.0)  # what it is set to is meant for the guide to come
+        cfg = replace(cfg, guidance=1.0)  # the setting is for a guide, and there is none yet
     labels = list(range(min(10, cfg.num_classes)))  # what "all" means here, to keep the grid short
     if cfg.preview_digits != "all":
         labels = parse_labels(cfg.preview_digits, cfg.label_names)
@@ -32,8 +32,8 @@ def draw_preview(run: Run, state: TrainState) -> None:
     y = torch.tensor(labels).repeat_interleave(cfg.preview_columns).to(state.totals.device)
     with run.side_output(path), sampling_bar(cfg.steps, diffusion.batch_count(len(y))) as advance:
 
-        def on_state(x: Tensor) -> None:
-            advance(x)
+        def on_state(number: int, x: Tensor) -> None:
+            advance(number, x)
             if run.signals:
                 raise InterruptedError("stopped by a signal")
 

@@ -84,7 +84,9 @@ def request_from_picture(
         raise ValueError(f"{picture}: not a PNG that generate.py wrote") from None
 
 
-def again(picture: Path, output: str | None, given: dict[str, Any]) -> tuple[LoadedModel, Request]:
+def request_again(
+    picture: Path, output: str | None, given: dict[str, Any]
+) -> tuple[LoadedModel, Request]:
     """What to draw, and with which model, so that a picture comes out again: on the CPU unless a
     device is `given`. Raises ValueError if it records nothing, or if its model is neither among the
     models nor among those of earlier runs."""

@@ -31,12 +31,12 @@ def log(message: str) -> None:
 
 
 @contextmanager
-def sampling_bar(steps: int, batches: int) -> Iterator[Callable[[Tensor], object]]:
+def sampling_bar(steps: int, batches: int) -> Iterator[Callable[[int, Tensor], object]]:
     """A progress bar for Diffusion.draw, as its `on_state`; shows nothing without a terminal."""
     with tqdm(
         total=batches * (steps + 1), desc="sampling", unit="step", leave=False, disable=None
     ) as bar:
-        yield lambda _: bar.update()
+        yield lambda number, x: bar.update()
 
 
 def ask(
@@ -55,9 +55,7 @@ def ask(
             except EOFError:
                 raise EOFError("no more answers on stdin; --digits draws without asking") from None
             except UnicodeDecodeError:
-                raise ValueError(
-                    f"an answer on stdin is not {sys.stdin.encoding}; use that"
-                ) from None
+                raise ValueError(f"answers on stdin must be in {sys.stdin.encoding}") from None
         if answer.lower() in ("q", "quit") and answer not in names:
             raise EOFError
         if answer == "?":

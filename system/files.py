@@ -61,7 +61,7 @@ def atomic_write(path: Path, *, replace: bool = True) -> Iterator[BinaryIO]:
 
 
 def check_writable(path: Path) -> None:
-    """Raise ValueError if no file can be made at `path`: to be asked before the work whose result
+    """Raise ValueError if no file can be made at `path`: to be called before the work whose result
     it will hold."""
     partial = _partial(path)
     try:
@@ -70,7 +70,7 @@ def check_writable(path: Path) -> None:
         if path.exists() and not path.is_file():  # such as /dev/null
             raise FileExistsError(errno.EEXIST, "it is a device or a pipe")
         open(partial, "xb").close()
-        partial.unlink(missing_ok=True)  # a run that starts here tidies up
+        partial.unlink(missing_ok=True)  # a run that starts meanwhile may have tidied it up
     except OSError as error:
         raise ValueError(f"{path}: {cannot_write(error)}") from None
 
@@ -218,7 +218,12 @@ def download(path: Path) -> None:
                 with atomic_write(path) as file:
                     file.write(Path(folder, path.name).read_bytes())
                 return
-        except (OSError, RuntimeError, ValueError, HTTPException) as error:  # offline, another file
+        except (
+            OSError,
+            RuntimeError,
+            ValueError,
+            HTTPException,
+        ) as error:  # offline, or another file
             reason = first_line(error)
     remedy = "go online, choose another --data_dir, or restore it: git checkout mnist_data"
     raise ValueError(f"{path}: missing, and cannot be downloaded ({reason}); {remedy}")
@@ -228,7 +233,7 @@ def optional(name: str) -> ModuleType:
     """A module that only some features need. Raises ValueError if it is missing or broken."""
     try:
         return importlib.import_module(name)
-    except Exception as error:  # one that does not fit its own needs can raise anything
+    except Exception as error:  # with unmet dependencies it can raise anything
         reason = f"{name} cannot be imported ({first_line(error)})"
         raise ValueError(f"{reason}; pip install -r requirement-extra.txt") from None
 

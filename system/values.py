@@ -34,7 +34,7 @@ def problem_of(value: Any, kind: type, limits: Mapping[str, Any]) -> str:
 
 def is_control(character: str) -> bool:
     """Whether a character could take over a terminal or hide what a text says: control codes, line
-    separators, halves of surrogates, and what turns the direction of writing around."""
+    separators, lone surrogates, and what reverses the direction of writing."""
     turns = character in "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
     return turns or unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp")
 

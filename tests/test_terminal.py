@@ -171,7 +171,7 @@ def test_the_sampling_bar_counts_every_state_of_every_batch(monkeypatch):
 
     monkeypatch.setattr(terminal, "tqdm", Bar)
     with terminal.sampling_bar(steps=5, batches=3) as on_state:
-        on_state(torch.zeros(4, 1, 28, 28))
+        on_state(0, torch.zeros(4, 1, 28, 28))
     assert totals == [3 * 6]  # from the noise over five steps, three times
     assert updates == [1]
 
@@ -179,5 +179,5 @@ def test_the_sampling_bar_counts_every_state_of_every_batch(monkeypatch):
 def test_an_answer_in_another_encoding_is_named(monkeypatch):
     stdin = io.TextIOWrapper(io.BytesIO(b"\xff\n"), encoding="utf-8")
     monkeypatch.setattr("sys.stdin", stdin)
-    with pytest.raises(ValueError, match="an answer on stdin is not utf-8"):
+    with pytest.raises(ValueError, match="answers on stdin must be in utf-8"):
         terminal.ask("Digits", None, str)
