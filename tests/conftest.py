@@ -42,7 +42,13 @@ TINY = TINY_MODEL | {"data_dir": MNIST, "device": "cpu", "max_images": 320, "bat
 TINY |= {"steps": 2, "preview_columns": 2, "warmup_steps": 2}
 
 
+LONGEST = ("distributed", "train", "generate", "faults", "export", "two_sample", "tour")
+LONGEST += ("evaluate", "evaluator", "recorded", "hostile", "gpu", "other_data")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    names = {f"test_{name}": number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: names.get(item.path.stem, 99))  # so that no core waits at the end
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no GPU"))
@@ -80,6 +86,11 @@ def read_mnist_once(folder: Path, name: str, dimensions: int) -> torch.Tensor:
     return read_idx(folder, name, dimensions)
 
 
+def draw_no_curves(rows: list[dict[str, Any]], path: Path) -> None:
+    """In the place of plot_training, which takes a tenth of a second: see test_plots.py."""
+    path.write_bytes(b"curves")
+
+
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable[..., Result]:
     """Run a script in this process: run("train.py", epochs=1, resume=True), or with words as they
@@ -92,6 +103,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Calla
     def run_it(script: str, *words: object, **flags: object) -> Result:
         module = importlib.import_module(script.removesuffix(".py"))
         monkeypatch.setattr(data, "read_idx", read)
+        monkeypatch.setattr("evaluation.plots.plot_training", draw_no_curves)
         monkeypatch.setattr(sys, "argv", [script, *map(str, words), *as_words(flags)])
         handlers = {s: signal.getsignal(s) for s in STOP_SIGNALS}
         capsys.readouterr()

@@ -32,15 +32,20 @@ CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.link", "os.rmdir", "shutil.
 class Fault:
     """Does something just before the `number`-th moment of a run: a training step, or a change to a
     file in `folder`. Python tells an audit hook of the latter; what the hook raises, the call does.
+    With a kind such as "SIGINT at step", only steps count.
     """
 
     def __init__(self, kind: str, number: int, folder: str) -> None:
         self.kind, self.number, self.folder, self.seen = kind, number, folder, 0
+        self.steps = 0
         sys.addaudithook(self.hook)
         step = train.training_step
 
         def counted(*args: object, **options: object) -> None:
             self.moment()
+            self.steps += 1
+            if self.kind.endswith(" at step") and self.steps == self.number:
+                os.kill(os.getpid(), getattr(signal, self.kind.split()[0]))
             step(*args, **options)
 
         train.training_step = counted
@@ -52,7 +57,7 @@ class Fault:
 
     def moment(self, path: str | None = None) -> None:
         self.seen += 1
-        if self.seen != self.number:
+        if self.seen != self.number or self.kind.endswith(" at step"):
             return
         if self.kind != "full disk":
             os.kill(os.getpid(), getattr(signal, self.kind))

@@ -15,9 +15,10 @@ import pytest
 import torch
 from conftest import assert_one_line, start_script, unix
 
-from config import Config
+from config import MODEL_SIZES, Config
 from interface.cli import (
     Parser,
+    add_model_size,
     add_settings,
     expanded_path,
     given_settings,
@@ -393,3 +394,11 @@ def test_a_missing_package_is_one_line(tmp_path):
     text = process.communicate()[0]
     assert text == "train.py: no torch here; pip install -r requirement.txt\n"
     assert process.returncode == 1
+
+
+def test_a_size_of_the_network_is_several_settings_and_their_own_flags_win(parse):
+    parser = Parser(prog="a.py")
+    add_model_size(parser)
+    add_settings(parser, Config.names("model"))
+    args = parse(parser, "--model_size base --blocks 1")
+    assert given_settings(args) == MODEL_SIZES["base"] | {"blocks": 1}

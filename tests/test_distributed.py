@@ -27,7 +27,7 @@ FLAGS = TINY | {
     "precision": "float32",
     "batch_size": 33,
     "max_images": 500,
-    "epochs": 7,
+    "epochs": 5,
     "save_every": 2,
 }
 
@@ -43,19 +43,22 @@ def torchrun(script: str, flags: dict, *options: str, processes: int = 2) -> sub
     return subprocess.Popen([*command, *as_words(flags)], env=environment, **pipes)
 
 
-def in_processes(server: Server, script: str, flags: dict, count: int = 2) -> tuple[int, str]:
-    """Run a script in several processes, started without torchrun, which takes long. Returns their
-    exit code and all that they said."""
+def start_processes(server: Server, script: str, flags: dict, count: int = 2) -> list[int]:
+    """Start a script in several processes, without torchrun, which takes long."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     told = {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
     told |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    pids = [
+    return [
         server.start(script, flags, environment=told | {"RANK": rank, "LOCAL_RANK": rank})
         for rank in map(str, range(count))
     ]
-    outcomes = [server.wait(pid) for pid in pids]
+
+
+def in_processes(server: Server, script: str, flags: dict, count: int = 2) -> tuple[int, str]:
+    """Run a script in several processes. Returns their exit code and all that they said."""
+    outcomes = [server.wait(pid) for pid in start_processes(server, script, flags, count)]
     assert len({each.code for each in outcomes}) == 1, outcomes
     return outcomes[0].code, "".join(each.text for each in outcomes)
 
@@ -95,7 +98,7 @@ def pair(server, tmp_path_factory: pytest.TempPathFactory) -> Path:
     code, said = in_processes(server, "train", FLAGS | {"output_dir": out})
     assert code == 0, said
     assert "2 processes (cpu)" in said
-    assert said.count("epoch 7: loss") == 1  # only one of them speaks
+    assert said.count("epoch 5: loss") == 1  # only one of them speaks
     return out
 
 
@@ -112,17 +115,17 @@ def assert_close(out: Path, reference: Path) -> None:
     np.testing.assert_allclose(losses(out), losses(reference), rtol=1e-4)
     a, b = (checkpoint.load(newest(each)) for each in (out, reference))
     assert a.keys() == b.keys()
-    assert a["progress"]["step"] == b["progress"]["step"] == 105
+    assert a["progress"]["step"] == b["progress"]["step"] == 75
     one, other = (torch.cat([w.flatten() for w in each["ema"].values()]) for each in (a, b))
     assert (one - other).norm() < 1e-3 * one.norm(), (one - other).norm() / one.norm()
     grids = [
-        np.asarray(Image.open(each / "images" / "samples_epoch_7.png")) for each in (out, reference)
+        np.asarray(Image.open(each / "images" / "samples_epoch_5.png")) for each in (out, reference)
     ]
     assert (np.abs(grids[0].astype(int) - grids[1]) > 2).mean() < 0.002
 
 
 def test_processes_train_as_one(run, pair, tmp_path):
-    """105 steps by two processes, by one, and by one that divides each batch into four parts."""
+    """75 steps by two processes, by one, and by one that divides each batch into four parts."""
     for name, flags in {"one": {}, "parts": {"accumulate": 4}}.items():
         assert run("train.py", **FLAGS, **flags, output_dir=tmp_path / name).code == 0
         assert_close(tmp_path / name, pair)
@@ -134,8 +137,10 @@ def test_sigterm_stops_all_at_one_step_and_one_process_goes_on(run, pair, tmp_pa
     process.terminate()
     out = finished(process, code=1)
     assert "stopped at epoch" in out
-    assert newest(tmp_path).name != "model_epoch_7.pth"
-    assert run("train.py", resume=True, output_dir=tmp_path, data_dir=FLAGS["data_dir"]).code == 0
+    assert newest(tmp_path).name != "model_epoch_5.pth"
+    again = run("train.py", resume=True, output_dir=tmp_path, data_dir=FLAGS["data_dir"])
+    assert "training from epoch" in again.out
+    assert "from epoch 0" not in again.out
     assert_close(tmp_path, pair)
 
 
@@ -144,6 +149,7 @@ def test_two_processes_go_on_where_one_stopped(run, server, tmp_path):
     assert run("train.py", **(flags | {"epochs": 2})).code == 0
     code, said = in_processes(server, "train", flags | {"resume": True, "epochs": 3})
     assert code == 0, said
+    assert "training from epoch 2 " in said
     assert len(losses(tmp_path)) == 3
 
 
@@ -166,20 +172,20 @@ def test_a_killed_process_is_started_again(pair, tmp_path):
     """torchrun --max-restarts goes on from the newest checkpoint of the same run, not of an earlier
     one, and ends with the bits of a run that nothing disturbed."""
     (tmp_path / "models").mkdir()
-    earlier = tmp_path / "models" / "model_epoch_7.pth"
+    earlier = tmp_path / "models" / "model_epoch_5.pth"
     earlier.write_bytes(newest(pair).read_bytes())
     process = torchrun(
         "train.py", FLAGS | {"output_dir": tmp_path}, "--standalone", "--max-restarts=1"
     )
-    wait_for(tmp_path / "images" / "samples_epoch_4.png", process)
+    wait_for(tmp_path / "images" / "samples_epoch_2.png", process)
     os.kill(workers(process)[1], signal.SIGKILL)
     out = finished(process)
-    assert "training from epoch 4 " in out
+    assert "training from epoch 2 " in out
     assert "exitcode: -9" in out
     states = [checkpoint.load(newest(each)) for each in (tmp_path, pair)]
     for name in ("model", "ema", "guide", "optimizers"):
         assert_same(states[0][name], states[1][name])
-    grid = Path("images", "samples_epoch_7.png")
+    grid = Path("images", "samples_epoch_5.png")
     assert (tmp_path / grid).read_bytes() == (pair / grid).read_bytes()
 
 
@@ -197,22 +203,22 @@ def test_a_run_that_dies_before_it_begins_does_not_continue_an_earlier_one(monke
     assert folder.holds_this_run(str(tmp_path))
 
 
-def test_without_restarts_a_killed_process_ends_the_run(tmp_path):
-    process = torchrun("train.py", FLAGS | {"output_dir": tmp_path, "epochs": 500})
-    wait_for(tmp_path / "images" / "samples_epoch_2.png", process)
-    os.kill(workers(process)[0], signal.SIGKILL)
-    out = finished(process, code=1)
-    assert "process 1: lost the connection to another process" in out
-    assert "SIGKILL" in out
+def test_a_killed_process_ends_the_run(server, tmp_path):
+    pids = start_processes(server, "train", FLAGS | {"output_dir": tmp_path, "epochs": 500})
+    server.wait_for_text(pids[0], r"wrote .*samples_epoch_2\.png")
+    os.kill(pids[0], signal.SIGKILL)
+    outcomes = [server.wait(pid) for pid in pids]
+    assert [each.code for each in outcomes] == [-9, 1]
+    assert "process 1: lost the connection to another process" in outcomes[1].text
 
 
 def test_a_budget_is_one_clock(server, tmp_path):
-    flags = FLAGS | {"output_dir": tmp_path, "budget": "4s"}
+    flags = FLAGS | {"output_dir": tmp_path, "budget": "2.5s"}
     del flags["epochs"]
     code, said = in_processes(server, "train", flags)
     assert code == 0, said
     assert f"wrote {newest(tmp_path)}" in said
-    assert 4 <= checkpoint.load(newest(tmp_path))["progress"]["seconds"] < 8
+    assert 2.5 <= checkpoint.load(newest(tmp_path))["progress"]["seconds"] < 6
 
 
 def test_a_mistake_is_one_line(server, tmp_path):
@@ -241,18 +247,6 @@ def test_a_folder_in_use_ends_all(server, tmp_path):
     assert out.count("is training there; wait for it, or choose another --output_dir") == 1
 
 
-def test_a_taken_port_is_named_and_nothing_written(tmp_path):
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        flags = FLAGS | {"output_dir": tmp_path / "x"}
-        out = finished(
-            torchrun("train.py", flags, f"--master_port={taken.getsockname()[1]}"), code=1
-        )
-    assert "EADDRINUSE" in out or "address already in use" in out.lower()
-    assert not (tmp_path / "x").exists()
-
-
 def test_processes_draw_the_same_images(run, server, pair, tmp_path):
     """An .npz and a folder have the same bytes whether one or two processes draw."""
     flags = {"model": newest(pair), "device": "cpu", "sample_batch_size": 4, "seed": 3, "steps": 2}
@@ -265,6 +259,8 @@ def test_processes_draw_the_same_images(run, server, pair, tmp_path):
         alone = run("generate.py", **asked, output=f"{one}{slash}")
         code, out = in_processes(server, "generate", asked | {"output": f"{two}{slash}"})
         assert code == 0, out
+        assert alone.code == 0, alone
+        assert len(alone.out.splitlines()) == asked["count"] if slash else 1
         for line in alone.out.splitlines():
             other = line.replace(str(tmp_path / "one"), str(tmp_path / "two"))
             assert other in out

@@ -1,13 +1,14 @@
 """evaluate.py by its command line."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import MNIST, REPO, TINY, Result, assert_one_line
 from PIL import Image
-from test_evaluator import ClassMeans, real_images, shared_evaluator
+from test_evaluator import ClassMeans, quick_evaluator, real_images, shared_evaluator
 
 import checkpoint
 import evaluate
@@ -32,7 +33,7 @@ def few_resamples(monkeypatch):
 @pytest.fixture
 def ready(monkeypatch) -> None:
     """Let the script take the evaluator that the tests share."""
-    monkeypatch.setattr(evaluate, "Evaluator", lambda cfg, device: shared_evaluator())
+    monkeypatch.setattr(evaluate, "Evaluator", lambda cfg, device: quick_evaluator())
 
 
 @pytest.fixture
@@ -203,7 +204,7 @@ def test_bad_flags_are_one_line(run, tmp_path, flags, words):
 def test_digits_of_another_size_have_a_classifier_of_their_own(run, tmp_path, monkeypatch):
     monkeypatch.setattr(classifier, "LEAST_STEPS", 10)
     monkeypatch.setattr("evaluation.metrics.RESAMPLES", 3)
-    cfg = Config(img_size=16, widths=(8, 8), embedding_size=8, steps=2, max_images=1280)
+    cfg = Config(img_size=16, widths=(8, 8), embedding_size=8, steps=2, max_images=256)
     path = tmp_path / "small.pth"
     checkpoint.save(path, cfg, checkpoint.TrainState.initial(cfg, CPU))
     here = {"data_dir": MNIST, "output_dir": tmp_path, "device": "cpu"}
@@ -325,3 +326,34 @@ def test_a_model_is_measured_once_with_its_own_settings_unless_flags_say_otherwi
     (other,) = set(files) - {written}
     assert json.loads(other.read_text())["settings"]["steps"] == 2
     assert len(json.loads(other.read_text())["cas"]["real"]) == 3
+
+
+def test_what_took_training_is_kept_when_a_file_is_measured_again(
+    ready, real, run, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(classifier, "fit", ClassMeans)
+    file = save(tmp_path / "a.npz", real[0][:200], real[1][:200])
+    flags = {"images": file, "data_dir": MNIST, "output_dir": tmp_path}
+    for more in ({"cas": True}, {}):
+        assert run("evaluate.py", **flags, **more).code == 0
+    (written,) = tmp_path.glob("metrics/a-*.json")
+    assert len(json.loads(written.read_text())["cas"]["real"]) == 3
+
+
+def test_a_result_that_cannot_be_written_ends_all_but_a_sweep(ready, run, tmp_path, monkeypatch):
+    def fails(file: Path, result: dict) -> None:
+        raise ValueError(f"{file}: cannot be written")
+
+    cfg = Config(widths=(8, 8), embedding_size=8, steps=1, guidance=1.0)
+    path = tmp_path / "mine.pth"
+    checkpoint.save(path, cfg, checkpoint.TrainState.initial(cfg, CPU))
+    monkeypatch.setattr("evaluation.results.write_result", fails)
+    where = {"data_dir": MNIST, "output_dir": tmp_path, "device": "cpu", "samples": 128}
+    swept = run("evaluate.py", model=path, sweep="steps=1,2", **where)
+    assert swept.code == 0, swept
+    assert "images/s" in swept.out
+    assert "cannot be written" in swept.err
+    alone = run("evaluate.py", model=path, **where)
+    assert alone.code == 2
+    assert "FD-MNIST" in alone.out  # which has been measured
+    assert "cannot be written" in alone.err

@@ -21,12 +21,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import MNIST, REPO, TINY_MODEL, Outcome, Server, as_words, assert_same, unix
+from conftest import MNIST, REPO, TINY, TINY_MODEL, Outcome, Server, as_words, assert_same, unix
 
 import checkpoint
+from checkpoint import Progress
 from config import Config
 from data import load_split
 from evaluation import classifier
+from interface.folder import newest_of_run
 from system.files import MAX_BYTES
 
 pytestmark = unix
@@ -111,8 +113,12 @@ def strike(server: Server, flags: dict, finished: Path, out: Path, kind: str, nu
     expected |= {"SIGHUP": (129, -1, 0), "full disk": (0, 2)}
     assert outcome.code in expected[kind], (kind, number, outcome)
     begun = not files_in(out, "models/*_epoch_*") & begun_with
+    saved = newest_of_run(out / "models") if begun else None
     again = server.run("train", flags | ({"resume": True} if begun else {}))
     assert again.code == 0, (kind, number, again, outcome)
+    if saved and saved.name != "model_epoch_2.pth":  # not from scratch, which would end alike
+        progress = Progress(**checkpoint.load(saved)["progress"])
+        assert f"training from {progress} " in again.text, again
     assert_same_results(out, finished)
 
 
@@ -360,13 +366,11 @@ def test_an_archive_that_unpacks_to_too_much_is_refused(server, tmp_path):
     bomb = tmp_path / "bomb.npz"
     header = np.lib.format.header_data_from_array_1_0(np.zeros((1, 28, 28), np.uint8))
     header["shape"] = (9 * 10**8 // 784, 28, 28)
-    with (
-        zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as archive,
-        archive.open("arr_0.npy", "w", force_zip64=True) as file,
-    ):
-        np.lib.format.write_array_header_1_0(file, header)
-        for _ in range(9):
-            file.write(bytes(10**8))
+    with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as archive:
+        with archive.open("arr_0.npy", "w") as file:
+            np.lib.format.write_array_header_1_0(file, header)
+            file.write(bytes(10**6))
+        archive.getinfo("arr_0.npy").file_size = 9 * 10**8  # as it says, whatever it holds
     assert bomb.stat().st_size < 0.01 * MAX_BYTES
     where = {"output_dir": tmp_path, "data_dir": MNIST}
     assert_refused(server.run("evaluate", where | {"images": bomb}), str(bomb), "MB")
@@ -403,7 +407,7 @@ def test_a_long_animation_is_thinned(server, tmp_path):
     from PIL import Image
 
     with Image.open(output) as animation:
-        assert animation.n_frames <= 76
+        assert 70 <= animation.n_frames <= 76
         assert animation.info["duration"] == 20
 
 
@@ -424,22 +428,28 @@ def test_no_file_starts_a_program(run, tmp_path, monkeypatch):
 # ---- what training can do without never ends it
 
 
-def test_side_outputs_never_end_a_run(server, flags, finished, tmp_path):
-    for name in ("metrics.csv", "images/samples_epoch_1.png", "images/training.png"):
-        out = tmp_path / name.replace("/", "-")
-        (out / name).mkdir(parents=True)  # where a file should be written
-        (out / name / "occupied").write_text("")
-        outcome = server.run("train", flags | {"output_dir": out})
-        assert outcome.code == 0, outcome
-        assert checkpoint.load(out / "models" / "model_epoch_2.pth")
+def test_side_outputs_never_end_a_run(run, tmp_path, monkeypatch):
+    def fail(*_: object, **__: object) -> None:
+        raise ValueError("no room")
+
+    for name in (
+        "interface.folder.write_metrics",
+        "interface.previews.save_png",
+        "conftest.draw_no_curves",  # which `run` takes for plot_training
+    ):
+        monkeypatch.setattr(name, fail)
+    result = run("train.py", **TINY, epochs=2, save_every=1, output_dir=tmp_path)
+    assert result.code == 0, result
+    for name in ("metrics.csv", "samples_epoch_1.png", "training.png"):
+        assert result.out.count(f"{name} not written: no room") == 1  # of each kind
+    assert checkpoint.load(tmp_path / "models" / "model_epoch_2.pth")
 
 
-STREAMS = {  # what is wrong with the streams or their surroundings: in the shell, in variables
-    "no reader": ("| true", {}),
-    "closed": ("<&- >&- 2>&-", {}),
+NOTEBOOK = "module://matplotlib_inline.backend_inline"
+STREAMS = {  # what is wrong with the streams and their surroundings: in the shell, in variables
+    "no reader": ("| true", {"PYTHONIOENCODING": "ascii", "MPLBACKEND": NOTEBOOK}),
+    "closed": ("<&- >&- 2>&-", {"MPLBACKEND": "unknown"}),
     "ASCII": ("", {"PYTHONIOENCODING": "ascii"}),
-    "notebook": ("", {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}),
-    "unknown backend": ("", {"MPLBACKEND": "unknown"}),
 }
 
 

@@ -1,5 +1,6 @@
 """generate.py through its flags, and through a real pseudo-terminal."""
 
+import json
 import os
 import re
 import select
@@ -14,6 +15,7 @@ import pytest
 import torch
 from conftest import REPO, TINY, Result, assert_one_line, copy_program, start_script, unix
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 import checkpoint
 from config import FAST, Config
@@ -22,6 +24,7 @@ from diffusion import Diffusion
 from evaluation import classifier
 from interface import provenance
 from interface.picture import read_npz, save_png
+from model import UNet
 from system import files
 
 if os.name != "nt":
@@ -134,6 +137,35 @@ def test_a_grid_as_in_mnist_shows_what_the_set_holds(draw, pixels, tmp_path):
     images = read_npz(tmp_path / "set.npz")[0][:, 0].numpy()
     for i, image in enumerate(images):
         assert (grid[2 + i // 3 * 30 :, 2 + i % 3 * 30 :][:28, :28] == image).all()
+
+
+@pytest.mark.parametrize(("threads", "taken"), [(3, 3), (-5, 1), (10**9, 1024), ("x", None)])
+def test_a_picture_is_drawn_again_with_as_many_threads(draw, monkeypatch, threads, taken):
+    made, asked = Path(draw(digits=7, count=1).out.strip()), []
+    with Image.open(made) as image:
+        text = image.text | {"threads": json.dumps(threads)}
+        info = PngInfo()
+        for name, value in text.items():
+            info.add_text(name, value)
+        image.save(made, pnginfo=info)
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    draw(reproduce=made)
+    assert asked == ([taken] if taken else [])
+
+
+def test_a_compiled_picture_is_drawn_again_by_a_compiled_network(draw, monkeypatch):
+    compiled = []
+
+    def compile_eagerly(network: UNet, mode: str | None) -> None:
+        compiled.append(network)
+        torch.nn.Module.compile(network, backend="eager")
+
+    monkeypatch.setattr(UNet, "compile", compile_eagerly)
+    made = Path(draw(digits=7, count=1, compile=True).out.strip())
+    assert provenance.read(made)["made with"].endswith(", compiled")
+    before = len(compiled)
+    assert draw(reproduce=made).code == 0
+    assert len(compiled) == 2 * before > 0
 
 
 def test_what_a_picture_costs():

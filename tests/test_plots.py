@@ -21,6 +21,7 @@ ROWS = [
     {"step": "10", "loss": "0.5", "learning_rate": "0.004", "images_per_second": "900.5"},
     {"step": "20", "loss": "0.25", "learning_rate": "0.002", "images_per_second": "950"},
 ]
+ROWS[1] |= {"validation_loss": "0.3"}  # the first is of a version that had none
 
 
 def results() -> list[dict]:
@@ -44,6 +45,9 @@ def test_training_curves_are_drawn_over_the_steps(figures, tmp_path):
     np.testing.assert_array_equal(drawn["loss"], [[10, 0.5], [20, 0.25]])
     np.testing.assert_array_equal(drawn["learning rate"], [[10, 0.004], [20, 0.002]])
     np.testing.assert_array_equal(drawn["images per second"], [[10, 900.5], [20, 950]])
+    validation = figures[0].axes[0].lines[1]
+    np.testing.assert_array_equal(validation.get_xydata(), [[10, np.nan], [20, 0.3]])
+    assert [len(axes.lines) for axes in figures[0].axes] == [2, 1, 1]
     assert all(axes.get_ylim()[0] == 0 for axes in figures[0].axes)
 
 

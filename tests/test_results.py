@@ -68,7 +68,8 @@ def test_the_table_has_the_samples_beside_the_real_images():
 
 def test_the_table_leaves_out_what_was_not_measured():
     shown = results.table(result())
-    assert "classifier" not in shown
+    assert "CAS" not in shown
+    assert "C2ST" not in shown
     score = {"cas": {"synthetic": [0.9, 0.92], "real": [0.97, 0.99]}}
     shown = results.table(result() | score)
     assert row(shown, "CAS: accuracy on test images") == "91.00% 98.00%"

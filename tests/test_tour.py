@@ -91,9 +91,8 @@ def test_what_is_committed_is_clean_and_small():
 
 def test_a_cell_that_fails_is_found(tmp_path, monkeypatch):
     broken = read()
-    first = broken.cells.index(code(broken)[0])
-    broken.cells[first + 1 :] = [new_code_cell("assert student.cfg.steps == 5")]
-    with pytest.raises(CellExecutionError, match=r"student\.cfg\.steps == 5"):
+    broken.cells = [new_code_cell("assert 4 == 5")]
+    with pytest.raises(CellExecutionError, match="4 == 5"):
         run(broken, tmp_path, monkeypatch)
 
 
