@@ -21,7 +21,7 @@ from diffusion import Diffusion, Model
 TEACHER_STEPS = 16  # of a teacher that is not itself a student
 REPEATS = 3  # steps that use each batch, as making a teacher's examples costs more than training
 KEPT_IMAGES = 4096  # images whose examples are kept until each has served REPEATS times
-KEPT_BYTES = 500_000_000  # of examples, if images are large
+KEPT_BYTES = 500_000_000  # of the examples in turn, if images are large; up to twice is held
 ROUNDING = 1e-3  # a goal this close to black or white is meant to be exactly that
 BELOW_ANY_SNR = 1e-6  # as absolute_snr, so that errors count unsquared at every t
 
@@ -73,7 +73,7 @@ def kept_images(cfg: Config) -> int:
 
 
 def batch_of_step(step: int, cfg: Config) -> int:
-    """The number of the batch that a `step` of an epoch takes, both from 0. The first KEPT_IMAGES,
+    """The number of the batch that a `step` of an epoch takes, both from 0. The first ones, usually
     32 batches of 128, serve REPEATS times in turn, then the next, and so on. So an epoch sees only
     a third of the images."""
     in_turn = max(1, kept_images(cfg) // cfg.batch_size)

@@ -210,11 +210,13 @@ def evaluate_chosen_model(
     cfg = cli.settings_for_drawing(loaded.cfg, given)
     swept = [given | each for each in parse_sweep(args.sweep or [])]
     configs = [cli.settings_for_drawing(loaded.cfg, each) for each in swept]
-    if not args.sweep:
-        requests.check_flags(loaded, cfg, given)
     if args.classify:
         classify(loaded, cfg, args.samples or 1000)
         return
+    for each in configs:
+        requests.check_guidance(loaded, each)
+    if not args.sweep:
+        requests.check_flags(loaded, cfg, given)
     only: list[Evaluator] = []  # of the first process
     distributed.from_first(lambda: only.append(Evaluator(cfg, device)))
     evaluator = only[0] if only else None

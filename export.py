@@ -19,9 +19,8 @@ import checkpoint
 from checkpoint import LoadedModel, load_model
 from config import Config
 from diffusion import Diffusion
-from interface import cli
+from interface import cli, requests
 from interface.flags import export_flags
-from interface.requests import find_model
 from system.files import (
     atomic_write,
     check_writable,
@@ -166,14 +165,16 @@ def main() -> int:
     if path.exists():  # it could be a model that pictures or training need
         raise ValueError(taken)
     check_writable(path)
-    file = find_model(args.model, Path(given.get("output_dir", Config().output_dir), "models"))
+    file = requests.find_model(
+        args.model, Path(given.get("output_dir", Config().output_dir), "models")
+    )
     try:
         if path.suffix != ".onnx":
             slim(file, path)
         else:
             loaded = load_model(file, torch.device("cpu"))
             cfg = replace(cli.settings_for_drawing(loaded.cfg, given), precision="float32")
-            cli.check_effects(cfg, given)
+            requests.check_flags(loaded, cfg, given)
             export_onnx((Network if args.network else Sampler)(loaded, cfg), path)
     except FileExistsError:  # since it was looked for
         raise ValueError(taken) from None

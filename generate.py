@@ -51,7 +51,10 @@ def draw_all(loaded: LoadedModel, wanted: list[Request], show_digits: bool) -> N
     if cfg.class_names and wanted[0].digits == "all":
         log(f"the rows from the top: {', '.join(cfg.label_names)}")
     eta = "" if cfg.sampler == "ddpm" else f", eta {cfg.eta:g}"
-    how = f"{cfg.sampler}{eta}, {cfg.steps} steps, guidance {cfg.guidance:g}, seed {cfg.seed}"
+    strength = wanted[0].original.strength if wanted[0].original else 1.0
+    acts = cfg.guidance == 1 or requests.is_guided(cfg, strength)
+    guidance = f"guidance {cfg.guidance:g}" + ("" if acts else " (at no time)")
+    how = f"{cfg.sampler}{eta}, {cfg.steps} steps, {guidance}, seed {cfg.seed}"
     log(f"{images} images in {seconds:.2f} s with {loaded.path}: {how}")
 
 

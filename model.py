@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from config import Config
 
+is_exporting = getattr(torch.compiler, "is_exporting", bool)  # bool() is False, as in torch 2.6
 MAX_PARAMETERS = 40_000_000  # twice what a large network for MNIST has
 
 
@@ -115,7 +116,7 @@ def modulated_group_norm(h: Tensor, scale: Tensor, shift: Tensor, groups: int = 
     """Group norm of h (B, C, H, W), then h * scale + shift, with a scale and a shift (B, C) for
     each image and channel. Computed as the group norm of a single image with B·C channels, because
     one pass over memory instead of three makes a training step 8 % shorter."""
-    if torch.compiler.is_exporting():  # what follows would fix the graph's batch size
+    if is_exporting():  # what follows would fix the graph's batch size
         normed = F.group_norm(h, groups)
         return normed * scale[:, :, None, None] + shift[:, :, None, None]
     B, C, H, W = h.shape

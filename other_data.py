@@ -48,7 +48,7 @@ def class_names(cfg: Config) -> list[str]:
             raise ValueError(f"data_dir = {cfg.data_dir!r}: has {len(found)} subfolders, {needs}")
         written_alike = [unicodedata.normalize("NFC", name) for name in found]
         if len(set(written_alike)) < len(found):
-            raise ValueError(f"{root}: two labels differ only in how é or the like is written")
+            raise ValueError(f"{root}: two labels differ only in how é is written; rename one")
         for name in found:
             if name in ("all", "mnist") or "," in name or name != name.strip():
                 raise ValueError(f"{root / name}: a label cannot have this name; rename the folder")

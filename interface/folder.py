@@ -1,6 +1,7 @@
 """The run folder of train.py: who owns it, where its files are, what a new run keeps of it."""
 
 import csv
+import errno
 import io
 import math
 import os
@@ -180,14 +181,20 @@ def set_aside(earlier: Path, moved: list[Path], copied: list[Path]) -> None:
     while folder.exists():
         folder = folder.with_name(folder.name + "_")
     folder.mkdir(parents=True)
-    try:  # first, as a full disk may prevent it
-        for path in copies:
+    done: list[Path] = []
+    try:
+        for path in copies:  # first, as a full disk may prevent it
             shutil.copy2(path, folder / path.name)
-    except OSError as error:
+        for path in moves:
+            shutil.move(path, folder / path.name)
+            done.append(path)
+    except OSError as error:  # such as a file that another program has open on Windows
+        for path in done:
+            shutil.move(folder / path.name, path)
         shutil.rmtree(folder)
-        raise OSError(error.errno, error.strerror, str(folder)) from None
-    for path in moves:
-        shutil.move(path, folder / path.name)
+        full = error.errno == errno.ENOSPC
+        where = str(folder) if full else error.filename
+        raise OSError(error.errno, error.strerror, where) from None
     print(f"what this run would overwrite is kept in {folder}")
 
 

@@ -101,13 +101,13 @@ def read(path: Path, cfg: Config) -> Tensor:
     try:
         image = open_picture(path)
         is_drawn = image.info.keys() >= {"digits", "count"}  # which provenance.record writes
-        is_single = (
-            image.info["count"] == "1" if is_drawn else image.width == cfg.img_size + 2 * GAP
-        )
+        size = cfg.img_size + 2 * GAP
+        is_single = image.info["count"] == "1" if is_drawn else image.size == (size, size)
+        is_tile = image.size == (cfg.img_size, cfg.img_size)  # such as one cut out of a grid
         inside = without_frame(image) if is_single else None
         pixels = to_pixels(inside or image, cfg)
     except Exception as error:  # a damaged file can make Pillow raise anything
         raise ValueError(f"{path}: not a .png or .jpg ({first_line(error)})") from None
-    if is_drawn and not inside:
+    if is_drawn and not inside and not is_tile:
         raise ValueError(f"{path}: holds several images; draw one with --digits 7 --count 1")
     return pixels

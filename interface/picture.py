@@ -38,13 +38,16 @@ def image_grid(images: Tensor, columns: int, gap: int = GAP) -> Image.Image:
 
 
 def without_frame(grid: Image.Image) -> Image.Image | None:
-    """The only image in an image_grid; None if it is not square or lacks a grey frame."""
-    inside = (GAP, GAP, grid.width - GAP, grid.height - GAP)
+    """The only image in an image_grid; None if it is not square or lacks a grey frame as wide."""
+    box = (GAP, GAP, grid.width - GAP, grid.height - GAP)
     if grid.width != grid.height or grid.width <= 2 * GAP:
         return None
-    frame = grid.convert("L")
-    frame.paste(GREY, inside)
-    return grid.crop(inside) if frame.getextrema() == (GREY, GREY) else None
+    frame, inside = grid.convert("L"), grid.crop(box)
+    frame.paste(GREY, box)
+    edge = inside.convert("L")
+    edge.paste(GREY, (1, 1, edge.width - 1, edge.height - 1))  # grey too if it has been enlarged
+    is_framed = frame.getextrema() == (GREY, GREY) != edge.getextrema()
+    return inside if is_framed else None
 
 
 def name_rows(grid: Image.Image, names: list[str], gap: int = GAP) -> Image.Image:

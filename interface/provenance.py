@@ -87,22 +87,26 @@ def request_from_picture(
 def request_again(
     picture: Path, output: str | None, given: dict[str, Any]
 ) -> tuple[LoadedModel, Request]:
-    """What to draw, and with which model, so that a picture comes out again: on the CPU unless a
-    device is `given`. Raises ValueError if it records nothing, or if its model is neither among the
-    models nor among those of earlier runs."""
+    """What to draw, and with which model, so that a picture comes out again: on a device such as it
+    was drawn on, unless one is `given`. Raises ValueError if it records nothing, or if its model is
+    neither among the models nor among those of earlier runs."""
     recorded = read(picture)
-    here = {"output_dir": Config().output_dir, "device": "cpu"} | given  # a GPU rounds differently
+    made, compiled, _ = str(recorded.get("made with")).partition(COMPILED)
+    where = made.rpartition(" on ")[2]
+    usual = where if where in ("cuda", "mps") else "cpu"  # each rounds differently
+    here = {"output_dir": Config().output_dir, "device": usual} | given
     device = pick_device(here["device"])
     file = model_with_hash(recorded["model"], Path(here["output_dir"]))
     if file is None:
         lacks = f"its model, SHA-256 {shortened(recorded['model'])}, is not in {here['output_dir']}"
         remedy = "copy it there, or try --output_dir; git's history has earlier shipped ones"
         raise ValueError(f"{picture}: {lacks}; {remedy}")
-    compiled = str(recorded.get("made with")).endswith(COMPILED)
-    loaded = replace(load_model(file, device, compiled), sha256=recorded["model"])
+    loaded = replace(load_model(file, device, bool(compiled)), sha256=recorded["model"])
     if "threads" in recorded and type(recorded["threads"]) is int:
         torch.set_num_threads(min(max(1, recorded["threads"]), MOST_THREADS))
-    request = request_from_picture(recorded, picture, loaded.cfg, here | {"compile": compiled})
+    request = request_from_picture(
+        recorded, picture, loaded.cfg, here | {"compile": bool(compiled)}
+    )
     name = f"{request.digits[:14]}_again"
     request.output = Path(output) if output else free_name(request.cfg, name)
     request.if_taken = "replace" if output else "renumber"

@@ -82,21 +82,33 @@ def model_from_flags(args: Namespace, folder: Path) -> Path:
     return file
 
 
+def is_guided(cfg: Config, strength: float = 1.0) -> bool:
+    """Whether guidance acts at any of the sampling times from strength · T on."""
+    diffusion = Diffusion(cfg)
+    return any(diffusion.guidance_at(t) != 1 for t in diffusion.sampling_times(strength)[:-1])
+
+
+def check_guidance(loaded: LoadedModel, cfg: Config) -> None:
+    """Raise ValueError for guidance by images without a label, if the model never saw any."""
+    by_label = not loaded.guide or cfg.guidance == 0
+    if cfg.guidance != 1 and by_label and loaded.cfg.label_dropout == 0:
+        reason = "this model never learned to draw without a label; use --guidance 1"
+        raise ValueError(f"guidance = {cfg.guidance:g}: {reason}")
+
+
 def check_flags(
     loaded: LoadedModel, cfg: Config, given: dict[str, Any], strength: float = 1.0
 ) -> None:
     """Raise ValueError if a flag (`given`: settings) would have no effect on what is drawn from
     strength · T on, or if the model cannot be guided as it should be."""
     check_effects(cfg, given)
-    diffusion, guidance = Diffusion(cfg), f"guidance = {cfg.guidance:g}"
-    is_guided = any(diffusion.guidance_at(t) != 1 for t in diffusion.sampling_times(strength)[:-1])
-    if not is_guided and cfg.guidance != 1 and any(name.startswith("guidance") for name in given):
+    check_guidance(loaded, cfg)
+    asked = any(name.startswith("guidance") for name in given)
+    if asked and cfg.guidance != 1 and not is_guided(cfg, strength):
         between = f"between guidance_low = {cfg.guidance_low:g} and high = {cfg.guidance_high:g}"
-        raise ValueError(f"{guidance}: no time of {cfg.steps} steps is {between}; change one")
-    knows_no_label = loaded.cfg.label_dropout > 0
-    if is_guided and not knows_no_label and (not loaded.guide or cfg.guidance == 0):
-        needs = "this model never learned to draw without a label; use --guidance 1"
-        raise ValueError(f"{guidance}: {needs}")
+        from_here = f" from strength {strength:g} on" if strength < 1 else ""
+        fault = f"no time of {cfg.steps} steps{from_here} is {between}; change one"
+        raise ValueError(f"guidance = {cfg.guidance:g}: {fault}")
     if given.get("match_levels") and not loaded.levels:
         raise ValueError(f"match_levels = True: {loaded.path} has no grey levels; drop the flag")
 

@@ -260,7 +260,7 @@ def test_processes_draw_the_same_images(run, server, pair, tmp_path):
         code, out = in_processes(server, "generate", asked | {"output": f"{two}{slash}"})
         assert code == 0, out
         assert alone.code == 0, alone
-        assert len(alone.out.splitlines()) == asked["count"] if slash else 1
+        assert len(alone.out.splitlines()) == (asked["count"] if slash else 1)
         for line in alone.out.splitlines():
             other = line.replace(str(tmp_path / "one"), str(tmp_path / "two"))
             assert other in out

@@ -273,6 +273,26 @@ def test_a_disk_that_is_full_while_copying_moves_nothing(tmp_path, monkeypatch):
     assert list((tmp_path / "earlier").iterdir()) == []
 
 
+def test_a_file_that_cannot_be_moved_leaves_all_where_they_were(tmp_path, monkeypatch):
+    """As on Windows, where another program has it open."""
+    move = shutil.move
+
+    def moves(source: Path, target: Path) -> None:
+        if Path(source).name == "metrics.csv":
+            raise PermissionError(errno.EACCES, "The process cannot access the file", str(source))
+        move(source, target)
+
+    paths = [tmp_path / name for name in ("a.pth", "metrics.csv", "b.png")]
+    for path in paths:
+        path.write_text(path.name)
+    monkeypatch.setattr("shutil.move", moves)
+    with pytest.raises(OSError, match="cannot access") as error:
+        set_aside(tmp_path / "earlier", paths, [])
+    assert error.value.filename == str(paths[1])
+    assert [path.read_text() for path in paths] == [path.name for path in paths]
+    assert list((tmp_path / "earlier").iterdir()) == []
+
+
 def test_a_run_goes_on_from_a_whole_checkpoint_not_a_reduced_one(tmp_path):
     models = tmp_path / "models"
     whole = save(tmp_path, progress=Progress(2, 0, 20))

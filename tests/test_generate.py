@@ -153,6 +153,18 @@ def test_a_picture_is_drawn_again_with_as_many_threads(draw, monkeypatch, thread
     assert asked == ([taken] if taken else [])
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a device that is not there")
+def test_a_picture_is_drawn_again_on_the_device_that_drew_it(run, results, draw):
+    made = Path(draw(digits=7, count=1).out.strip())
+    with Image.open(made) as image:
+        info = PngInfo()
+        for name, value in image.text.items():
+            info.add_text(name, value.replace(" on cpu", " on cuda"))
+        image.save(made, pnginfo=info)
+    result = run("generate.py", reproduce=made, output_dir=results)
+    assert_one_line(result, "device = 'cuda'", "not usable here")
+
+
 def test_a_compiled_picture_is_drawn_again_by_a_compiled_network(draw, monkeypatch):
     compiled = []
 

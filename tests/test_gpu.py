@@ -89,7 +89,7 @@ def test_a_training_step_never_waits_for_the_device(monkeypatch, kind, fraction)
 
 @pytest.mark.parametrize("size", [{}, {"attention": True}, MODEL_SIZES["base"]])
 def test_the_network_compiles_as_a_whole_and_means_the_same(size):
-    """No graph break, forward or backward, for each size."""
+    """No graph break, forward or backward."""
     cfg = Config(**(size | {"widths": size.get("widths", (8, 16))}))
     network = UNet(cfg)
     torch.nn.init.normal_(network.head.weight, std=0.1)

@@ -13,6 +13,7 @@ from config import Config
 from data import load_split, to_model_range
 from diffusion import Diffusion, keep_known
 from interface.original import Original
+from interface.picture import image_grid, without_frame
 from interface.provenance import read
 from system.randomness import ImageNoise, seeded_generator
 
@@ -164,6 +165,7 @@ def test_bad_originals_are_one_line(run, tmp_path, seven):
         ({"complete": seven, "mask": tmp_path / "black.png"}, "black.png", "white pixels"),
         ({"edit": seven, "strength": 0}, "strength = 0.0"),
         ({"edit": seven, "strength": "nan"}, "strength = nan"),
+        ({"edit": seven, "strength": 0.3, "guidance": 5}, "from strength 0.3 on is between"),
         ({"edit": seven, "digits": 26}, "digits = '26'", "name the one label"),
         ({"edit": seven, "model": "student"}, "not a student"),
         ({"keep": "left"}, "--keep needs --complete"),
@@ -175,3 +177,12 @@ def test_bad_originals_are_one_line(run, tmp_path, seven):
         assert_one_line(run("generate.py", **asked), *words)
     assert_one_line(run("generate.py", complete=seven), "--complete needs --digits")
     assert not (tmp_path / "out.png").exists()
+
+
+def test_only_a_frame_as_wide_as_that_of_a_grid_is_left_out():
+    image = Image.fromarray(np.arange(784, dtype=np.uint8).reshape(28, 28))
+    grid = image_grid(torch.from_numpy(np.array(image))[None, None], columns=1)
+    assert np.array_equal(np.asarray(without_frame(grid)), np.asarray(image))
+    assert without_frame(grid.resize((128, 128), Image.Resampling.NEAREST)) is None  # enlarged
+    assert without_frame(image) is None
+    assert without_frame(image_grid(torch.zeros(2, 1, 28, 28, dtype=torch.uint8), 2)) is None

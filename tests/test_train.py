@@ -804,6 +804,7 @@ def test_a_checkpoint_that_cannot_be_written_names_the_last_good_one(run, tmp_pa
     assert_one_line(result, str(saved[1]), "disk is full", f"last good checkpoint: {saved[0]}")
 
 
+@unix
 def test_a_signal_ends_a_preview_and_resuming_draws_it(run, tmp_path, monkeypatch):
     class Bar:
         def __enter__(self):
