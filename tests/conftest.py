@@ -1,7 +1,9 @@
 """What the tests share: tiny settings, and ways to run the scripts."""
 
+import contextlib
 import functools
 import importlib
+import io
 import json
 import os
 import re
@@ -115,6 +117,17 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Calla
         return Result(int(stop.value.code or 0), captured.out, captured.err)
 
     return run_it
+
+
+def run_quietly(script: str, flags: dict[str, object]) -> None:
+    """Run a script in this process, for fixtures that live longer than `run`."""
+    module = importlib.import_module(script.removesuffix(".py"))
+    handlers = {s: signal.getsignal(s) for s in STOP_SIGNALS}
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as said:
+        patch.setattr(sys, "argv", [script, *as_words(flags)])
+        assert module.main() == 0, said.getvalue()
+    for signum, handler in handlers.items():
+        signal.signal(signum, handler)
 
 
 unix = pytest.mark.skipif(os.name == "nt", reason="needs a Unix pseudo-terminal, limit or signal")

@@ -131,12 +131,14 @@ def test_processes_train_as_one(run, pair, tmp_path):
         assert_close(tmp_path / name, pair)
 
 
-def test_sigterm_stops_all_at_one_step_and_one_process_goes_on(run, pair, tmp_path):
-    process = torchrun("train.py", FLAGS | {"output_dir": tmp_path})
-    wait_for(tmp_path / "images" / "samples_epoch_2.png", process)
-    process.terminate()
-    out = finished(process, code=1)
-    assert "stopped at epoch" in out
+def test_sigterm_stops_all_at_one_step_and_one_process_goes_on(run, server, pair, tmp_path):
+    pids = start_processes(server, "train", FLAGS | {"output_dir": tmp_path})
+    server.wait_for_text(pids[0], r"wrote .*samples_epoch_2\.png")
+    os.kill(pids[1], signal.SIGTERM)  # torchrun tells all of them, one after the other
+    os.kill(pids[0], signal.SIGTERM)
+    outcomes = [server.wait(pid) for pid in pids]
+    assert [each.code for each in outcomes] == [143, 143], outcomes
+    assert "stopped at epoch" in outcomes[0].text
     assert newest(tmp_path).name != "model_epoch_5.pth"
     again = run("train.py", resume=True, output_dir=tmp_path, data_dir=FLAGS["data_dir"])
     assert "training from epoch" in again.out

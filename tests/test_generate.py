@@ -13,7 +13,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import REPO, TINY, Result, assert_one_line, copy_program, start_script, unix
+from conftest import (
+    REPO,
+    TINY,
+    Result,
+    assert_one_line,
+    copy_program,
+    run_quietly,
+    start_script,
+    unix,
+)
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
@@ -40,8 +49,7 @@ def trained(tmp_path_factory) -> Path:
     """The results of a small run with two checkpoints; tests read it and do not write."""
     out = tmp_path_factory.mktemp("trained")
     flags = TINY | OWN | {"epochs": 2, "save_every": 1, "output_dir": out}
-    process = start_script("train.py", flags)
-    assert process.wait() == 0, process.stdout.read()
+    run_quietly("train.py", flags)
     return out
 
 

@@ -9,16 +9,22 @@ from conftest import REPO
 
 
 def test_the_hub_draws_what_generate_draws(run, tmp_path):
-    """From another folder, in a process of its own, as a user would."""
+    """From another folder, in a process of its own, as a user would, who has a model.py, too."""
     out = tmp_path / "hub.pt"
+    for name in ("model", "data", "config"):
+        (tmp_path / f"{name}.py").write_text(f"mine = {name!r}")
     program = f"""
+import model as mine
 import torch
 model = torch.hub.load({str(REPO)!r}, "mnist_diffusion", source="local")
 images = model.sample("2026", seed=3, precision="float32")
 student = torch.hub.load({str(REPO)!r}, "mnist_diffusion_student", source="local")
 torch.save([images, student.sample("7")], {str(out)!r})
-import sys
+import data, sys
 assert sys.excepthook is sys.__excepthook__  # the user's errors stay the user's
+assert (mine.mine, data.mine) == ("model", "data")  # and so do the modules
+assert sys.modules["model"] is mine
+assert {str(REPO)!r} not in sys.path
 """
     subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True, timeout=120)
     images, seven = torch.load(out)
@@ -41,17 +47,3 @@ def test_a_wrong_label_is_named(monkeypatch):
     for wrong in ({"widths": (8, 8)}, {"guidence": 2.0}, {"guidance": 3.0}):  # of a student
         with pytest.raises(ValueError, match=r"no setting for drawing; choose|a student learned"):
             hubconf.mnist_diffusion_student().sample("1", **wrong)
-
-
-def test_a_users_modules_of_the_same_names_stay_theirs(tmp_path):
-    for name in ("model", "data", "config"):
-        (tmp_path / f"{name}.py").write_text(f"mine = {name!r}")
-    program = f"""
-import model, sys, torch
-torch.hub.load({str(REPO)!r}, "mnist_diffusion_student", source="local").sample("7")
-import data
-assert (model.mine, data.mine) == ("model", "data")
-assert sys.modules["model"] is model
-assert {str(REPO)!r} not in sys.path
-"""
-    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True, timeout=120)

@@ -109,7 +109,7 @@ def test_resuming_from_an_epochs_end_gives_the_same_bits(whole, tmp_path, run):
     assert not list(tmp_path.glob("earlier/*/*.pth"))
 
 
-LONG = TINY | {"max_images": 1600, "epochs": 2, "save_every": 1}  # 50 steps an epoch
+LONG = TINY | {"max_images": 960, "epochs": 2, "save_every": 1}  # 30 steps an epoch
 
 
 @unix
