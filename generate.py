@@ -55,7 +55,8 @@ def draw_all(loaded: LoadedModel, wanted: list[Request], show_digits: bool) -> N
     acts = cfg.guidance == 1 or requests.is_guided(cfg, strength)
     guidance = f"guidance {cfg.guidance:g}" + ("" if acts else " (at no time)")
     how = f"{cfg.sampler}{eta}, {cfg.steps} steps, {guidance}, seed {cfg.seed}"
-    log(f"{images} images in {seconds:.2f} s with {loaded.path}: {how}")
+    number = "1 image" if images == 1 else f"{images} images"
+    log(f"{number} in {seconds:.2f} s with {loaded.path}: {how}")
 
 
 def draw(loaded: LoadedModel, request: Request, together: bool) -> list[Tensor]:
