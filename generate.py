@@ -50,13 +50,8 @@ def draw_all(loaded: LoadedModel, wanted: list[Request], show_digits: bool) -> N
     cfg = wanted[0].cfg
     if cfg.class_names and wanted[0].digits == "all":
         log(f"the rows from the top: {', '.join(cfg.label_names)}")
-    eta = "" if cfg.sampler == "ddpm" else f", eta {cfg.eta:g}"
-    strength = wanted[0].original.strength if wanted[0].original else 1.0
-    acts = cfg.guidance == 1 or requests.is_guided(cfg, strength)
-    guidance = f"guidance {cfg.guidance:g}" + ("" if acts else " (at no time)")
-    how = f"{cfg.sampler}{eta}, {cfg.steps} steps, {guidance}, seed {cfg.seed}"
     number = "1 image" if images == 1 else f"{images} images"
-    log(f"{number} in {seconds:.2f} s with {loaded.path}: {how}")
+    log(f"{number} in {seconds:.2f} s with {loaded.path}: {wanted[0].how}")
 
 
 def draw(loaded: LoadedModel, request: Request, together: bool) -> list[Tensor]:

@@ -156,6 +156,15 @@ class Request:
         self.output = free_name(self.cfg, self.digits)
 
     @property
+    def how(self) -> str:
+        """The settings that matter most, in words."""
+        cfg, strength = self.cfg, self.original.strength if self.original else 1.0
+        eta = "" if cfg.sampler == "ddpm" else f", eta {cfg.eta:g}"
+        acts = cfg.guidance == 1 or is_guided(cfg, strength)
+        guidance = f"guidance {cfg.guidance:g}" + ("" if acts else " (at no time)")
+        return f"{cfg.sampler}{eta}, {cfg.steps} steps, {guidance}, seed {cfg.seed}"
+
+    @property
     def row_names(self) -> list[str]:
         """The names beside the rows of a grid of all labels, unless they are digits. Pictures of
         earlier versions had none."""

@@ -337,3 +337,12 @@ def test_a_label_called_q_can_be_drawn(tmp_path, monkeypatch, capsys):
     assert "for help, quit to quit" in capsys.readouterr().err
     with pytest.raises(EOFError):
         next(asked)
+
+
+def test_what_is_drawn_is_said_in_a_few_words():
+    def how(**settings: object) -> str:
+        return Request("7", 1, Config(seed=3, **settings), Path("a.png")).how
+
+    assert how() == "dpmpp, eta 0.3, 13 steps, guidance 2.8, seed 3"
+    assert how(sampler="ddpm", guidance=1) == "ddpm, 13 steps, guidance 1, seed 3"
+    assert how(steps=1) == "dpmpp, eta 0.3, 1 steps, guidance 2.8 (at no time), seed 3"
