@@ -261,9 +261,7 @@ def trained_for(budget: str, given: dict[str, Any], out: Path) -> dict[str, Any]
     for script, flags in words.items():
         began, path = time.perf_counter(), Path(__file__).with_name(script)
         if subprocess.run([sys.executable, path, *flags]).returncode:
-            raise ValueError(
-                f"{script} with a budget of {budget} failed, see above; mend that first"
-            )
+            raise ValueError(f"{script} failed (budget = {budget}); see its message above")
         seconds[f"{script}_seconds"] = time.perf_counter() - began
     [file] = Path(out, "metrics").glob("*.json")
     measured = json.loads(file.read_text("utf-8"))

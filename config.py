@@ -18,7 +18,8 @@ DATASETS += ("folder",)
 def setting(default: Any, help: str, **metadata: Any) -> Any:
     """A field of Config. `metadata`: `group`; the limits `ge`, `gt`, `le` (of a text, its length),
     `multiple_of`, `choices`; `flag`, where it differs from the name; `fixed_in_epoch`, if it must
-    not change when a run resumes in the middle of an epoch."""
+    not change when a run resumes in the middle of an epoch; `not_in_students`, if a student's loss
+    does not use it."""
     return field(default=default, metadata={"help": help, **metadata})
 
 
@@ -27,7 +28,7 @@ model = partial(setting, group="model")  # cannot change once a model has been t
 student = partial(setting, group="student")  # cannot change either
 classes = partial(setting, group="classes")  # given by the data set; has no flag
 training = partial(setting, group="training")
-not_in_students = partial(training, not_in_students=True)  # whose loss lacks it
+not_in_students = partial(training, not_in_students=True)
 length = partial(setting, group="length")  # how long a run is
 sampling = partial(setting, group="sampling")  # how to draw with a model: comes with its checkpoint
 picture = partial(setting, group="picture")  # how to draw one picture: not taken from the model

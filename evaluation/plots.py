@@ -47,7 +47,7 @@ def plot_training(rows: list[dict[str, Any]], path: Path) -> None:
     steps = [int(row["step"]) for row in rows]
     figure = Figure(figsize=(12, 3.2))
     # Margins of a layout engine would look the same, and need half the time of the whole plot
-    margins = {"left": 0.04, "right": 0.98, "bottom": 0.15, "top": 0.9, "wspace": 0.2}
+    margins = {"left": 0.055, "right": 0.98, "bottom": 0.15, "top": 0.9, "wspace": 0.22}
     panels = figure.subplots(1, 3, gridspec_kw=margins)
     for axes, name in zip(panels, ("loss", "learning_rate", "images_per_second"), strict=True):
         axes.plot(steps, [float(row[name]) for row in rows], marker=".", label="training")

@@ -107,7 +107,9 @@ def check_flags(
     if asked and cfg.guidance != 1 and not is_guided(cfg, strength):
         between = f"between guidance_low = {cfg.guidance_low:g} and high = {cfg.guidance_high:g}"
         from_here = f" from strength {strength:g} on" if strength < 1 else ""
-        fault = f"no time of {cfg.steps} steps{from_here} is {between}; change one"
+        fault = (
+            f"no sampling time{from_here} (steps = {cfg.steps}) is {between}; change one of them"
+        )
         raise ValueError(f"guidance = {cfg.guidance:g}: {fault}")
     if given.get("match_levels") and not loaded.levels:
         raise ValueError(f"match_levels = True: {loaded.path} has no grey levels; drop the flag")
@@ -162,7 +164,8 @@ class Request:
         eta = "" if cfg.sampler == "ddpm" else f", eta {cfg.eta:g}"
         acts = cfg.guidance == 1 or is_guided(cfg, strength)
         guidance = f"guidance {cfg.guidance:g}" + ("" if acts else " (at no time)")
-        return f"{cfg.sampler}{eta}, {cfg.steps} steps, {guidance}, seed {cfg.seed}"
+        steps = "1 step" if cfg.steps == 1 else f"{cfg.steps} steps"
+        return f"{cfg.sampler}{eta}, {steps}, {guidance}, seed {cfg.seed}"
 
     @property
     def row_names(self) -> list[str]:

@@ -283,6 +283,16 @@ def test_processes_evaluate_the_same_images(run, tmp_path):
     assert one["samples"] == two["samples"]
 
 
+def test_what_the_first_process_does_may_ask_for_what_the_first_does(monkeypatch):
+    """The others wait for one answer, not for two."""
+    sent = []
+    monkeypatch.setattr(distributed, "is_joined", lambda: True)
+    monkeypatch.setattr("torch.distributed.broadcast_object_list", sent.append)
+    inner = lambda: distributed.from_first(lambda: 7)  # noqa: E731
+    assert distributed.from_first(lambda: inner() + 1) == 8
+    assert sent == [[True, 8]]
+
+
 def test_several_processes_do_not_ask(run, two_processes):
     assert_one_line(run("generate.py"), "--digits")
 

@@ -165,7 +165,10 @@ def test_bad_originals_are_one_line(run, tmp_path, seven):
         ({"complete": seven, "mask": tmp_path / "black.png"}, "black.png", "white pixels"),
         ({"edit": seven, "strength": 0}, "strength = 0.0"),
         ({"edit": seven, "strength": "nan"}, "strength = nan"),
-        ({"edit": seven, "strength": 0.3, "guidance": 5}, "from strength 0.3 on is between"),
+        (
+            {"edit": seven, "strength": 0.3, "guidance": 5},
+            "no sampling time from strength 0.3 on (steps = 13)",
+        ),
         ({"edit": seven, "digits": 26}, "digits = '26'", "name the one label"),
         ({"edit": seven, "model": "student"}, "not a student"),
         ({"keep": "left"}, "--keep needs --complete"),

@@ -345,4 +345,4 @@ def test_what_is_drawn_is_said_in_a_few_words():
 
     assert how() == "dpmpp, eta 0.3, 13 steps, guidance 2.8, seed 3"
     assert how(sampler="ddpm", guidance=1) == "ddpm, 13 steps, guidance 1, seed 3"
-    assert how(steps=1) == "dpmpp, eta 0.3, 1 steps, guidance 2.8 (at no time), seed 3"
+    assert how(steps=1) == "dpmpp, eta 0.3, 1 step, guidance 2.8 (at no time), seed 3"
