@@ -30,7 +30,7 @@ from config import Config
 from data import load_split, to_uint8
 from diffusion import Diffusion
 from evaluation.metrics import nearest
-from interface import cli, original, picture, requests
+from interface import cli, models, original, picture
 from interface.flags import app_flags
 from interface.original import KEEP, Original
 from interface.requests import Request
@@ -312,7 +312,7 @@ def serve(gr: ModuleType, args: Namespace) -> None:
     """Show the page until Ctrl-C or SIGTERM."""
     given = cli.given_settings(args)
     here = Config().select("machine") | given
-    file = requests.find_model(args.model, Path(here["output_dir"], "models"))
+    file = models.find_model(args.model, Path(here["output_dir"], "models"))
     loaded = load_model(file, pick_device(here["device"]), here["compile"])
     for name in {"SIGTERM", "SIGHUP"} & set(dir(signal)):  # end it as Ctrl-C does, which tidies up
         signal.signal(getattr(signal, name), signal.default_int_handler)

@@ -7,7 +7,6 @@ state, because every random number of training is a function of the seed and the
 import copy
 import json
 import math
-from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -136,8 +135,6 @@ def load(path: str | Path, *, only_look: bool = False) -> dict[str, Any]:
     else:
         contents = read_tensors(path, "a checkpoint", only_look=only_look)
     try:
-        if not isinstance(contents, dict):
-            raise TypeError
         contents = {"guide": None} | contents  # safetensors of version 1.2 leave it out
         if contents["format"] not in (3, FORMAT):
             raise ValueError(f"format {contents['format']}, but this program reads 3 and {FORMAT}")
@@ -228,17 +225,3 @@ def load_model(path: str | Path, device: torch.device, compiled: bool = False) -
                 compile_network(network)
     levels = GreyLevels.from_dict(contents.get("levels"))
     return LoadedModel(Path(path), cfg, ema, guide, progress, device, sha256(Path(path)), levels)
-
-
-def list_checkpoints(folder: str | Path, pattern: str = "*.pth") -> list[tuple[Path, Progress]]:
-    """The readable checkpoints in a folder, the most trained last: ordered by completed steps, then
-    reduced files before whole ones, then by time. The models in git come first."""
-    found = []
-    for path in sorted(Path(folder).glob(pattern)):
-        with suppress(ValueError, OSError):  # some other file, or a damaged one, or just deleted
-            contents = load(path, only_look=True)
-            progress, trainable = Progress(**contents["progress"]), "model" in contents
-            rank = {STUDENT: 0, PRETRAINED: 1}.get(path.name, 2)
-            key = rank, progress.step, trainable, path.stat().st_mtime
-            found.append((key, path, progress))
-    return [(path, progress) for _, path, progress in sorted(found, key=lambda item: item[0])]

@@ -7,12 +7,11 @@ from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from typing import Any
 
-from system.values import parse_duration, parse_labels, problem_of, shortened
+from system.values import check, parse_duration, parse_labels, shortened
 
 VERSION = "1.7"  # of the program
 
-DATASETS = ("MNIST", "FashionMNIST", "KMNIST", "QMNIST", "EMNIST-digits", "EMNIST-letters")
-DATASETS += ("folder",)
+DATASETS = "MNIST", "FashionMNIST", "KMNIST", "QMNIST", "EMNIST-digits", "EMNIST-letters", "folder"
 
 
 def setting(default: Any, help: str, **metadata: Any) -> Any:
@@ -28,7 +27,7 @@ model = partial(setting, group="model")  # cannot change once a model has been t
 student = partial(setting, group="student")  # cannot change either
 classes = partial(setting, group="classes")  # given by the data set; has no flag
 training = partial(setting, group="training")
-not_in_students = partial(training, not_in_students=True)
+denoising = partial(training, not_in_students=True)  # of the loss that a student does not have
 length = partial(setting, group="length")  # how long a run is
 sampling = partial(setting, group="sampling")  # how to draw with a model: comes with its checkpoint
 picture = partial(setting, group="picture")  # how to draw one picture: not taken from the model
@@ -71,14 +70,10 @@ class Config:
     )
     snr_power: float = training(0.25, "snr_power: x_0's error is weighted by snr^this", ge=0, le=1)
     min_snr_gamma: float = training(5.0, "min_snr: largest weight of x_0's error", gt=0)
-    timestep_power: float = not_in_students(
-        0.7, "t is T * u^this, u uniform (below 1: more noise)", gt=0
-    )
+    timestep_power: float = denoising(0.7, "t is T * u^this, u uniform (below 1: more noise)", gt=0)
     absolute_snr: float = training(10.0, "snr above which errors count unsquared (0: none)", ge=0)
     clip_loss: bool = training(True, "no loss where clamping (clip_x_0) makes x_0_hat exact")
-    label_dropout: float = not_in_students(
-        0.1, "fraction of images trained without a label", ge=0, le=1
-    )
+    label_dropout: float = denoising(0.1, "fraction of images trained without a label", ge=0, le=1)
 
     # Training
     epochs: int = length(30, "epochs of the whole run", ge=1)
@@ -98,7 +93,7 @@ class Config:
     guide_fraction: float = model(
         0.1, "keep the averaged model at this fraction of the run as guide (0: none)", ge=0, le=0.5
     )
-    guide_label_noise: float = not_in_students(
+    guide_label_noise: float = denoising(
         0.3, "fraction of labels made random for the guide", ge=0, le=1
     )
     teacher: str = student("", "train a student of this model: path, name, number or newest")
@@ -115,9 +110,7 @@ class Config:
     guidance_high: float = sampling(0.9, "guidance acts where t / timesteps <= this", ge=0, le=1)
     eta: float = sampling(0.3, "noise added by ddim and dpmpp (0: none, 1: as ddpm)", ge=0, le=1)
     precision: str = picture(
-        "auto",
-        "what the network computes in; auto: the faster",
-        choices=("auto", "float32", "bf16"),
+        "auto", "what the network computes in (auto: faster)", choices=("auto", "float32", "bf16")
     )
     seed: int = picture(0, "seed of all random numbers", ge=0, le=2**32 - 1, fixed_in_epoch=True)
     clip_x_0: bool = sampling(True, "clamp each estimate of x_0 to [-1, 1]")
@@ -126,14 +119,7 @@ class Config:
 
     def __post_init__(self) -> None:
         for f in fields(self):
-            value = getattr(self, f.name)
-            if f.type is tuple and not (isinstance(value, tuple) and 1 <= len(value) <= 6):
-                raise ValueError(f"{f.name} = {shortened(value)}: at least one number, at most 6")
-            values, kind = (value, int) if f.type is tuple else ((value,), f.type)
-            for each in values:
-                problem = problem_of(each, kind, f.metadata)
-                if problem:
-                    raise ValueError(f"{f.name} = {shortened(each)}: {problem}")
+            check(f.name, getattr(self, f.name), f.type, f.metadata)
         factor = self.patch_size * 2 ** (len(self.widths) - 1)  # by which the U-Net shrinks images
         if self.img_size % factor:
             why = f"{factor}, which patch_size and the number of widths imply"

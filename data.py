@@ -1,21 +1,15 @@
 """Data sets as tensors, and how pixels become numbers in the model's range and back."""
 
 import hashlib
-import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 import other_data
 from config import Config
-from system.files import MAX_BYTES, from_torchvision, read_idx
-
-# How often each digit occurs in MNIST's training split
-LABEL_COUNTS = (5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949)
+from system.files import read_idx
 
 
 def load_split(cfg: Config, train: bool, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -29,17 +23,8 @@ def load_split(cfg: Config, train: bool, device: torch.device) -> tuple[Tensor, 
     images, labels = read.get(cfg.dataset, other_data.read_by_torchvision)(cfg, train)
     if train and cfg.max_images:
         images, labels = images[: cfg.max_images], labels[: cfg.max_images]
-    size = [cfg.img_size, cfg.img_size]
-    if list(images.shape[2:]) != size:
-        if len(images) * cfg.img_size**2 > MAX_BYTES:
-            split = f"{len(images):,} {'training' if train else 'test'} images"
-            remedy = f"choose at most {math.isqrt(MAX_BYTES // len(images))}"
-            if train:
-                remedy += f", or --max_images {MAX_BYTES // cfg.img_size**2}"
-            raise ValueError(f"img_size = {cfg.img_size}: too large for {split}; {remedy}")
-        print(f"resizing images of {images.shape[3]} x {images.shape[2]} pixels to {cfg.img_size}")
-        resize = from_torchvision("transforms.v2.functional").resize
-        images = torch.cat([resize(part, size) for part in images.split(4096)])
+    if images.shape[2:] != (cfg.img_size, cfg.img_size):
+        images = other_data.resize(images, cfg, train)
     return images.to(device), labels.to(device)
 
 
@@ -59,8 +44,7 @@ def fingerprint(images: Tensor, labels: Tensor) -> dict[str, Any]:
     """What a checkpoint remembers of its training data: number, shape and a hash."""
     content = hashlib.sha256(images.cpu().numpy())
     content.update(labels.cpu().numpy())
-    shape = list(images.shape[1:])
-    return {"images": len(images), "shape": shape, "sha256": content.hexdigest()}
+    return {"images": len(images), "shape": [*images.shape[1:]], "sha256": content.hexdigest()}
 
 
 def to_model_range(images: Tensor) -> Tensor:
@@ -74,14 +58,3 @@ def to_uint8(x: Tensor) -> Tensor:
     if x.isnan().any():
         raise ValueError("the network's output is not a number; draw with another checkpoint")
     return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-
-
-def draw_labels(count: int, seed: int, counts: Sequence[int] = LABEL_COUNTS) -> Tensor:
-    """int64 labels (count,) in random order, in the proportions of `counts` (usually MNIST's) to
-    within one image: frequencies drawn at random would add noise to every comparison."""
-    rng = np.random.default_rng(seed)
-    share = np.array(counts) / sum(counts)
-    # Evenly spaced points of the distribution, all shifted by one random number
-    points = (np.arange(count) + rng.random()) / count
-    labels = np.searchsorted(share.cumsum(), points).clip(max=len(counts) - 1)
-    return torch.from_numpy(rng.permutation(labels))

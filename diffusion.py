@@ -84,7 +84,7 @@ class Diffusion:
         ratio = {"x_0": torch.ones_like(snr), "eps": snr, "v": snr + 1}[cfg.prediction]
         return torch.cat([torch.zeros(1), weight / ratio])
 
-    def _coefficients(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def coefficients(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """sqrt(alpha_bar_t), sqrt(1 - alpha_bar_t) and the loss weight, each (B, 1, 1, 1), in the
         dtype of x and on its device."""
         key = (x.device, x.dtype)
@@ -95,13 +95,8 @@ class Diffusion:
 
     def add_noise(self, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """x_t from x_0 (B, C, H, W) and t int64 (B,). Ho et al. 2020, eq. 4."""
-        signal_scale, noise_scale, _ = self._coefficients(t, x_0)
+        signal_scale, noise_scale, _ = self.coefficients(t, x_0)
         return signal_scale * x_0 + noise_scale * eps
-
-    def noise_in(self, x_t: Tensor, x_0: Tensor, t: Tensor) -> Tensor:
-        """The eps with which `add_noise` turns x_0 into x_t; t int64 (B,)."""
-        signal_scale, noise_scale, _ = self._coefficients(t, x_t)
-        return (x_t - signal_scale * x_0) / noise_scale
 
     def target(self, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """What the network should predict: eps, x_0, or v of Salimans & Ho 2022, section 4."""
@@ -109,14 +104,14 @@ class Diffusion:
             return x_0
         if self.cfg.prediction == "eps":
             return eps
-        signal_scale, noise_scale, _ = self._coefficients(t, x_0)
+        signal_scale, noise_scale, _ = self.coefficients(t, x_0)
         return signal_scale * eps - noise_scale * x_0
 
     def x_0_from(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """The x_0_hat (B, C, H, W) that a prediction for x_t implies; t int64 (B,)."""
         if self.cfg.prediction == "x_0":
             return prediction
-        signal_scale, noise_scale, _ = self._coefficients(t, x_t)
+        signal_scale, noise_scale, _ = self.coefficients(t, x_t)
         if self.cfg.prediction == "eps":
             return (x_t - noise_scale * prediction) / signal_scale
         return signal_scale * x_t - noise_scale * prediction
@@ -159,7 +154,7 @@ class Diffusion:
         """
         prediction = self.predict(model, x_t, t, y)
         error = (prediction - self.target(x_0, t, eps)).square()  # (B, C, H, W)
-        signal_scale, noise_scale, weight = self._coefficients(t, x_0)
+        signal_scale, noise_scale, weight = self.coefficients(t, x_0)
         if self.cfg.absolute_snr and self.cfg.prediction == "x_0":
             little_noise = signal_scale.square() > self.cfg.absolute_snr * noise_scale.square()
             error = torch.where(little_noise, (error + NEGLIGIBLE**2).sqrt() - NEGLIGIBLE, error)

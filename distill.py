@@ -126,7 +126,8 @@ class Distillation:
         sizes = [segments.count(k) for k in range(count)]
         pieces = zip(x_t.split(sizes), y.split(sizes), self.segments, strict=True)
         goals = torch.cat([self.goal(x, labels, *ends) for x, labels, ends in pieces if len(x)])
-        return x_t, t, y, goals, self.student.noise_in(x_t, goals, t)
+        signal_scale, noise_scale, _ = self.student.coefficients(t, x_t)
+        return x_t, t, y, goals, (x_t - signal_scale * goals) / noise_scale
 
     @torch.no_grad()
     def goal(self, x_t: Tensor, y: Tensor, t: int, s: int) -> Tensor:

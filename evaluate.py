@@ -18,19 +18,20 @@ from tqdm import tqdm
 
 from checkpoint import LoadedModel, load_model
 from config import Config
-from data import draw_labels, load_split, to_uint8
+from data import load_split, to_uint8
 from diffusion import Diffusion
 from evaluation import classifier, denoiser, plots, results
 from evaluation.evaluator import MAX_MEASURED, Evaluator, shuffled
 from evaluation.results import Result
 from interface import cli, requests
 from interface.flags import evaluate_flags
+from interface.models import find_model
 from interface.picture import image_grid, read_npz, save_png
-from interface.requests import find_model
 from interface.terminal import sampling_bar
 from system import distributed
 from system.files import first_line, make_folder, sha256
 from system.machine import pick_device, pick_precision
+from system.randomness import draw_labels
 
 
 def sample(

@@ -19,7 +19,7 @@ import checkpoint
 from checkpoint import LoadedModel, load_model
 from config import Config
 from diffusion import Diffusion
-from interface import cli, requests
+from interface import cli, models, requests
 from interface.flags import export_flags
 from system.files import (
     atomic_write,
@@ -165,7 +165,7 @@ def main() -> int:
     if path.exists():  # it could be a model that pictures or training need
         raise ValueError(taken)
     check_writable(path)
-    file = requests.find_model(
+    file = models.find_model(
         args.model, Path(given.get("output_dir", Config().output_dir), "models")
     )
     try:

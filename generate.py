@@ -13,15 +13,16 @@ from torch import Tensor
 
 import checkpoint
 from checkpoint import LoadedModel
-from config import FAST, Config
+from config import Config
 from data import to_uint8
 from diffusion import Diffusion
-from interface import cli, original, picture, provenance, requests
+from interface import cli, models, original, picture, provenance, requests
 from interface.flags import generate_flags
 from interface.requests import Request
 from interface.terminal import log, sampling_bar, show
 from system import distributed
 from system.machine import pick_device
+from system.values import counted
 
 
 def draw_all(loaded: LoadedModel, wanted: list[Request], show_digits: bool) -> None:
@@ -47,11 +48,7 @@ def draw_all(loaded: LoadedModel, wanted: list[Request], show_digits: bool) -> N
         for request in wanted[mine.stop :]:  # drawn by other processes, which print nothing
             print(request.output, flush=True)
         images = len(wanted)
-    cfg = wanted[0].cfg
-    if cfg.class_names and wanted[0].digits == "all":
-        log(f"the rows from the top: {', '.join(cfg.label_names)}")
-    number = "1 image" if images == 1 else f"{images} images"
-    log(f"{number} in {seconds:.2f} s with {loaded.path}: {wanted[0].how}")
+    log(f"{counted(images, 'image')} in {seconds:.2f} s with {loaded.path}: {wanted[0].how}")
 
 
 def draw(loaded: LoadedModel, request: Request, together: bool) -> list[Tensor]:
@@ -107,22 +104,13 @@ def reproduce(png: Path, args: Namespace, given: dict[str, Any]) -> None:
     log(f"the same bytes as {png}")
 
 
-def fast_settings(loaded: LoadedModel) -> dict[str, Any]:
-    """How --fast draws: a model with a guide as FAST says, one without in as many steps but with
-    its own guidance; for a student it changes nothing."""
-    if loaded.cfg.is_student:
-        return {}
-    steps = {"steps": min(FAST["steps"], loaded.cfg.timesteps)}
-    return FAST | steps if loaded.guide else steps
-
-
 def draw_what_is_asked(args: Namespace, given: dict[str, Any], device: torch.device) -> None:
     """Draw what --digits says, or else what the answers say."""
     here = Config().select("machine") | given
     folder = Path(here["output_dir"], "models")
-    file = distributed.from_first(lambda: requests.model_from_flags(args, folder))
+    file = distributed.from_first(lambda: models.model_from_flags(args, folder))
     loaded = checkpoint.load_model(file, device, here["compile"])
-    fast = fast_settings(loaded) if args.fast else {}
+    fast = requests.fast_settings(loaded) if args.fast else {}
     cfg = cli.settings_for_drawing(loaded.cfg, fast | given)
     requests.check_flags(loaded, cfg, given, original.strength_of(args))
     if args.digits is not None:

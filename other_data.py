@@ -1,6 +1,7 @@
 """Readers of other data sets, and the names of their labels: MNIST's relatives, by torchvision, and
 a folder of your own pictures."""
 
+import math
 import string
 import unicodedata
 import warnings
@@ -133,6 +134,21 @@ def read_folder(cfg: Config, train: bool, *, quiet: bool = False) -> tuple[Tenso
         return read_folder(cfg, train=True, quiet=True)
     order = torch.from_numpy(np.random.default_rng(0).permutation(len(images)))  # for max_images
     return torch.stack(images)[order], torch.tensor(labels)[order]
+
+
+def resize(images: Tensor, cfg: Config, train: bool) -> Tensor:
+    """The images of a split, uint8 (N, C, H, W), in the settings' size. Raises ValueError if they
+    would be too large for memory."""
+    if len(images) * cfg.img_size**2 > MAX_BYTES:
+        split = f"{len(images):,} {'training' if train else 'test'} images"
+        remedy = f"choose at most {math.isqrt(MAX_BYTES // len(images))}"
+        if train:
+            remedy += f", or --max_images {MAX_BYTES // cfg.img_size**2}"
+        raise ValueError(f"img_size = {cfg.img_size}: too large for {split}; {remedy}")
+    print(f"resizing images of {images.shape[3]} x {images.shape[2]} pixels to {cfg.img_size}")
+    resized = from_torchvision("transforms.v2.functional").resize
+    size = [cfg.img_size, cfg.img_size]
+    return torch.cat([resized(part, size) for part in images.split(4096)])
 
 
 def open_picture(path: Path) -> Image.Image:

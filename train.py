@@ -7,8 +7,6 @@ import copy
 import functools
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,12 +19,12 @@ from config import Config
 from data import fingerprint, load_split, to_model_range
 from diffusion import Diffusion, Model
 from distill import Distillation, batch_of_step
-from interface import folder, runs
-from interface.cli import given_settings, machine_settings, run_script
+from interface.cli import run_script
 from interface.flags import train_flags
+from interface.models import find_teacher
+from interface.plan import Plan, check_data, planned
 from interface.previews import draw_missing_previews, draw_preview
-from interface.runs import Plan, Run, make_plan
-from levels import GreyLevels
+from interface.runs import Run
 from system import distributed
 from system.machine import compile_network, pick_device
 from system.randomness import seeded_generator
@@ -41,21 +39,19 @@ VALIDATION_IMAGES = 1000  # 0.6 % of an epoch's work; at most a sixtieth of the 
 Loss = Callable[[Model, Tensor, Tensor, torch.Generator, slice], Tensor]
 
 
-def train(plan: Plan, device: torch.device, began: float) -> int:
+def train(plan: Plan, began: float) -> int:
     """Train as planned; time counts from `began` (of time.perf_counter). Returns the exit code: 0,
     or 128 + the signal that stopped the run. Raises ValueError for settings that do not fit the
     data or the machine, FloatingPointError if training diverges."""
-    cfg = plan.cfg
+    cfg, device = plan.cfg, pick_device(plan.cfg.device)
     images, labels = load_split(cfg, train=True, device=device)
     count = min(VALIDATION_IMAGES, max(1, len(images) // 60))
     test = load_split(cfg, train=False, device=device)
     held_out = [x[:: max(1, len(x) // count)][:count] for x in test]  # spread out: it may be sorted
     state, loss = prepare(plan, fingerprint(images, labels), device)
     run = Run(plan, state, len(images), began)
-    if run.done and distributed.from_first(lambda: folder.is_complete(cfg.output_dir)):
-        print("nothing left to do: starting up took the rest of the budget")
+    if not run.open():
         return 0
-    run.open()
 
     while not run.done and not run.stopped_by:
         step_began = time.perf_counter()
@@ -72,18 +68,16 @@ def train(plan: Plan, device: torch.device, began: float) -> int:
             state.start_next_epoch()
         # A run that a signal stops is saved below, without a grid of samples
         if run.save_due(epoch_done) and (run.done or not run.stopped_by):
-            save_with_levels(run, images, labels)
+            run.save_with_levels(images, labels)
             draw_preview(run, state)
             run.draw_curves()
             run.check_signals()
 
     if run.stopped_by and not run.done:
         if not run.is_saved:
-            save_with_levels(run, images, labels)
+            run.save_with_levels(images, labels)
         run.draw_curves()
-        flags = ["--resume"] + (["--tensorboard"] if plan.tensorboard else [])
-        print(f"stopped at {state.progress}; to continue: {runs.train_command(cfg, *flags)}")
-        return 128 + run.stopped_by
+        return run.report_stop()
     draw_missing_previews(run)
     run.finish()
     return 0
@@ -100,7 +94,7 @@ def prepare(plan: Plan, data: dict[str, Any], device: torch.device) -> tuple[Tra
     weights = load_model(plan.weights, device) if plan.weights else None
     if cfg.is_student:
         expected = (state.data or {}).get("teacher")
-        teacher = load_model(runs.find_teacher(cfg, expected), device)
+        teacher = load_model(find_teacher(cfg, expected), device)
         print(f"training a student of {teacher.path}")
         loss = Distillation(cfg, teacher).loss
         data["teacher"] = teacher.sha256
@@ -108,7 +102,7 @@ def prepare(plan: Plan, data: dict[str, Any], device: torch.device) -> tuple[Tra
     if weights:  # begin with the averaged weights of another model
         for network in (state.model, state.ema):
             network.load_state_dict(weights.model.state_dict())
-    runs.check_data(plan, state, data)
+    check_data(plan, state, data)
     if cfg.compile:
         compile_network(state.model, graphs=cfg.accumulate == 1)
     distributed.barrier()  # until all have read what the first one will move aside
@@ -148,11 +142,10 @@ def training_step(
     B, progress = len(y), state.progress
     state.model.zero_grad()
     total = torch.zeros((), device=x_0.device)
-    parts = distributed.my_parts(B, cfg.accumulate)
     noisy_labels = state.guide is None and cfg.guide_fraction > 0
     before = progress.step - progress.images // cfg.batch_size  # steps of earlier epochs
     key = cfg.seed, NOISE_STREAM, before + batch_number(cfg, progress)  # repeats have equal noise
-    for part in parts:
+    for part in distributed.my_parts(B, cfg.accumulate):
         generator = seeded_generator(*key, device=x_0.device)
         labels = randomize_labels(y, cfg, generator) if noisy_labels else y
         value = (part.stop - part.start) / B * loss(state.model, x_0, labels, generator, part)
@@ -227,42 +220,10 @@ def validation_loss(
     return float(total) / len(images)
 
 
-@distributed.first_only
-def save_with_levels(run: Run, images: Tensor, labels: Tensor) -> None:
-    """Measure the grey levels of the averaged model, and write a checkpoint with them."""
-    diffusion, state = Diffusion(run.cfg), run.state
-    denoiser = diffusion.guided(state.ema, state.guide)
-    state.levels = None
-    with run.side_output("grey levels"):  # a checkpoint is good without them
-        state.levels = GreyLevels.of_model(diffusion, denoiser, images, labels)
-    run.save()
-
-
 def main() -> int:
     began = time.perf_counter() - time.process_time()  # about when the process started
-    args = train_flags()
-    given, more = given_settings(args), args.continue_training_epochs
-    resume, load = args.resume, args.load_checkpoint_path
-    if runs.only_describes(given, load, more):
-        print(runs.describe(make_plan(given, load=load)))
-        return 0
-    machine = replace(Config(), **machine_settings(given))
-    device, out = pick_device(machine.device), machine.output_dir
-    with distributed.joined(device), ExitStack() as stack:
-        # The first process locks the folder
-        distributed.from_first(lambda: stack.enter_context(folder.own_folder(out)))
-        if distributed.is_restart() and distributed.from_first(lambda: folder.holds_this_run(out)):
-            resume, load, more = True, None, 0
-        plan = distributed.from_first(lambda: make_plan(given, resume, load, more))
-        if plan.action == "finished":
-            print(f"nothing left to do. {runs.describe(plan)}")
-            return 0
-        if resume and not plan.start:
-            print(f"nothing to resume in {plan.cfg.output_dir}: starting from scratch")
-        for note in plan.notes:
-            print(note)
-        plan.tensorboard = args.tensorboard
-        return train(plan, device, began)
+    with planned(train_flags()) as plan:
+        return train(plan, began) if plan.action == "train" else 0
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from filelock import FileLock, Timeout
 
 import checkpoint
 from checkpoint import Progress
+from interface.models import list_checkpoints
 from system import distributed
 from system.files import atomic_write, cannot_write, first_line, make_folder, printable
 
@@ -71,7 +72,7 @@ def grid_path(output_dir: str, progress: Progress) -> Path:
 def without_grid(output_dir: str) -> list[tuple[Path, Path]]:
     """The checkpoints of whole epochs whose grid of samples a kill or a full disk prevented, each
     with the place of the grid."""
-    found = checkpoint.list_checkpoints(Path(output_dir, "models"), CHECKPOINTS)
+    found = list_checkpoints(Path(output_dir, "models"), CHECKPOINTS)
     pairs = [(path, grid_path(output_dir, now)) for path, now in found if now.images == 0]
     return [(path, grid) for path, grid in pairs if not grid.exists()]
 
@@ -97,7 +98,7 @@ def is_complete(output_dir: str) -> bool:
 def newest_of_run(models: Path) -> Path | None:
     """The newest whole checkpoint of the run in a folder, or else the newest reduced one, or None.
     Says why it passes over others. Raises ValueError if none can be read."""
-    listed = [path for path, _ in checkpoint.list_checkpoints(models, CHECKPOINTS)]
+    listed = [path for path, _ in list_checkpoints(models, CHECKPOINTS)]
     unreadable = [path for path in models.glob(CHECKPOINTS) if path not in listed]
     paths, reduced = [*unreadable, *reversed(listed)], None
     for path in paths:
@@ -156,7 +157,7 @@ def what_to_set_aside(
     found = start and start.resolve()
     if not found or not found.match(CHECKPOINTS) or found.parent != models.resolve():
         return [*files, metrics, curves, out / "tensorboard"], [], []
-    listed = checkpoint.list_checkpoints(models, CHECKPOINTS)
+    listed = list_checkpoints(models, CHECKPOINTS)
     # What to keep, as "epoch_5" of model_epoch_5.pth and samples_epoch_5.png
     names = {path.stem.partition("_")[2] for path, now in listed if now.step <= step}
     moved = [path for path in files if path.stem.partition("_")[2] not in names]

@@ -1,11 +1,9 @@
-"""What a user asks for: which model, and what to draw, by flags or by answers."""
+"""What a user asks to draw, by flags or by answers."""
 
 import os
 import secrets
-import time
 from argparse import ArgumentTypeError, Namespace
 from collections.abc import Collection, Iterator
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,73 +11,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from checkpoint import PRETRAINED, STUDENT, LoadedModel, Progress, list_checkpoints
-from config import Config
-from data import draw_labels
+from checkpoint import LoadedModel
+from config import FAST, Config
 from diffusion import Diffusion
 from interface import original
 from interface.cli import check_effects
 from interface.original import Original
 from interface.picture import ANIMATIONS, ENDINGS, GAP, LONGEST, MAX_ANIMATED, MAX_FRAMES
 from interface.terminal import ask, log, whole_number
-from system.files import check_writable, make_folder, printable, sha256
-from system.values import parse_labels, shortened
+from system.files import check_writable, make_folder
+from system.randomness import draw_labels
+from system.values import counted, parse_labels, shortened
 
 MAX_IMAGES = 100_000
+# How often each digit occurs in MNIST's training split
+MNIST_COUNTS = (5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949)
 TAKEN = "exists already; choose another folder or --seed"
 
 
-def list_models(folder: Path) -> list[tuple[Path, Progress]]:
-    """All models in a folder, the most trained last. Raises ValueError if there is none."""
-    found = list_checkpoints(folder)
-    if not found:
-        raise ValueError(f"no model in {folder}; train one first: python train.py --budget 10m")
-    return found
-
-
-def find_model(text: str, folder: Path) -> Path:
-    """The model that a user means by a path, a name in `folder`, its number in the list of models
-    there, or "newest". Raises ValueError if there is none."""
-    for path in (Path(os.path.expanduser(text)), folder / text, folder / f"{text}.pth"):
-        if path.is_file():
-            return path
-    if text == "newest" or text.isdecimal():
-        found = list_models(folder)
-        number = len(found) if text == "newest" else int(text)
-        if 1 <= number <= len(found):
-            return found[number - 1][0]
-    raise ValueError(f"model = {text!r}: no such checkpoint; look in {folder}, or train one first")
-
-
-def model_with_hash(expected: str, output_dir: Path) -> Path | None:
-    """The model with a SHA-256, among those of a run folder and of its earlier runs."""
-    for path in (*output_dir.glob("models/*"), *output_dir.glob("earlier/*/*")):
-        with suppress(OSError):  # one that cannot be read
-            is_model = path.suffix in (".pth", ".safetensors") and path.is_file()
-            if is_model and sha256(path) == expected:
-                return path
-    return None
-
-
-def ask_for_model(folder: Path) -> Path:
-    """List the models in a folder and ask for one; Enter takes the newest."""
-    found = list_models(folder)
-    log(f"Models in {folder}:")
-    for number, (path, progress) in enumerate(found, 1):
-        date = time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime))
-        log(f"  {number}  {printable(path.name)}  {progress}  {date}")
-    return found[ask("Which model", len(found), whole_number(len(found))) - 1][0]
-
-
-def model_from_flags(args: Namespace, folder: Path) -> Path:
-    """The model that the flags name, the one that --fast takes, or the answer to a question."""
-    if args.digits is None and not args.model:
-        return ask_for_model(folder)
-    file = find_model(args.model or "newest", folder)
-    its_student = file.with_name(STUDENT)
-    if args.fast and not args.model and file.name == PRETRAINED and its_student.is_file():
-        return its_student
-    return file
+def fast_settings(loaded: LoadedModel) -> dict[str, Any]:
+    """How --fast draws: a model with a guide as FAST says, one without in as many steps but with
+    its own guidance; for a student it changes nothing."""
+    if loaded.cfg.is_student:
+        return {}
+    steps = {"steps": min(FAST["steps"], loaded.cfg.timesteps)}
+    return FAST | steps if loaded.guide else steps
 
 
 def is_guided(cfg: Config, strength: float = 1.0) -> bool:
@@ -164,8 +120,7 @@ class Request:
         eta = "" if cfg.sampler == "ddpm" else f", eta {cfg.eta:g}"
         acts = cfg.guidance == 1 or is_guided(cfg, strength)
         guidance = f"guidance {cfg.guidance:g}" + ("" if acts else " (at no time)")
-        steps = "1 step" if cfg.steps == 1 else f"{cfg.steps} steps"
-        return f"{cfg.sampler}{eta}, {steps}, {guidance}, seed {cfg.seed}"
+        return f"{cfg.sampler}{eta}, {counted(cfg.steps, 'step')}, {guidance}, seed {cfg.seed}"
 
     @property
     def row_names(self) -> list[str]:
@@ -191,7 +146,7 @@ class Request:
     def labels(self) -> Tensor:
         """The label of each image, int64 (N,)."""
         if self.digits == "mnist":
-            return draw_labels(self.count, self.cfg.seed)
+            return draw_labels(self.count, self.cfg.seed, MNIST_COUNTS)
         return torch.tensor(labels_named(self.digits, self.cfg.label_names) * self.count)
 
 

@@ -1,189 +1,28 @@
-"""A run of train.py: what it will do, its clock, when it saves and logs, how signals stop it."""
+"""A run of train.py under way: its clock, when it saves and logs, how signals stop it."""
 
 import math
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 import checkpoint
-from checkpoint import Progress, TrainState
-from config import Config
-from distill import student_settings
+from checkpoint import TrainState
+from diffusion import Diffusion
 from interface import folder
 from interface.board import Board
-from interface.cli import as_flags, check_effects, machine_settings, quote, settings_for_training
-from interface.requests import find_model, model_with_hash
-from other_data import with_classes
+from interface.plan import Plan, fraction_done, train_command
+from levels import GreyLevels
 from system import distributed
-from system.files import first_line, sha256
+from system.files import first_line
 from system.machine import pick_precision
 from system.values import parse_duration
-
-
-@dataclass
-class Plan:
-    """What a run of train.py will do."""
-
-    cfg: Config
-    action: str = "train"  # or "describe" the checkpoint `start`, or "finished": nothing is left
-    start: Path | None = None  # the checkpoint to go on from
-    progress: Progress = field(default_factory=Progress)  # where it stands
-    trainable: bool = True  # whether `start` has what training needs
-    changed: bool = False  # whether the settings or the budget are not those of `start`
-    notes: list[str] = field(default_factory=list)  # what the user should know of the settings
-    weights: Path | None = None  # the model whose weights a new run begins with
-    tensorboard: bool = False  # whether to write event files too
-
-
-def only_describes(given: dict[str, Any], load: Path | None, more_epochs: int) -> bool:
-    """Whether the flags only ask how far the checkpoint `load` has come. Raises ValueError if there
-    are flags beside it that only training uses."""
-    if load is None or more_epochs or given.keys() & {"epochs", "budget"}:
-        return False
-    for name in given.keys() - set(Config.names("machine")):
-        needed = "to train on, add --continue_training_epochs or --budget"
-        raise ValueError(f"{name} = {given[name]!r}: {needed}")
-    return True
-
-
-def make_plan(
-    given: dict[str, Any], resume: bool = False, load: Path | None = None, more_epochs: int = 0
-) -> Plan:
-    """Decide what to do from the flags (`given`: settings) and from what the run folder holds.
-    Raises ValueError if a checkpoint cannot be read, or for flags that do not fit it."""
-    if resume:
-        load = folder.newest_of_run(Path(given.get("output_dir", Config().output_dir), "models"))
-    if not load:
-        cfg = student_of(given) if given.get("teacher") else with_classes(Config(), given)
-        check_effects(cfg, given)
-        if cfg.guidance != 1 and cfg.guide_fraction == cfg.label_dropout == 0:
-            needs = "needs --guide_fraction or --label_dropout above 0; or else use --guidance 1"
-            raise ValueError(f"guidance = {cfg.guidance}: {needs}")
-        return Plan(cfg)
-    saved = checkpoint.load(load, only_look=resume)  # newest_of_run has just checked that one
-    trained, progress = Config.from_dict(saved["config"]), Progress(**saved["progress"])
-    plan = Plan(trained, "train", load, progress, trainable="model" in saved)
-    if not resume and only_describes(given, load, more_epochs):
-        plan.action, plan.cfg = "describe", replace(trained, **machine_settings(given))
-        return plan
-
-    cfg = trained
-    if "epochs" in given:
-        cfg = replace(trained, budget="")
-    elif more_epochs:
-        begun = progress.epoch + (progress.images > 0)  # the current epoch is finished first
-        cfg = replace(trained, budget="", epochs=begun + more_epochs)
-    elif "budget" in given and not resume:
-        progress.budget_from, plan.changed = progress.seconds, True  # a new budget, from here on
-
-    known, later = dict(given), {}
-    new_labels = "dataset" in given and not (resume and given["dataset"] == trained.dataset)
-    if new_labels and "preview_digits" in given:  # which can only be checked with them
-        later["preview_digits"] = known.pop("preview_digits")
-    inside = plan.trainable and progress.images > 0
-    plan.cfg, plan.notes = settings_for_training(cfg, known, mid_epoch=inside)
-    check_effects(plan.cfg, given)
-    if new_labels:
-        plan.cfg = with_classes(plan.cfg, later)
-        if plan.cfg.num_classes != trained.num_classes:
-            fit = f"has {plan.cfg.num_classes} labels, the model {trained.num_classes}"
-            raise ValueError(f"dataset = {given['dataset']!r}: {fit}; train a new one")
-    plan.changed |= replace(trained, **plan.cfg.select("machine")) != plan.cfg
-    # How many images an epoch has is not known yet, so that only whole epochs count
-    done = fraction_done(plan.cfg, progress, images_per_epoch=math.inf) >= 1
-    if done and folder.is_complete(plan.cfg.output_dir):
-        plan.action = "finished"
-    if not plan.trainable and not resume:  # a new run, which begins with these weights
-        plan.weights, plan.start, plan.progress = load, None, Progress()
-        plan.cfg = replace(plan.cfg, epochs=max(1, more_epochs))
-    return plan
-
-
-def student_of(given: dict[str, Any]) -> Config:
-    """The settings of a student of the model `given["teacher"]`. Raises ValueError if there is no
-    such model, or for a setting that this student cannot have."""
-    file = named_teacher(given["teacher"], given.get("output_dir", Config().output_dir))
-    teacher = Config.from_dict(checkpoint.load(file)["config"])
-    cfg = student_settings(teacher, given.get("student_steps", Config().student_steps))
-    for name in Config.names("model", "sampling"):
-        if name in given and given[name] != getattr(cfg, name):
-            fixed = f"a student of this teacher has {getattr(cfg, name)!r}"
-            raise ValueError(f"{name} = {given[name]!r}: {fixed}; drop the flag")
-    return replace(cfg, **given)
-
-
-def named_teacher(text: str, output_dir: str | Path) -> Path:
-    """The model that `--teacher` means: in the folder of the student's run, or else in the default
-    one, where pretrained.pth is. Raises ValueError if there is none."""
-    for out in (output_dir, Config().output_dir):
-        with suppress(ValueError):
-            return find_model(text, Path(out, "models"))
-    raise ValueError(f"teacher = {text!r}: no such model; give a checkpoint's path, or train one")
-
-
-def find_teacher(cfg: Config, expected: str | None) -> Path:
-    """The file of a student's teacher. A run that continues needs the file with the `expected`
-    SHA-256: by now its name may mean another one, such as "newest", or it may lie among the earlier
-    runs. Raises ValueError if it is not there."""
-    if expected is None:
-        return named_teacher(cfg.teacher, cfg.output_dir)
-    with suppress(ValueError):
-        path = named_teacher(cfg.teacher, cfg.output_dir)
-        if sha256(path) == expected:
-            return path
-    for out in (cfg.output_dir, Config().output_dir):
-        if path := model_with_hash(expected, Path(out)):
-            return path
-    lost = f"no file has the SHA-256 of what this student learned from, {expected[:12]}…"
-    raise ValueError(f"teacher = {cfg.teacher!r}: {lost}; put it into {cfg.output_dir}/models")
-
-
-def fraction_done(cfg: Config, progress: Progress, images_per_epoch: float) -> float:
-    """How much of the whole run is done: 1 or a little more at its end."""
-    if cfg.budget:
-        return (progress.seconds - progress.budget_from) / parse_duration(cfg.budget)
-    return (progress.epoch + progress.images / images_per_epoch) / cfg.epochs
-
-
-def describe(plan: Plan) -> str:
-    """Where the plan's checkpoint stands, and how to go on from it."""
-    cfg, progress = plan.cfg, plan.progress
-    epochs = "1 epoch" if cfg.epochs == 1 else f"{cfg.epochs} epochs"
-    length = f"a budget of {cfg.budget}" if cfg.budget else epochs
-    stands = f"{plan.start}: {progress}, {length} planned, {progress.seconds / 60:.1f} min trained."
-    if not plan.trainable:
-        stands += "\nIt holds only what drawing needs: a new run would begin with its weights."
-    flags = ("--load_checkpoint_path", plan.start, "--continue_training_epochs", "K")
-    return f"{stands}\nTo train it for K more epochs: {train_command(cfg, *flags)}"
-
-
-def check_data(plan: Plan, state: TrainState, data: dict[str, Any]) -> None:
-    """Record the training data in `state`, and say so if it changed. Raises ValueError if that was
-    inside an epoch, because the epoch's order is that of the old data."""
-    if state.data is not None and state.data != data:
-        what = f"{plan.start} was trained on other data than these {data['images']:,} images"
-        if plan.progress.images:
-            remedy = "give it the same --data_dir and --max_images, or resume from an epoch's end"
-            raise ValueError(f"{what} and is inside an epoch; {remedy}")
-        print(f"{what}; continuing with these")
-    state.data = data
-
-
-def train_command(cfg: Config, *flags: object) -> str:
-    """The command that trains with `flags`, and with the settings of this computer that differ from
-    config.py, which a run never takes from a checkpoint."""
-    defaults, program = Config().select("machine"), ["python"]
-    changed = {n: v for n, v in cfg.select("machine").items() if v != defaults[n]}
-    if (here := distributed.from_torchrun("LOCAL_WORLD_SIZE", 1)) > 1:
-        program = ["torchrun", "--standalone", f"--nproc_per_node={here}"]
-    return quote([*program, "train.py", *flags, *as_flags(changed)])
 
 
 class Run:
@@ -264,9 +103,14 @@ class Run:
         precision = pick_precision(self.cfg.precision, device)
         print(f"U-Net of {size:,} parameters on {where}, {precision}; {self.images:,} images")
 
-    def open(self) -> None:
+    def open(self) -> bool:
         """Make the folders, keep earlier results aside, and say what will be done. A new plan is
-        saved at once, so that --resume knows it even if the run is killed before its next save."""
+        saved at once, so that --resume knows it even if the run is killed before its next save.
+        Returns whether anything is left to do."""
+        out = self.cfg.output_dir
+        if self.done and distributed.from_first(lambda: folder.is_complete(out)):
+            print("nothing left to do: starting up took the rest of the budget")
+            return False
         self.announce()
         cfg, start, progress = self.cfg, self.plan.start, self.state.progress
         path = folder.checkpoint_path(cfg.output_dir, progress)
@@ -284,6 +128,7 @@ class Run:
             with self.side_output(Path(cfg.output_dir, "tensorboard")):
                 self.board = Board(cfg, progress.step)
         self.signals = note_stop_signals()
+        return True
 
     @distributed.first_only
     def show_progress(self) -> None:
@@ -348,6 +193,16 @@ class Run:
         self.last_saved = path
         tqdm.write(f"wrote {path}")
 
+    @distributed.first_only
+    def save_with_levels(self, images: Tensor, labels: Tensor) -> None:
+        """Measure the grey levels of the averaged model, and write a checkpoint with them."""
+        diffusion, state = Diffusion(self.cfg), self.state
+        denoiser = diffusion.guided(state.ema, state.guide)
+        state.levels = None
+        with self.side_output("grey levels"):  # a checkpoint is good without them
+            state.levels = GreyLevels.of_model(diffusion, denoiser, images, labels)
+        self.save()
+
     @contextmanager
     def side_output(self, what: Path | str) -> Iterator[None]:
         """Write a file that training can do without: if that fails, whatever the reason, say so
@@ -384,6 +239,13 @@ class Run:
             how = classifier_free if self.cfg.label_dropout > 0 else "1 (no guidance)"
             short = ", as the run ended within its warm-up" if self.cfg.guide_fraction > 0 else ""
             print(f"this model has no guide{short}: draw with --guidance {how}")
+
+    def report_stop(self) -> int:
+        """Say how to continue a run that a signal stopped. Returns the exit code, 128 + signal."""
+        flags = ["--resume"] + (["--tensorboard"] if self.plan.tensorboard else [])
+        to_continue = train_command(self.cfg, *flags)
+        print(f"stopped at {self.state.progress}; to continue: {to_continue}")
+        return 128 + self.stopped_by
 
     def diverged(self, fault: str) -> FloatingPointError:
         self.close_bar()

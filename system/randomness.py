@@ -1,5 +1,6 @@
 """Random numbers that depend on a key alone, such as (seed, step), and not on earlier ones."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -32,3 +33,15 @@ def seeded_generator(*key: int, device: torch.device | str = "cpu") -> torch.Gen
     entropy = (len(key), *key)  # the length too, because SeedSequence ignores trailing zeros
     seed = int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0])
     return torch.Generator(device).manual_seed(seed)
+
+
+def draw_labels(count: int, seed: int, counts: Sequence[int]) -> Tensor:
+    """int64 labels (count,) in random order. Their proportions are those of `counts`, how often a
+    data set has each label, to within one image: labels drawn at random would add noise to every
+    comparison."""
+    rng = np.random.default_rng(seed)
+    share = np.array(counts) / sum(counts)
+    # Evenly spaced points of the distribution, all shifted by one random number
+    points = (np.arange(count) + rng.random()) / count
+    labels = np.searchsorted(share.cumsum(), points).clip(max=len(counts) - 1)
+    return torch.from_numpy(rng.permutation(labels))

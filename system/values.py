@@ -10,6 +10,17 @@ from typing import Any
 LARGEST = 1_000_000_000  # of a number that has no limit of its own
 
 
+def check(name: str, value: Any, kind: type, limits: Mapping[str, Any]) -> None:
+    """Raise ValueError unless the setting `name` may have this `value`: one of type `kind` within
+    its limits (see problem_of), or if that is tuple, one to six whole numbers within them."""
+    if kind is tuple and not (isinstance(value, tuple) and 1 <= len(value) <= 6):
+        raise ValueError(f"{name} = {shortened(value)}: at least one number, at most 6")
+    for each in value if kind is tuple else (value,):
+        problem = problem_of(each, int if kind is tuple else kind, limits)
+        if problem:
+            raise ValueError(f"{name} = {shortened(each)}: {problem}")
+
+
 def problem_of(value: Any, kind: type, limits: Mapping[str, Any]) -> str:
     """Why `value` does not fit, empty if it does: it should be of type `kind` and within the
     limits `ge`, `gt`, `le`, `multiple_of` (numbers), `choices` or `le`, its length (text)."""
@@ -46,6 +57,11 @@ def shortened(value: Any) -> str:
     except ValueError:  # Python does not print integers of more than 4,300 digits
         text = "a number of thousands of digits"
     return text if len(text) <= 80 else f"{text[:40]}…{text[-10:]}"
+
+
+def counted(number: int, thing: str) -> str:
+    """ "1 step" or "2 steps"."""
+    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
 
 
 def parse_duration(text: str) -> float:

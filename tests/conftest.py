@@ -1,5 +1,6 @@
 """What the tests share: tiny settings, and ways to run the scripts."""
 
+import builtins
 import contextlib
 import functools
 import importlib
@@ -42,6 +43,12 @@ MNIST = str(REPO / "mnist_data")
 TINY_MODEL = {"widths": "8,8", "embedding_size": 8}
 TINY = TINY_MODEL | {"data_dir": MNIST, "device": "cpu", "max_images": 320, "batch_size": 32}
 TINY |= {"steps": 2, "preview_columns": 2, "warmup_steps": 2}
+
+
+def answers(monkeypatch: pytest.MonkeyPatch, *lines: str) -> None:
+    """Let a person type these lines."""
+    typed = iter(lines)
+    monkeypatch.setattr(builtins, "input", lambda prompt="": next(typed))
 
 
 LONGEST = ("distributed", "train", "generate", "faults", "export", "two_sample", "tour")

@@ -17,6 +17,7 @@ import export
 from checkpoint import Progress, TrainState
 from config import Config
 from interface import provenance
+from interface.models import list_checkpoints
 from model import UNet
 
 CPU = torch.device("cpu")
@@ -284,7 +285,7 @@ def test_what_is_not_a_checkpoint_is_named(tmp_path, monkeypatch, kind):
         checkpoint.load(path)
     assert len(str(error.value).splitlines()) == 1
     assert not (tmp_path / "exploded").exists()
-    assert checkpoint.list_checkpoints(tmp_path) == []
+    assert list_checkpoints(tmp_path) == []
 
 
 def test_data_that_are_no_plain_values_are_refused(tmp_path):
@@ -301,24 +302,6 @@ def test_another_format_is_named(tmp_path, number):
     torch.save(checkpoint.load(tmp_path / "a.pth") | {"format": number}, tmp_path / "a.pth")
     with pytest.raises(ValueError, match=f"format {number}"):
         checkpoint.load(tmp_path / "a.pth")
-
-
-def test_checkpoints_are_listed_by_completed_work_then_by_time_never_by_name(tmp_path):
-    assert checkpoint.list_checkpoints(tmp_path) == []
-    assert checkpoint.list_checkpoints(tmp_path / "missing") == []
-    steps = {"pretrained": 900, "student": 990, "model_epoch_30": 300, "model_epoch_5": 50}
-    steps |= {"a_first": 70, "z_second": 70}  # written in this order
-    for name, step in steps.items():
-        state = trained_state(progress=Progress(epoch=step // 10, step=step))
-        checkpoint.save(tmp_path / f"{name}.pth", CFG, state)
-    os.utime(tmp_path / "z_second.pth", (1, 1))  # older than its equal
-    (tmp_path / "notes.pth").write_text("not a checkpoint")
-    found = checkpoint.list_checkpoints(tmp_path)
-    names = ["student", "pretrained", "model_epoch_5", "z_second", "a_first", "model_epoch_30"]
-    assert [path.stem for path, _ in found] == names
-    assert [progress.step for _, progress in found] == [990, 900, 50, 70, 70, 300]
-    own = checkpoint.list_checkpoints(tmp_path, "model_epoch_*.pth")
-    assert [path.stem for path, _ in own] == ["model_epoch_5", "model_epoch_30"]
 
 
 def test_progress_in_words():

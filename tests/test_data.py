@@ -10,9 +10,10 @@ import pytest
 import torch
 from conftest import MNIST, assert_one_line
 
-import data
+import other_data
 from config import Config
-from data import LABEL_COUNTS, draw_labels, fingerprint, load_split, to_model_range, to_uint8
+from data import fingerprint, load_split, to_model_range, to_uint8
+from interface.requests import MNIST_COUNTS
 
 CPU = torch.device("cpu")
 
@@ -39,7 +40,7 @@ def test_the_real_data_set_is_read_without_a_network(copied, offline):
     assert images.dtype == torch.uint8
     assert labels.dtype == torch.int64
     assert labels[:5].tolist() == [5, 0, 4, 1, 9]
-    assert labels.bincount().tolist() == list(LABEL_COUNTS)
+    assert labels.bincount().tolist() == list(MNIST_COUNTS)
     assert images.float().mean().item() / 255 == pytest.approx(0.1307, abs=1e-4)
     assert len(load_split(Config(data_dir=str(copied.parents[1])), False, CPU)[0]) == 10_000
     assert sorted(path.suffix for path in copied.iterdir()) == [".gz"] * 4
@@ -136,7 +137,7 @@ def test_images_of_another_size_are_resized_with_a_word(capsys):
 
 
 def test_the_remedy_for_too_many_pixels_is_one(monkeypatch, capsys):
-    monkeypatch.setattr(data, "MAX_BYTES", 1_000_000)
+    monkeypatch.setattr(other_data, "MAX_BYTES", 1_000_000)
     for train, count in ((False, 10_000), (True, 60_000)):
         with pytest.raises(ValueError, match=f"img_size = 32: .* {count:,} t") as refused:
             load_split(Config(data_dir=MNIST, img_size=32), train, CPU)
@@ -179,25 +180,3 @@ def test_nan_never_passes_for_black():
     with pytest.raises(ValueError, match="not a number"):
         to_uint8(torch.tensor([0.0, float("nan")]))
     assert to_uint8(torch.tensor([float("-inf"), float("inf")])).tolist() == [0, 255]
-
-
-@pytest.mark.parametrize("count", [1, 10, 999, 10_000, 60_000])
-def test_labels_have_exactly_mnists_proportions(count):
-    labels = draw_labels(count, seed=0)
-    assert labels.dtype == torch.int64
-    assert len(labels) == count
-    expected = torch.tensor(LABEL_COUNTS) * count / 60_000
-    assert (labels.bincount(minlength=10) - expected).abs().max() < 1
-
-
-def test_a_single_label_can_be_any_digit_as_often_as_in_mnist():
-    drawn = torch.cat([draw_labels(1, seed) for seed in range(2000)]).bincount(minlength=10)
-    expected = torch.tensor(LABEL_COUNTS) * 2000 / 60_000
-    assert ((drawn - expected).abs() / expected.sqrt()).max() < 4  # standard deviations
-
-
-def test_the_order_of_the_labels_depends_on_the_seed():
-    labels = draw_labels(60_000, seed=0)
-    assert labels[:100].unique().numel() == 10
-    assert torch.equal(draw_labels(60_000, seed=0), labels)
-    assert not torch.equal(draw_labels(60_000, seed=1), labels)

@@ -536,31 +536,8 @@ def test_an_image_is_the_same_in_any_batch(sampler):
     assert not torch.allclose(whole[0] - whole[0].mean(), whole[1] - whole[1].mean())
 
 
-def test_the_noise_of_an_image_depends_on_its_number_and_the_seed_alone():
-    noise = ImageNoise(7, range(5), (2, 3))
-    first, second = noise.draw(), noise.draw()
-    assert first.shape == (5, 2, 3)
-    assert not torch.equal(first, second)
-    last_two = ImageNoise(7, range(3, 5), (2, 3), dtype=torch.float64)
-    for expected in (first, second):
-        drawn = last_two.draw()
-        assert drawn.dtype == torch.float64
-        assert torch.equal(drawn.float(), expected[3:])
-
-
 def test_sampling_leaves_the_global_random_state_alone():
     process = diffusion(sampler="ddpm", steps=5)
     state = torch.get_rng_state()
     draw(process, GaussianData(process), torch.arange(2))
     assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_a_stream_depends_on_its_whole_key():
-    def numbers(*key):
-        return torch.randn(4, generator=seeded_generator(*key))
-
-    assert torch.equal(numbers(1, 2), numbers(1, 2))
-    for key in ((2, 1), (1,), (1, 2, 0), (1, 3)):
-        assert not torch.equal(numbers(*key), numbers(1, 2))
-    with pytest.raises(ValueError, match="negative"):
-        seeded_generator(-1)

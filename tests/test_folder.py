@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_runs import IN_AN_EPOCH, plan_of, save
+from test_plan import IN_AN_EPOCH, plan_of, save
 
-import checkpoint
 import export
 from checkpoint import Progress
 from config import Config
@@ -23,7 +22,8 @@ from interface.folder import (
     without_grid,
     write_metrics,
 )
-from interface.runs import Plan
+from interface.models import list_checkpoints
+from interface.plan import Plan
 
 
 def prepare(plan: Plan, rewritten: Path | None = None) -> list[dict[str, Any]]:
@@ -298,7 +298,7 @@ def test_a_run_goes_on_from_a_whole_checkpoint_not_a_reduced_one(tmp_path):
     whole = save(tmp_path, progress=Progress(2, 0, 20))
     export.slim(whole, models / "model_epoch_2_small.pth")
     assert newest_of_run(models) == whole
-    assert checkpoint.list_checkpoints(models)[-1][0] == whole
+    assert list_checkpoints(models)[-1][0] == whole
     export.slim(whole, models / "model_epoch_3.pth")
     whole.unlink()
     assert newest_of_run(models).name in ("model_epoch_2_small.pth", "model_epoch_3.pth")

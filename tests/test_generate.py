@@ -28,11 +28,12 @@ from PIL.PngImagePlugin import PngInfo
 
 import checkpoint
 from config import FAST, Config
-from data import LABEL_COUNTS
 from diffusion import Diffusion
 from evaluation import classifier
 from interface import provenance
+from interface.models import list_checkpoints
 from interface.picture import read_npz, save_png
+from interface.requests import MNIST_COUNTS
 from model import UNet
 from system import files
 
@@ -121,7 +122,7 @@ def test_a_set_as_in_mnist_has_its_histogram(draw, tmp_path):
     images, labels = read_npz(out)
     assert images.shape == (2000, 1, 28, 28)
     fractions = labels.bincount(minlength=10) / 2000
-    real = torch.tensor(LABEL_COUNTS) / sum(LABEL_COUNTS)
+    real = torch.tensor(MNIST_COUNTS) / sum(MNIST_COUNTS)
     assert (fractions - real).abs().max() < 0.02
     assert fractions[1] > fractions[5] + 0.005
 
@@ -451,7 +452,7 @@ def test_the_newest_model_is_the_one_with_the_most_steps(results, draw):
         contents["progress"] |= {"epoch": epoch, "step": 10 * epoch}
         torch.save(contents, results / "models" / f"model_epoch_{epoch}.pth")
     os.utime(results / "models" / "model_epoch_30.pth", (1, 1))
-    found = checkpoint.list_checkpoints(results / "models")
+    found = list_checkpoints(results / "models")
     assert [progress.epoch for _, progress in found] == [1, 2, 5, 30]
     assert "model_epoch_30.pth" in draw(digits=1).err
 

@@ -28,6 +28,7 @@ from evaluation import results
 from interface import provenance, terminal
 from interface.cli import Parser, add_settings, given_settings, run_script
 from interface.folder import read_metrics
+from interface.models import list_checkpoints
 from interface.picture import read_npz, save_png
 from interface.provenance import request_from_picture
 from interface.requests import Request, requests_from_answers
@@ -147,7 +148,7 @@ def loads_or_says_why(path: Path) -> None:
         checkpoint.load_model(path, torch.device("cpu"))
     except ValueError as error:
         one_line(error)
-    checkpoint.list_checkpoints(path.parent)
+    list_checkpoints(path.parent)
 
 
 def damaged(whole: bytes, chosen: random.Random) -> bytes:

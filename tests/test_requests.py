@@ -1,6 +1,5 @@
-"""What a user asks for: the model, and what to draw, by flags and by answers."""
+"""What a user asks to draw, by flags and by answers."""
 
-import builtins
 import itertools
 import re
 from argparse import ArgumentTypeError, Namespace
@@ -9,19 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import answers
 
-import checkpoint
-from checkpoint import Progress, TrainState
 from config import Config
-from data import LABEL_COUNTS
 from interface import requests
 from interface.requests import (
+    MNIST_COUNTS,
     Request,
-    ask_for_model,
-    find_model,
     free_name,
     is_folder,
-    list_models,
     output_name,
     requests_from_answers,
     requests_from_flags,
@@ -29,12 +24,6 @@ from interface.requests import (
 )
 
 CFG = Config(widths=(8, 8), embedding_size=8)
-
-
-def answers(monkeypatch: pytest.MonkeyPatch, *lines: str) -> None:
-    """Let a person type these lines."""
-    typed = iter(lines)
-    monkeypatch.setattr(builtins, "input", lambda prompt="": next(typed))
 
 
 # ---- one file to draw
@@ -98,7 +87,7 @@ def test_each_variant_has_every_digit_whatever_file_it_goes_to(output):
 def test_labels_as_in_mnist_are_as_frequent_and_depend_on_the_seed():
     labels = Request("mnist", 20_000, CFG, Path("a.npz")).labels
     fractions = labels.bincount(minlength=10) / 20_000
-    real = torch.tensor(LABEL_COUNTS) / sum(LABEL_COUNTS)
+    real = torch.tensor(MNIST_COUNTS) / sum(MNIST_COUNTS)
     assert (fractions - real).abs().max() < 0.01
     assert fractions[1] > fractions[5] + 0.01
     again, other = (
@@ -120,75 +109,6 @@ def test_a_name_is_never_used_twice(tmp_path):
         assert path == tmp_path / "images" / f"generated_7_00{number}.png"
         path.write_bytes(b"taken")
     assert free_name(cfg, "1" * 30).name == f"generated_{'1' * 20}_001.png"
-
-
-# ---- which model
-
-
-def save(path: Path, step: int) -> Path:
-    state = TrainState.initial(CFG, torch.device("cpu"))
-    state.progress = Progress(epoch=step // 10, step=step)
-    checkpoint.save(path, CFG, state)
-    return path
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory) -> Path:
-    """A folder of models; tests read it and do not write."""
-    folder = tmp_path_factory.mktemp("models")
-    for name, step in (("pretrained", 900), ("model_epoch_30", 300), ("model_epoch_5", 50)):
-        save(folder / f"{name}.pth", step)
-    return folder
-
-
-@pytest.mark.parametrize(
-    ("text", "name"),
-    [
-        ("newest", "model_epoch_30"),
-        ("3", "model_epoch_30"),
-        ("2", "model_epoch_5"),
-        ("1", "pretrained"),
-        ("pretrained", "pretrained"),
-        ("model_epoch_5.pth", "model_epoch_5"),
-    ],
-)
-def test_a_model_is_found_by_its_name_its_number_or_as_the_newest(models, text, name):
-    assert find_model(text, models) == models / f"{name}.pth"
-
-
-def test_a_model_is_found_by_its_path_first(models, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert find_model(str(models / "pretrained.pth"), tmp_path) == models / "pretrained.pth"
-    Path("2").write_text("a file of this name")
-    assert find_model("2", models) == Path("2")
-
-
-@pytest.mark.parametrize("text", ["4", "0", "none.pth", "none", "-1", ""])
-def test_a_model_that_does_not_exist_is_named(models, text):
-    with pytest.raises(ValueError, match=f"model = '{text}': no such checkpoint.*{models}"):
-        find_model(text, models)
-
-
-def test_a_folder_without_a_model_says_how_to_train_one(tmp_path):
-    (tmp_path / "notes.pth").write_text("not a checkpoint")
-    for look_for_it in (list_models, ask_for_model, lambda folder: find_model("newest", folder)):
-        with pytest.raises(ValueError, match=r"no model in .*python train\.py"):
-            look_for_it(tmp_path)
-
-
-def test_the_shipped_model_counts_as_the_oldest(models):
-    names = [path.stem for path, _ in list_models(models)]
-    assert names == ["pretrained", "model_epoch_5", "model_epoch_30"]
-
-
-def test_a_person_chooses_from_a_numbered_list(models, monkeypatch, capsys):
-    answers(monkeypatch, "4", "2")
-    assert ask_for_model(models).stem == "model_epoch_5"
-    shown = capsys.readouterr().err
-    assert re.search(r"  2  model_epoch_5\.pth  epoch 5 \(step 50\)  20\d\d-\d\d-\d\d \d\d:", shown)
-    assert "'4' is not a whole number from 1 to 3" in shown
-    answers(monkeypatch, "")
-    assert ask_for_model(models).stem == "model_epoch_30"
 
 
 # ---- by flags

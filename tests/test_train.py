@@ -34,7 +34,7 @@ from config import Config
 from data import load_split, to_model_range
 from diffusion import Diffusion
 from interface.folder import newest_of_run
-from interface.runs import find_teacher, make_plan
+from interface.models import list_checkpoints
 from system.randomness import seeded_generator
 
 if os.name != "nt":
@@ -208,7 +208,7 @@ def test_training_more_epochs_numbers_on_and_keeps_the_rest_aside(whole, tmp_pat
     assert muon["param_groups"][0]["weight_decay"] == 0.3
     assert adamw["param_groups"][0]["weight_decay"] == 0.3
     names = ["model_epoch_2.pth", "model_epoch_4.pth", "model_epoch_5.pth"]
-    assert [p.name for p, _ in checkpoint.list_checkpoints(models)] == names
+    assert [p.name for p, _ in list_checkpoints(models)] == names
     assert [float(r["epoch"]) for r in metrics(tmp_path)] == [1, 2, 3, 4, 5]
     assert all(float(r["learning_rate"]) <= 0.001 for r in metrics(tmp_path)[2:])
     moved = next((tmp_path / "earlier").iterdir())
@@ -722,12 +722,6 @@ def test_a_teacher_in_the_usual_folder_is_found_again_from_another(
     flags = STUDENT | {"teacher": "newest", "output_dir": "student"}
     assert run("train.py", **flags, epochs=1).code == 0  # which is the newest there from now on
     assert run("train.py", **flags, epochs=2, resume=True).code == 0
-
-
-def test_a_teacher_can_be_named_from_any_output_folder(tmp_path):
-    plan = make_plan({"teacher": "pretrained", "output_dir": str(tmp_path)})
-    assert find_teacher(plan.cfg, None) == Path("results", "models", "pretrained.pth")
-    assert plan.cfg.widths == (48, 96)
 
 
 @pytest.mark.parametrize(

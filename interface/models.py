@@ -1,0 +1,105 @@
+"""Which model a user means: by a path, a name, a number, a SHA-256, or as the newest."""
+
+import os
+import time
+from argparse import Namespace
+from contextlib import suppress
+from pathlib import Path
+
+from checkpoint import PRETRAINED, STUDENT, Progress, load
+from config import Config
+from interface.terminal import ask, log, whole_number
+from system.files import printable, sha256
+
+
+def list_checkpoints(folder: str | Path, pattern: str = "*.pth") -> list[tuple[Path, Progress]]:
+    """The readable checkpoints in a folder, the most trained last: ordered by completed steps, then
+    reduced files before whole ones, then by time. The models in git come first."""
+    found = []
+    for path in sorted(Path(folder).glob(pattern)):
+        with suppress(ValueError, OSError):  # some other file, or a damaged one, or just deleted
+            contents = load(path, only_look=True)
+            progress, trainable = Progress(**contents["progress"]), "model" in contents
+            rank = {STUDENT: 0, PRETRAINED: 1}.get(path.name, 2)
+            key = rank, progress.step, trainable, path.stat().st_mtime
+            found.append((key, path, progress))
+    return [(path, progress) for _, path, progress in sorted(found, key=lambda item: item[0])]
+
+
+def list_models(folder: Path) -> list[tuple[Path, Progress]]:
+    """All models in a folder, the most trained last. Raises ValueError if there is none."""
+    found = list_checkpoints(folder)
+    if not found:
+        raise ValueError(f"no model in {folder}; train one first: python train.py --budget 10m")
+    return found
+
+
+def find_model(text: str, folder: Path) -> Path:
+    """The model that a user means by a path, a name in `folder`, its number in the list of models
+    there, or "newest". Raises ValueError if there is none."""
+    for path in (Path(os.path.expanduser(text)), folder / text, folder / f"{text}.pth"):
+        if path.is_file():
+            return path
+    if text == "newest" or text.isdecimal():
+        found = list_models(folder)
+        number = len(found) if text == "newest" else int(text)
+        if 1 <= number <= len(found):
+            return found[number - 1][0]
+    raise ValueError(f"model = {text!r}: no such checkpoint; look in {folder}, or train one first")
+
+
+def model_with_hash(expected: str, output_dir: Path) -> Path | None:
+    """The model with a SHA-256, among those of a run folder and of its earlier runs."""
+    for path in (*output_dir.glob("models/*"), *output_dir.glob("earlier/*/*")):
+        with suppress(OSError):  # one that cannot be read
+            is_model = path.suffix in (".pth", ".safetensors") and path.is_file()
+            if is_model and sha256(path) == expected:
+                return path
+    return None
+
+
+def ask_for_model(folder: Path) -> Path:
+    """List the models in a folder and ask for one; Enter takes the newest."""
+    found = list_models(folder)
+    log(f"Models in {folder}:")
+    for number, (path, progress) in enumerate(found, 1):
+        date = time.strftime("%Y-%m-%d %H:%M", time.localtime(path.stat().st_mtime))
+        log(f"  {number}  {printable(path.name)}  {progress}  {date}")
+    return found[ask("Which model", len(found), whole_number(len(found))) - 1][0]
+
+
+def model_from_flags(args: Namespace, folder: Path) -> Path:
+    """The model that the flags name, the one that --fast takes, or the answer to a question."""
+    if args.digits is None and not args.model:
+        return ask_for_model(folder)
+    file = find_model(args.model or "newest", folder)
+    its_student = file.with_name(STUDENT)
+    if args.fast and not args.model and file.name == PRETRAINED and its_student.is_file():
+        return its_student
+    return file
+
+
+def named_teacher(text: str, output_dir: str | Path) -> Path:
+    """The model that `--teacher` means: in the folder of the student's run, or else in the default
+    one, where pretrained.pth is. Raises ValueError if there is none."""
+    for out in (output_dir, Config().output_dir):
+        with suppress(ValueError):
+            return find_model(text, Path(out, "models"))
+    raise ValueError(f"teacher = {text!r}: no such model; give a checkpoint's path, or train one")
+
+
+def find_teacher(cfg: Config, expected: str | None) -> Path:
+    """The file of a student's teacher. A run that continues needs the file with the `expected`
+    SHA-256: by now its name may mean another one, such as "newest", or it may lie among the earlier
+    runs. Raises ValueError if it is not there."""
+    if expected is None:
+        return named_teacher(cfg.teacher, cfg.output_dir)
+    with suppress(ValueError):
+        path = named_teacher(cfg.teacher, cfg.output_dir)
+        if sha256(path) == expected:
+            return path
+    for out in (cfg.output_dir, Config().output_dir):
+        if path := model_with_hash(expected, Path(out)):
+            return path
+    lost = f"no file has the SHA-256 of what this student learned from, {expected[:12]}…"
+    raise ValueError(f"teacher = {cfg.teacher!r}: {lost}; put it into {cfg.output_dir}/models")
