@@ -98,6 +98,7 @@ class Studio:
         cfg, digits = cli.settings_for_drawing(own, self.given | usual | settings), digits.strip()
         if len(parse_labels(digits, cfg.label_names)) > MOST_LABELS:
             raise ValueError(f"digits = {shortened(digits)}: too many; draw at most {MOST_LABELS}")
+        cli.check_guidance(own, cfg, has_guide=self.loaded.guide is not None)
         if cfg.steps > MOST_STEPS:
             raise ValueError(f"steps = {cfg.steps}: too many; choose at most {MOST_STEPS}")
         output = Path(f"{digits[:20]}_seed{cfg.seed}.png")
@@ -150,7 +151,11 @@ class Studio:
     def training_images(self) -> Tensor:
         """What the model was trained on, uint8 (N, C, H, W); read when first asked for."""
         cfg = cli.settings_for_drawing(self.loaded.cfg, self.given)
-        return load_split(cfg, True, torch.device("cpu"))[0]
+        images, labels = load_split(cfg, True, torch.device("cpu"))
+        if not models.fits_data(self.loaded, images, labels):
+            other = "the model was trained on other images; start the page with their folder"
+            raise ValueError(f"data_dir = {cfg.data_dir!r}: {other}")
+        return images
 
     def complete(self, sketch: str | None, label: str, keep: str, seed: str) -> Iterator[str]:
         """Completions of half a sketch, a PNG as a data: URL."""

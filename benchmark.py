@@ -165,6 +165,8 @@ def measure_sampling(cfg: Config, device: torch.device) -> dict[str, Any]:
     bf16 = pick_precision(cfg.precision, device) == "bf16"
     layout = torch.contiguous_format if bf16 else torch.channels_last  # load_model: of "auto"
     model = UNet(cfg).to(device, memory_format=layout).requires_grad_(False).eval()
+    if cfg.compile:
+        compile_network(model)
     y = torch.arange(cfg.sample_batch_size, device=device) % cfg.num_classes
 
     def seconds(cfg: Config, count: int) -> float:
@@ -174,9 +176,10 @@ def measure_sampling(cfg: Config, device: torch.device) -> dict[str, Any]:
             taken.append(seconds_of(lambda: diffusion.draw(denoiser, y[:count]), device))
         return statistics.median(taken[1:])  # the first one warms up
 
-    plain = {n: replace(cfg, steps=min(n, cfg.timesteps), guidance=1.0) for n in CALLS}
+    plain = {n: replace(cfg, steps=n, guidance=1.0) for n in CALLS if n <= cfg.timesteps}
     speed = {calls: len(y) / seconds(settings, len(y)) for calls, settings in plain.items()}
-    return {"images_per_second_at_calls": speed, "one_image_seconds": seconds(cfg, 1)}
+    one = {"one_image_seconds": seconds(cfg, 1), "one_image_calls": Diffusion(cfg).network_calls()}
+    return {"images_per_second_at_calls": speed} | one
 
 
 def peak_memory(device: torch.device) -> int | None:
@@ -284,7 +287,7 @@ training         {training["images_per_second"]:.0f} images/s, {training["tera_f
 a step, in ms    {parts}
 peak memory      {f"{memory / 1e9:.2f} GB in training" if memory else "unknown"}
 sampling         images/s by network calls per image: {speeds}
-one image        {sampling["one_image_seconds"]:.3f} s at the default settings"""
+one image        {sampling["one_image_seconds"]:.3f} s, {sampling["one_image_calls"]} calls"""
 
 
 def measured_cluster(cfg: Config, device: torch.device) -> scaling.Cluster:

@@ -96,6 +96,7 @@ class LoadedModel:
     device: torch.device
     sha256: str  # of the file
     levels: GreyLevels | None = None  # older files have none
+    data: dict[str, Any] | None = None  # what it was trained on; not in exported files
 
 
 def save(path: Path, cfg: Config, state: TrainState) -> None:
@@ -223,5 +224,5 @@ def load_model(path: str | Path, device: torch.device, compiled: bool = False) -
             network.load_state_dict(contents[name])
             if compiled:
                 compile_network(network)
-    levels = GreyLevels.from_dict(contents.get("levels"))
-    return LoadedModel(Path(path), cfg, ema, guide, progress, device, sha256(Path(path)), levels)
+    rest = sha256(Path(path)), GreyLevels.from_dict(contents.get("levels")), contents.get("data")
+    return LoadedModel(Path(path), cfg, ema, guide, progress, device, *rest)

@@ -18,14 +18,13 @@ from tqdm import tqdm
 
 from checkpoint import LoadedModel, load_model
 from config import Config
-from data import load_split, to_uint8
+from data import fingerprint, load_split, to_uint8
 from diffusion import Diffusion
 from evaluation import classifier, denoiser, plots, results
 from evaluation.evaluator import MAX_MEASURED, Evaluator, shuffled
 from evaluation.results import Result
-from interface import cli, requests
+from interface import cli, models, requests
 from interface.flags import evaluate_flags
-from interface.models import find_model
 from interface.picture import image_grid, read_npz, save_png
 from interface.terminal import sampling_bar
 from system import distributed
@@ -66,7 +65,7 @@ def evaluate_model(
     settings["match_levels"] = cfg.match_levels and loaded.levels is not None
     identity = {"model": loaded.sha256, "settings": settings}
     if evaluator:
-        identity |= evaluator.identity
+        identity |= evaluator.identity(args.samples)
     known = distributed.from_first(lambda: results.read_result(file, identity))
     if known and all(name in known for name in ("cas", "c2st") if getattr(args, name)):
         tqdm.write(f"read {file}, measured before; the pictures in images/ are left as they are")
@@ -94,11 +93,10 @@ def evaluate_file(evaluator: Evaluator, args: Namespace, output_dir: str) -> Res
     make_folders(output_dir)
     images = images.to(evaluator.device)
     labels = None if labels is None else labels.to(evaluator.device)
-    result = {"source": str(args.images), "images_sha256": sha256(args.images)}
-    result |= evaluator.identity
+    identity = {"images_sha256": sha256(args.images), **evaluator.identity(len(images))}
+    result = {"source": str(args.images)} | identity
     name = f"{args.images.stem}-{result['images_sha256'][:8]}.json"
     file = Path(output_dir, "metrics", name)
-    identity = {"images_sha256": result["images_sha256"], **evaluator.identity}
     result |= trained_metrics(results.read_result(file, identity))
     return measure(evaluator, result, images, labels, file, args)
 
@@ -189,14 +187,17 @@ def classify(loaded: LoadedModel, cfg: Config, count: int) -> None:
     images, labels = load_split(cfg, train=False, device=loaded.device)
     some = shuffled(len(images), cfg.seed)[:count].to(loaded.device)
     found = denoiser.classify(replace(loaded, cfg=cfg), images[some], labels[some])
-    result = {"model": loaded.sha256, "seed": cfg.seed, "classify": found}
+    precision = pick_precision(cfg.precision, loaded.device)
+    how = {"seed": cfg.seed, "precision": precision, "sample_batch_size": cfg.sample_batch_size}
+    tests = {"test_sha256": fingerprint(images, labels)["sha256"]}
+    result = {"model": loaded.sha256, "settings": how, **tests, "classify": found}
     print(
         f"the denoiser of {loaded.path} names the label of {found['accuracy']:.2%} of "
         f"{found['images']:,} test images, with {found['calls']} network calls an image, in "
         f"{found['seconds']:.0f} s"
     )
-    name = f"classify-{loaded.path.stem}-{loaded.sha256[:8]}-n{found['images']}-s{cfg.seed}.json"
-    file = Path(cfg.output_dir, "metrics", name)
+    name = f"classify-{loaded.path.stem}-{loaded.sha256[:8]}-n{found['images']}-s{cfg.seed}"
+    file = Path(cfg.output_dir, "metrics", f"{name}-{precision}.json")
     results.write_result(file, result)
     print(f"wrote {file}")
 
@@ -206,21 +207,25 @@ def evaluate_chosen_model(
 ) -> None:
     """Evaluate the model that --model names, or the newest."""
     folder = Path(cfg.output_dir, "models")
-    file = distributed.from_first(lambda: find_model(args.model or "newest", folder))
+    file = distributed.from_first(lambda: models.find_model(args.model or "newest", folder))
     loaded = load_model(file, device, cfg.compile)
     cfg = cli.settings_for_drawing(loaded.cfg, given)
-    swept = [given | each for each in parse_sweep(args.sweep or [])]
-    configs = [cli.settings_for_drawing(loaded.cfg, each) for each in swept]
+    swept = parse_sweep(args.sweep or [])
+    for name in given.keys() & (swept[0].keys() if swept else ()):
+        raise ValueError(f"{name} = {given[name]!r}: --sweep sets it, too; drop one of them")
+    configs = [cli.settings_for_drawing(loaded.cfg, given | each) for each in swept]
     if args.classify:
         classify(loaded, cfg, args.samples or 1000)
         return
     for each in configs:
-        requests.check_guidance(loaded, each)
+        cli.check_guidance(loaded.cfg, each, has_guide=loaded.guide is not None)
     if not args.sweep:
         requests.check_flags(loaded, cfg, given)
     only: list[Evaluator] = []  # of the first process
     distributed.from_first(lambda: only.append(Evaluator(cfg, device)))
     evaluator = only[0] if only else None
+    if evaluator and not models.fits_data(loaded, evaluator.train_images, evaluator.train_labels):
+        print(f"{loaded.path} was trained on other images than those of {cfg.data_dir}")
     real = distributed.from_first(lambda: evaluator and evaluator.real_images)
     args.samples = args.samples or min(real, MAX_MEASURED)
     if args.samples > real:
@@ -245,7 +250,7 @@ def main() -> int:
         accuracy = classifier.train_and_save(cfg)
         print(f"wrote {classifier.PATH}: {accuracy:.2%} of the test split read correctly")
     elif args.images:
-        evaluator = Evaluator(cfg, pick_device(cfg.device))
+        evaluator = Evaluator(classifier.full_mnist(cfg), pick_device(cfg.device))
         evaluate_file(evaluator, args, cfg.output_dir)
     else:
         device = pick_device(cfg.device)

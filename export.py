@@ -174,7 +174,8 @@ def main() -> int:
         else:
             loaded = load_model(file, torch.device("cpu"))
             cfg = replace(cli.settings_for_drawing(loaded.cfg, given), precision="float32")
-            requests.check_flags(loaded, cfg, given)
+            if not args.network:  # which needs no guidance
+                requests.check_flags(loaded, cfg, given)
             export_onnx((Network if args.network else Sampler)(loaded, cfg), path)
     except FileExistsError:  # since it was looked for
         raise ValueError(taken) from None

@@ -114,12 +114,11 @@ def draw_what_is_asked(args: Namespace, given: dict[str, Any], device: torch.dev
     cfg = cli.settings_for_drawing(loaded.cfg, fast | given)
     requests.check_flags(loaded, cfg, given, original.strength_of(args))
     if args.digits is not None:
-        show_digits = args.show and not requests.is_folder(args.output)
         wanted = distributed.from_first(lambda: requests.requests_from_flags(args, cfg))
-        draw_all(loaded, wanted, show_digits)
+        draw_all(loaded, wanted, args.show)
         return
     log(f"{file}: {loaded.progress}")
-    for request in requests.requests_from_answers(cfg, given.get("seed")):
+    for request in requests.requests_from_answers(cfg, given.get("seed"), loaded):
         draw_all(loaded, [request], args.show)
 
 

@@ -34,7 +34,7 @@ with modules_of_this_folder():
     from config import Config
     from data import to_uint8
     from diffusion import Diffusion
-    from interface.cli import settings_for_drawing
+    from interface.cli import check_guidance, settings_for_drawing
     from system.values import parse_labels
 
 dependencies = ["torch", "numpy", "PIL", "tqdm"]  # which torch.hub looks for
@@ -57,6 +57,7 @@ class Sampler(torch.nn.Module):
         if wrong := sorted(set(settings) - set(possible)):
             raise ValueError(f"{', '.join(wrong)}: no setting for drawing; choose from {possible}")
         cfg = settings_for_drawing(self.cfg, settings)
+        check_guidance(self.cfg, cfg, has_guide=self.guide is not None)
         labels = parse_labels(digits, cfg.label_names)
         y = torch.tensor(labels, device=next(self.network.parameters()).device)
         diffusion = Diffusion(cfg, self.levels)

@@ -126,11 +126,15 @@ def full_mnist(cfg: Config) -> Config:
 
 
 def train_and_save(cfg: Config, path: Path = PATH) -> float:
-    """Train the classifier on the training split and write it; returns its test accuracy."""
+    """Train the classifier on MNIST's training split and write it; returns its test accuracy.
+    Raises ValueError for other images in MNIST's format."""
     cfg = full_mnist(cfg)
-    make_folder(path.parent)
     device = torch.device("cpu")  # so that the file does not depend on the GPU
     images, labels = load_split(cfg, train=True, device=device)
+    if fingerprint(images, labels)["sha256"] != MNIST_SHA256:
+        other = "is not MNIST; evaluate.py trains a classifier for other digits by itself"
+        raise ValueError(f"data_dir = {cfg.data_dir!r}: {other}, without --train_evaluator")
+    make_folder(path.parent)
     net = fit(images, labels, seed=0)
     write(path, net, images)
     return accuracy(net, *load_split(cfg, train=False, device=device))

@@ -1,5 +1,7 @@
 """The evaluator: the frozen classifier, real images, and what it measures of samples."""
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -11,6 +13,7 @@ from evaluation import classifier, metrics, two_sample
 from evaluation.results import Result
 
 MAX_MEASURED = 10_000  # as many as the test split has, which sets the floor
+FEW = 5000  # images, that version 1.7 began to judge otherwise
 
 
 class Evaluator:
@@ -18,7 +21,7 @@ class Evaluator:
 
     def __init__(self, cfg: Config, device: torch.device) -> None:
         own = not classifier.is_mnist(cfg)  # a data set with a classifier of its own
-        self.cfg = cfg = cfg if own else classifier.full_mnist(cfg)
+        self.cfg = cfg = replace(cfg, max_images=0) if own else classifier.full_mnist(cfg)
         self.device = device
         train, test = (load_split(cfg, train=kind, device=device) for kind in (True, False))
         own = own or fingerprint(*train)["sha256"] != classifier.MNIST_SHA256
@@ -26,10 +29,9 @@ class Evaluator:
         path = classifier.own_classifier(cfg, train, test) if own else classifier.PATH
         sizes = cfg.img_channels, cfg.num_classes
         self.net, self.train_moments, self.sha256 = classifier.load(device, path, *sizes)
-        self.identity: Result = {"evaluator": self.sha256}  # what a result depends on
         test_sha256 = fingerprint(*test)["sha256"]
-        if own or test_sha256 != classifier.MNIST_TEST_SHA256:
-            self.identity["test_sha256"] = test_sha256
+        is_other = own or test_sha256 != classifier.MNIST_TEST_SHA256
+        self._other_tests = {"test_sha256": test_sha256} if is_other else {}
         self.label_counts = self.train_labels.bincount(minlength=cfg.num_classes).tolist()
         some = self.train_images[shuffled(len(self.train_images), seed=0)[:MAX_MEASURED].to(device)]
         self.some_train_features = classifier.features_of(self.net, some)
@@ -39,6 +41,11 @@ class Evaluator:
     def real_images(self) -> int:
         """How many there are to compare with, of each split."""
         return min(len(self.test_images), len(self.train_images))
+
+    def identity(self, count: int) -> Result:
+        """What a result of `count` images depends on, beside the images."""
+        recipe = {"recipe": 2} if count < FEW else {}  # KID's subsets, and how long C2ST trains
+        return {"evaluator": self.sha256} | self._other_tests | recipe
 
     def measure(self, images: Tensor, labels: Tensor | None) -> tuple[Result, Tensor]:
         """Measure uint8 images (N, C, H, W) with int64 labels (N,). Returns their metrics, with

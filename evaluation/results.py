@@ -34,14 +34,15 @@ ROWS = (
         for i, (low, high) in enumerate(itertools.pairwise(GREY_EDGES))
     ),
     ("nearest training image", lambda m: f"{m['nearest_median']:.2f} (median distance)"),
-    ("closer to training than any test image", lambda m: f"{m['copies']}"),
+    ("closer to training than as many test images", lambda m: f"{m['copies']}"),
 )
 
 MOST_LABELS = 20  # that have a row each
 
 SWEEP_ROW = (
-    "{sampler} {steps} {guidance:g} {guidance_low:g} {guidance_high:g} {eta:g} {calls} {fd:.4f} "
-    "{fd_over_floor:.2f} {agreement:.2%} {precision:.3f} {recall:.3f} {images_per_second:.0f}"
+    "{sampler} {steps} {guidance:g} {guidance_low:g} {guidance_high:g} {eta:g} {seed} {calls} "
+    "{fd:.4f} {fd_over_floor:.2f} {agreement:.2%} {precision:.3f} {recall:.3f} "
+    "{images_per_second:.0f}"
 )
 
 
@@ -88,10 +89,8 @@ def table(result: Result) -> str:
 
 def sweep_table(results: list[Result]) -> str:
     """A line for each result of a sweep; the best ones have an asterisk."""
-    head = (
-        "sampler steps guidance from to eta calls FD FD/floor agreement precision recall images/s"
-    )
-    rows = [("", *head.split())]
+    head = "sampler steps guidance from to eta seed calls FD FD/floor agreement precision recall"
+    rows = [("", *head.split(), "images/s")]
     for result, is_best in zip(results, pareto_best(results), strict=True):
         line = settings_used(result) | result["samples"] | result["sampling"]
         mark = "*" if is_best else ""

@@ -27,7 +27,8 @@ def _say(kind: type[BaseException], error: BaseException, where: TracebackType |
     print(f"{os.path.basename(sys.argv[0])}: {reason}", file=sys.stderr)
 
 
-if os.path.basename(sys.argv[0]) in [f"{name}.py" for name in SCRIPTS]:
+ROOT = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
+if os.path.realpath(sys.argv[0]) in [os.path.join(ROOT, f"{name}.py") for name in SCRIPTS]:
     sys.excepthook = _say  # not in programs that only import this, such as by torch.hub
     if sys.version_info < (3, 11):  # noqa: UP036 (older ones would call every checkpoint damaged)
         print(f"Python {sys.version.split()[0]} is too old; install 3.11 or later", file=sys.stderr)

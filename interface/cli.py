@@ -195,6 +195,14 @@ def settings_for_drawing(
     return cfg
 
 
+def check_guidance(trained: Config, cfg: Config, has_guide: bool) -> None:
+    """Raise ValueError for guidance by images without a label, if the model never saw any."""
+    by_label = not has_guide or cfg.guidance == 0
+    if cfg.guidance != 1 and by_label and trained.label_dropout == 0:
+        reason = "this model never learned to draw without a label; use --guidance 1"
+        raise ValueError(f"guidance = {cfg.guidance:g}: {reason}")
+
+
 class Output:
     """A text stream that never ends a run: what cannot be shown, or has no reader left, is dropped.
     Characters that its encoding lacks are shown as escapes."""

@@ -6,7 +6,7 @@ from argparse import BooleanOptionalAction, Namespace
 from config import Config
 from interface.cli import Parser, add_model_size, add_settings, expanded_path
 from interface.original import KEEP
-from interface.requests import output_name
+from interface.requests import is_folder, output_name
 from system import distributed
 from system.files import optional
 
@@ -68,8 +68,8 @@ def generate_flags() -> Namespace:
     known.add_argument("--mask", **picture, help="instead of --keep: white where pixels are kept")
     strength = {"type": float, "default": 0.6, "metavar": "FLOAT"}
     parser.add_argument("--strength", **strength, help="noise of --edit, 0 to 1 (default: 0.6)")
-    in_terminal = {"action": BooleanOptionalAction, "default": sys.stderr.isatty()}
-    parser.add_argument("--show", **in_terminal, help="show the digits in the terminal too")
+    on_screen = "show the digits in the terminal, too"
+    parser.add_argument("--show", action=BooleanOptionalAction, help=on_screen)
     add_settings(parser, set(Config.names("machine", "sampling", "picture")) - {"data_dir"})
     for flag in ("--count", "--complete", "--edit"):
         parser.needs(flag, "--digits")
@@ -80,6 +80,8 @@ def generate_flags() -> Namespace:
     with_it = ("--output", "--output_dir", "--device", "--show", "--no-show")
     parser.allows_only("--reproduce", *with_it)
     args = parser.parse_args()
+    if args.show is None:
+        args.show = sys.stderr.isatty() and not is_folder(args.output)
     if args.reproduce and args.output and not args.output.endswith(".png"):
         raise ValueError(f"output = {args.output!r}: --reproduce writes a .png")
     if args.digits is None and distributed.processes() > 1:
@@ -122,7 +124,8 @@ def benchmark_flags() -> Namespace:
     file = PATH | {"metavar": "FILE"}
     parser.add_argument("--json", **file, help="also write the figures as JSON")
     names = set(Config.names("machine", "model", "training", "sampling", "picture"))
-    add_settings(parser, names - {"accumulate", "dataset", "output_dir", "save_every"})
+    unused = {"accumulate", "dataset", "output_dir", "save_every", "match_levels"}
+    add_settings(parser, names - unused - {"preview_digits", "preview_columns"})
     add_model_size(parser)
     parser.allows_only("--scaling", "--device", "--data_dir")
     args = parser.parse_args()

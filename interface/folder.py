@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 
 import checkpoint
 from checkpoint import Progress
-from interface.models import list_checkpoints
+from interface.models import list_checkpoints, passed_over
 from system import distributed
 from system.files import atomic_write, cannot_write, first_line, make_folder, printable
 
@@ -108,7 +108,7 @@ def newest_of_run(models: Path) -> Path | None:
             print(f"passed over: {path}: holds only what drawing needs")
             reduced = reduced or path
         except ValueError as error:
-            print(f"passed over: {str(error).rpartition(';')[0] or error}")
+            print(passed_over(error))
     if paths and not reduced:
         raise ValueError(f"{models}: none of its checkpoints can be read; move them elsewhere")
     return reduced

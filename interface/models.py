@@ -3,32 +3,47 @@
 import os
 import time
 from argparse import Namespace
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from checkpoint import PRETRAINED, STUDENT, Progress, load
+from torch import Tensor
+
+from checkpoint import PRETRAINED, STUDENT, LoadedModel, Progress, load
 from config import Config
+from data import fingerprint
 from interface.terminal import ask, log, whole_number
-from system.files import printable, sha256
+from system.files import first_line, printable, sha256
 
 
-def list_checkpoints(folder: str | Path, pattern: str = "*.pth") -> list[tuple[Path, Progress]]:
+def list_checkpoints(
+    folder: str | Path, pattern: str = "*.pth", complain: Callable[[str], None] = lambda line: None
+) -> list[tuple[Path, Progress]]:
     """The readable checkpoints in a folder, the most trained last: ordered by completed steps, then
-    reduced files before whole ones, then by time. The models in git come first."""
+    reduced files before whole ones, then by time. The models in git come first. Each other file is
+    a line for `complain`."""
     found = []
     for path in sorted(Path(folder).glob(pattern)):
-        with suppress(ValueError, OSError):  # some other file, or a damaged one, or just deleted
+        try:
             contents = load(path, only_look=True)
             progress, trainable = Progress(**contents["progress"]), "model" in contents
             rank = {STUDENT: 0, PRETRAINED: 1}.get(path.name, 2)
             key = rank, progress.step, trainable, path.stat().st_mtime
             found.append((key, path, progress))
+        except (ValueError, OSError) as error:  # some other file, or damaged, or just deleted
+            complain(passed_over(error))
     return [(path, progress) for _, path, progress in sorted(found, key=lambda item: item[0])]
 
 
+def passed_over(error: Exception) -> str:
+    """A line on a checkpoint that is not used, without the remedy in its error."""
+    return f"passed over: {first_line(error).rpartition(';')[0] or first_line(error)}"
+
+
 def list_models(folder: Path) -> list[tuple[Path, Progress]]:
-    """All models in a folder, the most trained last. Raises ValueError if there is none."""
-    found = list_checkpoints(folder)
+    """All models in a folder, the most trained last; says which files cannot be read. Raises
+    ValueError if there is none."""
+    found = list_checkpoints(folder, complain=log)
     if not found:
         raise ValueError(f"no model in {folder}; train one first: python train.py --budget 10m")
     return found
@@ -56,6 +71,16 @@ def model_with_hash(expected: str, output_dir: Path) -> Path | None:
             if is_model and sha256(path) == expected:
                 return path
     return None
+
+
+def fits_data(loaded: LoadedModel, images: Tensor, labels: Tensor) -> bool:
+    """Whether a model was trained on these images and labels, or on the first ones of them. True
+    where its file does not say, as it was exported."""
+    if loaded.data is None:
+        return True
+    limit = loaded.cfg.max_images or len(images)
+    expected = fingerprint(images[:limit], labels[:limit])
+    return expected == {name: loaded.data.get(name) for name in expected}
 
 
 def ask_for_model(folder: Path) -> Path:

@@ -15,7 +15,7 @@ from checkpoint import LoadedModel
 from config import FAST, Config
 from diffusion import Diffusion
 from interface import original
-from interface.cli import check_effects
+from interface.cli import check_effects, check_guidance
 from interface.original import Original
 from interface.picture import ANIMATIONS, ENDINGS, GAP, LONGEST, MAX_ANIMATED, MAX_FRAMES
 from interface.terminal import ask, log, whole_number
@@ -44,21 +44,17 @@ def is_guided(cfg: Config, strength: float = 1.0) -> bool:
     return any(diffusion.guidance_at(t) != 1 for t in diffusion.sampling_times(strength)[:-1])
 
 
-def check_guidance(loaded: LoadedModel, cfg: Config) -> None:
-    """Raise ValueError for guidance by images without a label, if the model never saw any."""
-    by_label = not loaded.guide or cfg.guidance == 0
-    if cfg.guidance != 1 and by_label and loaded.cfg.label_dropout == 0:
-        reason = "this model never learned to draw without a label; use --guidance 1"
-        raise ValueError(f"guidance = {cfg.guidance:g}: {reason}")
-
-
 def check_flags(
     loaded: LoadedModel, cfg: Config, given: dict[str, Any], strength: float = 1.0
 ) -> None:
     """Raise ValueError if a flag (`given`: settings) would have no effect on what is drawn from
     strength · T on, or if the model cannot be guided as it should be."""
     check_effects(cfg, given)
-    check_guidance(loaded, cfg)
+    check_guidance(loaded.cfg, cfg, has_guide=loaded.guide is not None)
+    for name in ("guidance_low", "guidance_high"):
+        if name in given and cfg.guidance in (0, 1):
+            reason = f"has no effect with guidance = {cfg.guidance:g}; drop the flag"
+            raise ValueError(f"{name} = {given[name]!r}: {reason}")
     asked = any(name.startswith("guidance") for name in given)
     if asked and cfg.guidance != 1 and not is_guided(cfg, strength):
         between = f"between guidance_low = {cfg.guidance_low:g} and high = {cfg.guidance_high:g}"
@@ -210,7 +206,7 @@ def requests_from_flags(args: Namespace, cfg: Config) -> list[Request]:
     return requests
 
 
-def requests_from_answers(cfg: Config, seed: int | None) -> Iterator[Request]:
+def requests_from_answers(cfg: Config, seed: int | None, loaded: LoadedModel) -> Iterator[Request]:
     """Ask what to draw, again and again; without `seed` every picture gets a random one."""
     count = None
 
@@ -226,7 +222,8 @@ def requests_from_answers(cfg: Config, seed: int | None) -> Iterator[Request]:
             value = float(text)
         except ValueError:
             raise ValueError(f"{text!r} is not a number such as 1 or 1.5") from None
-        return replace(cfg, guidance=value).guidance
+        check_guidance(loaded.cfg, replace(cfg, guidance=value), loaded.guide is not None)
+        return value
 
     question = "Digits to draw, such as 7, 2026 or all"
     if cfg.class_names:

@@ -415,3 +415,16 @@ def test_a_student_has_no_settings(student, untrained):
     adjustable = {"Guidance", "Steps", "Sampler"}
     assert not adjustable & labels(student)
     assert adjustable <= labels(untrained())
+
+
+def test_guidance_that_a_model_never_learned_is_refused(untrained):
+    studio = untrained(label_dropout=0.0, guide_fraction=0)
+    with pytest.raises(ValueError, match="never learned to draw without a label"):
+        next(studio.draw("7", "3", False, 0.0, 3, "ddim"))
+
+
+def test_images_that_a_model_was_not_trained_on_are_not_shown_as_such(untrained, monkeypatch):
+    studio = untrained()
+    studio.loaded.data = {"images": 60_000, "shape": [1, 28, 28], "sha256": "0" * 64}
+    with pytest.raises(ValueError, match=r"data_dir = .* was trained on other images"):
+        [*studio.draw("7", "3", True, 1.0, 3, "ddim")]

@@ -52,6 +52,20 @@ def test_the_measurements_are_printed_written_and_agree(run, tmp_path, monkeypat
     assert 1e8 < training["peak_memory_bytes"] < 2e10
 
 
+def test_only_calls_that_there_can_be_are_measured(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmark, "SECONDS", 0.0)
+    compiled = []
+    monkeypatch.setattr(benchmark, "compile_network", lambda network, **_: compiled.append(network))
+    flags = FLAGS | {"timesteps": 20, "steps": 6, "guidance_low": 0, "sample_batch_size": 2}
+    result = run("benchmark.py", "--compile", **flags, json=tmp_path / "a.json")
+    assert result.code == 0, result
+    sampling = json.loads((tmp_path / "a.json").read_text())["sampling"]
+    assert list(sampling["images_per_second_at_calls"]) == ["1", "4", "8", "20"]
+    assert sampling["one_image_calls"] == 11  # of six, the first is above guidance_high
+    assert "11 calls" in result.out
+    assert len(compiled) == 2  # for training and for sampling
+
+
 def test_a_measured_step_does_to_a_model_what_a_step_of_train_does():
     measured = benchmark.Training(CFG, CPU)
     images, labels = load_split(CFG, train=True, device=CPU)

@@ -6,7 +6,7 @@ import torch
 from conftest import MNIST, assert_same
 
 from config import Config
-from data import load_split
+from data import fingerprint, load_split
 from evaluation import classifier
 from evaluation.metrics import moments
 
@@ -68,6 +68,11 @@ def test_a_classifier_is_trained_on_the_complete_split_written_and_read_again(
     monkeypatch.setattr(classifier, "load_split", small_split)
     monkeypatch.setattr(classifier, "EPOCHS", 1)
     path = tmp_path / "new" / "evaluator.pth"
+    with pytest.raises(ValueError, match="data_dir = 'digits': is not MNIST"):
+        classifier.train_and_save(Config(data_dir="digits"), path)
+    assert not path.exists()
+    asked.clear()
+    monkeypatch.setattr(classifier, "MNIST_SHA256", fingerprint(images, labels)["sha256"])
     accuracy = classifier.train_and_save(Config(img_size=32, max_images=5), path)
     assert asked == [(28, 0, True), (28, 0, False)]
     assert [each.name for each in path.parent.iterdir()] == [path.name]

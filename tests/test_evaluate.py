@@ -13,6 +13,7 @@ from test_evaluator import ClassMeans, quick_evaluator, real_images, shared_eval
 import checkpoint
 import evaluate
 from config import Config
+from data import fingerprint, read_mnist
 from diffusion import Diffusion
 from evaluate import parse_sweep
 from evaluation import classifier, metrics, two_sample
@@ -21,7 +22,7 @@ from system.machine import pick_precision
 
 CPU = torch.device("cpu")
 
-STUDENT = REPO / "results" / "models" / "student.pth"
+STUDENT, PRETRAINED = (REPO / "results" / "models" / f"{n}.pth" for n in ("student", "pretrained"))
 
 
 @pytest.fixture(autouse=True)
@@ -192,6 +193,15 @@ def test_a_bad_file_is_one_line(ready, run, tmp_path, fault, words):
         ({"images": "a.npz", "samples": 200}, ("--images allows only --cas",)),
         ({"images": "a.npz", "sweep": "steps=4"}, ("--sweep", "--images")),
         ({"sweep": "steps=4", "cas": True}, ("--sweep", "drop --cas")),
+        ({"model": PRETRAINED, "sweep": "steps=4", "steps": 6}, ("steps = 6", "--sweep sets it")),
+        (
+            {"model": PRETRAINED, "guidance": 1, "guidance_low": 0.2},
+            ("guidance_low = 0.2", "no effect with guidance = 1"),
+        ),
+        (
+            {"model": PRETRAINED, "guidance": 0, "guidance_high": 0.5},
+            ("guidance_high = 0.5", "no effect with guidance = 0"),
+        ),
         ({"model": STUDENT, "sweep": "steps=2"}, ("steps = 2", "a student learned 4")),
         ({"sweep": "steps=4", "c2st": True}, ("--sweep", "drop --c2st")),
         ({"images": "a.npz", "train_evaluator": True}, ("--train_evaluator", "--images")),
@@ -202,15 +212,19 @@ def test_bad_flags_are_one_line(run, tmp_path, flags, words):
 
 
 def test_digits_of_another_size_have_a_classifier_of_their_own(run, tmp_path, monkeypatch):
+    few = {train: [each[:256] for each in read_mnist(Config(), train)] for train in (True, False)}
+    monkeypatch.setattr("data.read_mnist", lambda cfg, train: few[train])
     monkeypatch.setattr(classifier, "LEAST_STEPS", 10)
     monkeypatch.setattr("evaluation.metrics.RESAMPLES", 3)
-    cfg = Config(img_size=16, widths=(8, 8), embedding_size=8, steps=2, max_images=256)
+    # The classifier learns from all images, however few the model did
+    cfg = Config(img_size=16, widths=(8, 8), embedding_size=8, steps=2, max_images=100)
     path = tmp_path / "small.pth"
     checkpoint.save(path, cfg, checkpoint.TrainState.initial(cfg, CPU))
     here = {"data_dir": MNIST, "output_dir": tmp_path, "device": "cpu"}
     result = run("evaluate.py", model=path, samples=200, **here)
     assert result.code == 0, result
     assert "200 images of" in result.out
+    assert "training a classifier for these 256 images" in result.out
     [own] = (tmp_path / "evaluators").glob("MNIST-16px-*.pth")
     assert f"evaluator {sha256(own)[:12]}" in result.out
 
@@ -225,9 +239,42 @@ def test_the_denoiser_names_test_images(run, tmp_path):
     )
     assert found.code == 0, found
     [file] = (tmp_path / "metrics").glob("classify-pretrained-*.json")
-    result = json.loads(file.read_text("utf-8"))["classify"]
-    assert result["accuracy"] > 0.9  # a tenth by chance
-    assert result["calls"] == 90
+    result = json.loads(file.read_text("utf-8"))
+    assert result["classify"]["accuracy"] > 0.9  # a tenth by chance
+    assert result["classify"]["calls"] == 90
+    precision = pick_precision("auto", CPU)
+    assert file.stem.endswith(f"-n32-s0-{precision}")
+    assert result["settings"] == {"seed": 0, "precision": precision, "sample_batch_size": 128}
+    assert result["test_sha256"] == classifier.MNIST_TEST_SHA256
+
+
+@pytest.mark.parametrize("max_images", [0, 256])
+def test_a_model_of_other_images_is_measured_with_a_word(ready, run, tmp_path, max_images):
+    """The evaluator here knows a part of MNIST's training images."""
+    cfg = Config(widths=(8, 8), embedding_size=8, steps=2, guide_fraction=0, max_images=max_images)
+    evaluator, limit = quick_evaluator(), max_images or None
+    images, labels = evaluator.train_images[:limit], evaluator.train_labels[:limit]
+    state = checkpoint.TrainState.initial(cfg, CPU)
+    state.data = fingerprint(images, labels) | {"teacher": "of a student"}
+    flags = {"samples": 128, "data_dir": MNIST, "output_dir": tmp_path, "device": "cpu"}
+    for name, other in (("same", False), ("other", True)):
+        if other:
+            state.data["sha256"] = "0" * 64
+        checkpoint.save(tmp_path / f"{name}.pth", cfg, state)
+        result = run("evaluate.py", model=tmp_path / f"{name}.pth", **flags)
+        assert result.code == 0, result
+        said = f"{name}.pth was trained on other images than those of {MNIST}"
+        assert (said in result.out) == other
+
+
+def test_a_file_is_measured_as_mnist_whatever_config_says(run, tmp_path, real, monkeypatch):
+    asked, quick = [], quick_evaluator()
+    monkeypatch.setattr(evaluate, "Evaluator", lambda cfg, device: asked.append(cfg) or quick)
+    edited = Config(img_size=32, dataset="FashionMNIST")
+    monkeypatch.setattr(evaluate, "Config", lambda: edited)
+    file = save(tmp_path / "samples.npz", real[0][:200])
+    assert run("evaluate.py", images=file, output_dir=tmp_path).code == 0
+    assert (asked[0].img_size, asked[0].dataset) == (28, "MNIST")
 
 
 def test_train_evaluator_writes_a_new_one_and_prints_its_accuracy(run, monkeypatch):

@@ -190,9 +190,13 @@ def test_other_digits_in_mnists_format_have_a_classifier_of_their_own(tmp_path, 
     own = Evaluator(cfg, torch.device("cpu"))
     assert asked == [(150, 200)]
     assert own.real_images == 150  # more samples could not be compared with as many
-    before = own.identity["test_sha256"]
+    before = own.identity(10_000)["test_sha256"]
     changed = bytearray((raw / "t10k-images-idx3-ubyte").read_bytes())
     changed[-1] ^= 1
     (raw / "t10k-images-idx3-ubyte").write_bytes(changed)
-    assert Evaluator(cfg, torch.device("cpu")).identity["test_sha256"] != before
-    assert list(shared_evaluator().identity) == ["evaluator"]  # of MNIST itself
+    assert Evaluator(cfg, torch.device("cpu")).identity(10_000)["test_sha256"] != before
+
+
+def test_what_a_result_depends_on(evaluator):
+    assert list(evaluator.identity(10_000)) == list(evaluator.identity(5000)) == ["evaluator"]
+    assert evaluator.identity(4999)["recipe"] == 2  # which older results of few images lack

@@ -10,6 +10,7 @@ import io
 import json
 import random
 import sys
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -219,7 +220,7 @@ def test_any_answers(tmp_path_factory, answers):
         patch.setattr(terminal, "input", lambda *_: next(waiting, "q"), raising=False)
         patch.setattr(sys, "stderr", sys.__stderr__)
         try:
-            for request in requests_from_answers(cfg, 0):
+            for request in requests_from_answers(cfg, 0, Namespace(cfg=cfg, guide=None)):
                 assert isinstance(request, Request)
         except EOFError:
             pass

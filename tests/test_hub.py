@@ -7,6 +7,12 @@ import pytest
 import torch
 from conftest import REPO
 
+import checkpoint
+from checkpoint import TrainState
+from config import Config
+
+PIPES = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "timeout": 120}
+
 
 def test_the_hub_draws_what_generate_draws(run, tmp_path):
     """From another folder, in a process of its own, as a user would, who has a model.py, too."""
@@ -36,6 +42,28 @@ assert {str(REPO)!r} not in sys.path
 
     drawn = torch.from_numpy(np.load(tmp_path / "same.npz")["arr_0"])
     assert (drawn.int() - images[:, 0].int()).abs().max() <= 1  # other threads round differently
+
+
+def test_the_errors_of_a_program_of_the_same_name_stay_the_users(tmp_path):
+    load = f'torch.hub.load({str(REPO)!r}, "mnist_diffusion", source="local")'
+    (tmp_path / "train.py").write_text(f"import torch\n{load}\n1 / 0\n")
+    done = subprocess.run([sys.executable, "train.py"], cwd=tmp_path, text=True, **PIPES)
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+    assert "a bug" not in done.stderr
+
+
+def test_guidance_that_a_model_never_learned_is_refused(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(REPO))
+    import hubconf
+
+    cfg = Config(widths=(8, 8), embedding_size=8, label_dropout=0.0)
+    checkpoint.save(tmp_path / "a.pth", cfg, TrainState.initial(cfg, torch.device("cpu")))
+    model = hubconf.mnist_diffusion(str(tmp_path / "a.pth"))
+    for settings in ({}, {"guidance": 0.0}):
+        with pytest.raises(ValueError, match="never learned to draw without a label"):
+            model.sample("7", **settings)
+    assert model.sample("7", guidance=1.0).shape == (1, 1, 28, 28)
 
 
 def test_a_wrong_label_is_named(monkeypatch):

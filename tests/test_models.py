@@ -109,3 +109,12 @@ def test_a_teacher_can_be_named_from_any_output_folder(tmp_path):
     plan = make_plan({"teacher": "pretrained", "output_dir": str(tmp_path)})
     assert find_teacher(plan.cfg, None) == Path("results", "models", "pretrained.pth")
     assert plan.cfg.widths == (48, 96)
+
+
+def test_what_cannot_be_read_is_passed_over_with_a_word(tmp_path, capsys):
+    save(tmp_path / "model_epoch_5.pth", 50)
+    save(tmp_path / "model_epoch_6.pth", 60)
+    os.truncate(tmp_path / "model_epoch_6.pth", 1000)
+    assert find_model("newest", tmp_path).stem == "model_epoch_5"
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"passed over: {tmp_path / 'model_epoch_6.pth'}: ")

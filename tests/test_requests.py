@@ -24,6 +24,7 @@ from interface.requests import (
 )
 
 CFG = Config(widths=(8, 8), embedding_size=8)
+MODEL = Namespace(cfg=CFG, guide=None)
 
 
 # ---- one file to draw
@@ -191,7 +192,7 @@ def test_answers_become_requests_and_the_last_answers_are_the_defaults(tmp_path,
     cfg = replace(CFG, output_dir=str(tmp_path), guidance=1.5)
     answers(monkeypatch, "4", "3", "2", "2026", "", "", "all", "1", "", "7", "2", "0")
     found = []
-    for request in itertools.islice(requests_from_answers(cfg, seed=5), 4):
+    for request in itertools.islice(requests_from_answers(cfg, 5, MODEL), 4):
         request.output.write_bytes(b"taken")
         found.append((request.digits, request.count, request.cfg.guidance, request.output.name))
         assert request.cfg.seed == 5
@@ -206,14 +207,14 @@ def test_answers_become_requests_and_the_last_answers_are_the_defaults(tmp_path,
 def test_the_first_defaults_are_the_usual_count_and_the_models_guidance(tmp_path, monkeypatch):
     cfg = replace(CFG, output_dir=str(tmp_path), guidance=1.5)
     answers(monkeypatch, "26", "", "")
-    request = next(requests_from_answers(cfg, seed=5))
+    request = next(requests_from_answers(cfg, 5, MODEL))
     assert (request.count, request.cfg.guidance) == (8, 1.5)
 
 
 def test_without_a_seed_every_picture_gets_one_of_its_own(tmp_path, monkeypatch):
     answers(monkeypatch, *["4", "1", ""] * 3)
     cfg = replace(CFG, output_dir=str(tmp_path))
-    asked = itertools.islice(requests_from_answers(cfg, seed=None), 3)
+    asked = itertools.islice(requests_from_answers(cfg, None, MODEL), 3)
     assert len({request.cfg.seed for request in asked}) == 3
 
 
@@ -227,6 +228,7 @@ def test_without_a_seed_every_picture_gets_one_of_its_own(tmp_path, monkeypatch)
         (("1", "3", "strong"), "'strong' is not a number such as 1 or 1.5"),
         (("1", "3", "inf"), "guidance = inf: must be at most 1000000000"),
         (("1", "3", "-2000"), "guidance = -2000.0: must be at least -1000"),
+        (("1", "3", "0"), "guidance = 0: this model never learned to draw without a label"),
     ],
     ids=lambda value: value[-1] if isinstance(value, tuple) else "",
 )
@@ -235,14 +237,15 @@ def test_an_answer_that_makes_no_sense_is_asked_for_again(
 ):
     wrong = len(lines) if lines[0] == "1" else 1  # after how many answers there is a complaint
     answers(monkeypatch, *lines[:wrong], *["1", "1", "1"][wrong - 1 :])
-    request = next(requests_from_answers(replace(CFG, output_dir=str(tmp_path)), seed=0))
+    model = Namespace(cfg=replace(CFG, label_dropout=0.0), guide="any")
+    request = next(requests_from_answers(replace(CFG, output_dir=str(tmp_path)), 0, model))
     assert request.digits == "1"
     assert message in capsys.readouterr().err
 
 
 def test_of_many_labels_fewer_variants_can_be_asked_for(tmp_path, monkeypatch, capsys):
     answers(monkeypatch, "1", "10001", "1", "all", "10001", "", "1")
-    asked = requests_from_answers(replace(CFG, output_dir=str(tmp_path)), seed=0)
+    asked = requests_from_answers(replace(CFG, output_dir=str(tmp_path)), 0, MODEL)
     assert next(asked).count == 10001
     assert next(asked).count == 10000  # ten labels: what Enter takes then
     assert "'10001' is not a whole number from 1 to 10000" in capsys.readouterr().err
@@ -252,7 +255,7 @@ def test_a_label_called_q_can_be_drawn(tmp_path, monkeypatch, capsys):
     labels = {"num_classes": 2, "class_names": "p/q", "preview_digits": "all"}
     letters = replace(CFG, **labels, output_dir=str(tmp_path))
     answers(monkeypatch, "q", "1", "1", "quit")
-    asked = requests_from_answers(letters, seed=0)
+    asked = requests_from_answers(letters, 0, MODEL)
     assert next(asked).digits == "q"
     assert "for help, quit to quit" in capsys.readouterr().err
     with pytest.raises(EOFError):
