@@ -96,7 +96,7 @@ class LoadedModel:
     device: torch.device
     sha256: str  # of the file
     levels: GreyLevels | None = None  # older files have none
-    data: dict[str, Any] | None = None  # what it was trained on; not in exported files
+    data: dict[str, Any] | None = None  # what it was trained on; missing in older files
 
 
 def save(path: Path, cfg: Config, state: TrainState) -> None:
@@ -122,9 +122,9 @@ def save(path: Path, cfg: Config, state: TrainState) -> None:
 
 
 def load(path: str | Path, *, only_look: bool = False) -> dict[str, Any]:
-    """Read a checkpoint: {format, config, progress, ema, guide, levels} and, unless export.slim
-    reduced it, {model, optimizers, metrics, data}. Raises ValueError with the path and the reason
-    if it is not one, if it is damaged, or if a tensor is not finite or does not fit the settings.
+    """Read a checkpoint: {format, config, progress, ema, guide, levels, data} and, unless
+    export.slim reduced it, {model, optimizers, metrics}. Raises ValueError with the path and the
+    reason if it is not one or damaged, or if a tensor is not finite or does not fit the settings.
 
     With `only_look`, tensors are not checked, nor read from a .pth: quick for looking at the rest.
     """
@@ -140,9 +140,10 @@ def load(path: str | Path, *, only_look: bool = False) -> dict[str, Any]:
         if contents["format"] not in (3, FORMAT):
             raise ValueError(f"format {contents['format']}, but this program reads 3 and {FORMAT}")
         Progress(**contents["progress"])  # checks it
-        if not isinstance(contents.get("data"), dict | None):
+        data = contents.get("data") or {}
+        if not isinstance(data.get("teacher", ""), str):
             raise TypeError
-        json.dumps(contents.get("data"))  # raises TypeError unless it holds plain values
+        json.dumps(data)  # raises TypeError unless it holds plain values
         cfg = Config.from_dict(contents["config"])
         if not only_look:
             _check_tensors(contents, without_weights(cfg))
@@ -203,7 +204,7 @@ def restore(path: Path, state: TrainState) -> None:
     state.totals = state.totals.new_tensor(contents["metrics"]["totals"])
     state.epoch_seconds = contents["metrics"]["seconds"]
     state.levels = GreyLevels.from_dict(contents.get("levels"))
-    state.data = contents.get("data")  # missing in files of older versions
+    state.data = contents.get("data")
 
 
 def load_model(path: str | Path, device: torch.device, compiled: bool = False) -> LoadedModel:

@@ -88,7 +88,7 @@ class Config:
     weight_decay: float = training(0.01, "weight decay of both optimizers", ge=0)
     grad_clip: float = training(1.0, "largest gradient norm; larger ones are scaled down", gt=0)
     ema_sigma_rel: float = training(
-        0.1, "width of the weight average, as a fraction of the run", gt=0, le=0.28
+        0.1, "width of the weight average, as a fraction of the run", ge=0.001, le=0.28
     )
     guide_fraction: float = model(
         0.1, "keep the averaged model at this fraction of the run as guide (0: none)", ge=0, le=0.5
@@ -175,14 +175,6 @@ class Config:
         known = {f.name: values[f.name] for f in fields(cls) if f.name in values}
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in known.items()})
 
-
-# {setting: (another, the values of that one with which it has an effect)}
-ONLY_WITH = {
-    "snr_power": ("loss_weighting", ("snr_power",)),
-    "min_snr_gamma": ("loss_weighting", ("min_snr",)),
-    "absolute_snr": ("prediction", ("x_0",)),
-    "eta": ("sampler", ("ddim", "dpmpp")),
-}
 
 # {setting: the one to read where an old checkpoint lacks it}. In format 3, clip_x_0 meant both
 # today's clip_x_0 and clip_loss

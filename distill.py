@@ -81,11 +81,13 @@ def batch_of_step(step: int, cfg: Config) -> int:
 
 
 class Distillation:
-    """The loss of the student that `cfg` describes. Raises ValueError if a batch is too small."""
+    """The loss of the student that `cfg` describes. Raises ValueError if a batch is too small, or
+    if the teacher cannot teach it."""
 
     def __init__(self, cfg: Config, teacher: LoadedModel) -> None:
         if cfg.batch_size < cfg.steps:
             raise ValueError(f"batch_size = {cfg.batch_size}: choose at least {cfg.steps} (steps)")
+        student_settings(teacher.cfg, cfg.student_steps)  # raises if it needs as few calls
         how = replace(teacher_settings(teacher.cfg), precision=cfg.precision)
         self.student, self.teacher = Diffusion(cfg), Diffusion(how)
         self.denoiser = self.teacher.guided(teacher.model, teacher.guide)

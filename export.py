@@ -31,7 +31,7 @@ from system.files import (
 )
 from system.randomness import seeded_generator
 
-TO_DRAW_WITH = ("format", "config", "progress", "ema", "guide", "levels")
+TO_DRAW_WITH = ("format", "config", "progress", "ema", "guide", "levels", "data")
 OPSET = 20  # of ONNX; onnxruntime has known it since 2023
 LARGEST_ERROR = 1e-4  # of the exported graph, in the range [-1, 1]
 TRIED = (1, 5)  # batch sizes

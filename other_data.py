@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from config import Config
 from system import distributed
-from system.files import MAX_BYTES, first_line, from_torchvision
+from system.files import MAX_BYTES, first_line, from_torchvision, printable
 from system.values import shortened
 
 PICTURES = (".png", ".jpg", ".jpeg")
@@ -43,6 +43,9 @@ def class_names(cfg: Config) -> list[str]:
     ValueError if it has none, or too many."""
     if cfg.dataset == "folder":
         root = Path(cfg.data_dir)
+        if root.resolve() in Path(cfg.output_dir, "models").resolve().parents:
+            inside = f"is in data_dir = {cfg.data_dir!r}, whose folders are labels"
+            raise ValueError(f"output_dir = {cfg.output_dir!r}: {inside}; choose another")
         found = sorted(p.name for p in root.glob("*") if p.is_dir() and not p.name.startswith("."))
         if not 1 <= len(found) <= MAX_CLASSES:
             needs = f"needs one for each label, 1 to {MAX_CLASSES}; choose another folder"
@@ -112,9 +115,11 @@ def read_folder(cfg: Config, train: bool, *, quiet: bool = False) -> tuple[Tenso
     seen = [0] * cfg.num_classes
     for path, label in tqdm(files, desc="reading pictures", leave=False, disable=None):
         try:
+            if not path.is_file():  # reading from a pipe would not end
+                raise ValueError("not a file")
             pixels = to_pixels(open_picture(path), cfg)
         except Exception as error:  # a damaged file can make Pillow raise anything
-            unread.append(f"{path} ({first_line(error)})")
+            unread.append(f"{printable(str(path))} ({first_line(error)})")
             continue
         seen[label] += 1
         if (seen[label] % 10 == 2) != train:

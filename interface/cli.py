@@ -13,7 +13,8 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TextIO
 
-from config import MODEL_SIZES, ONLY_WITH, VERSION, Config
+from config import MODEL_SIZES, VERSION, Config
+from diffusion import Diffusion
 from system import distributed
 from system.files import first_line
 from system.machine import set_up_torch
@@ -132,16 +133,43 @@ def as_flags(settings: dict[str, Any]) -> list[str]:
     return words
 
 
-def check_effects(cfg: Config, given: dict[str, Any]) -> None:
-    """Raise ValueError for a flag that would have no effect."""
+# A flag, another setting, and whether the flag has an effect with a value of that one
+ONLY_WITH: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
+    ("snr_power", "loss_weighting", lambda value: value == "snr_power"),
+    ("min_snr_gamma", "loss_weighting", lambda value: value == "min_snr"),
+    ("absolute_snr", "prediction", lambda value: value == "x_0"),
+    ("guide_label_noise", "guide_fraction", lambda value: value > 0),
+    ("eta", "sampler", lambda value: value != "ddpm"),
+    ("eta", "steps", lambda value: value > 1),
+    ("guidance_low", "guidance", lambda value: value not in (0, 1)),
+    ("guidance_high", "guidance", lambda value: value not in (0, 1)),
+)
+
+
+def check_effects(cfg: Config, given: dict[str, Any], strength: float = 1.0) -> None:
+    """Raise ValueError for a flag (`given`: settings) that would have no effect; pictures are drawn
+    from strength · T on."""
     for f in fields(Config):
-        name, values = ONLY_WITH.get(f.name, ("", ()))
-        if f.name in given and values and getattr(cfg, name) not in values:
-            reason = f"has no effect with {name} = {getattr(cfg, name)!r}; drop the flag"
-            raise ValueError(f"{f.name} = {given[f.name]!r}: {reason}")
         if f.name in given and cfg.is_student and f.metadata.get("not_in_students"):
             reason = "has no effect on a student; drop the flag"
             raise ValueError(f"{f.name} = {given[f.name]!r}: {reason}")
+    for name, other, has_effect in ONLY_WITH:
+        value = getattr(cfg, other)
+        if name in given and not has_effect(value):
+            reason = f"has no effect with {other} = {value!r}; drop the flag"
+            raise ValueError(f"{name} = {given[name]!r}: {reason}")
+    asked = given.keys() & {"guidance", "guidance_low", "guidance_high"}
+    if asked and cfg.guidance != 1 and not is_guided(cfg, strength):
+        between = f"between guidance_low = {cfg.guidance_low:g} and high = {cfg.guidance_high:g}"
+        start = f" from strength {strength:g} on" if strength < 1 else ""
+        fault = f"no sampling time{start} (steps = {cfg.steps}) is {between}; change one of them"
+        raise ValueError(f"guidance = {cfg.guidance:g}: {fault}")
+
+
+def is_guided(cfg: Config, strength: float = 1.0) -> bool:
+    """Whether guidance acts at any of the sampling times from strength · T on."""
+    diffusion = Diffusion(cfg)
+    return any(diffusion.guidance_at(t) != 1 for t in diffusion.sampling_times(strength)[:-1])
 
 
 def settings_for_training(

@@ -86,8 +86,13 @@ def curves_are_old(output_dir: str) -> bool:
 
 def leftovers(output_dir: str) -> list[Path]:
     """Temporary files of a run that was killed."""
-    kinds = ("models/.*", ".metrics*", "images/.file*", "images/.samples*", "images/.training*")
-    return [path for kind in kinds for path in Path(output_dir).glob(f"{kind}.partial")]
+    kinds = {"models": ("model_epoch_", "file"), "images": ("samples", "training", "file")}
+    return [
+        path
+        for folder, names in (kinds | {".": ("metrics",)}).items()
+        for name in names
+        for path in Path(output_dir, folder).glob(f".{name}*.partial")
+    ]
 
 
 def is_complete(output_dir: str) -> bool:
@@ -137,7 +142,7 @@ def prepare_folders(
         for folder in ("models", "images"):
             make_folder(Path(out, folder))
         for path in leftovers(output_dir):
-            path.unlink()
+            path.unlink(missing_ok=True)  # generate.py may just have removed its own
         moved, copied, rows = what_to_set_aside(out, start, step, rewritten)
         set_aside(out / "earlier", moved, copied)
         if distributed.is_torchrun():
@@ -185,7 +190,8 @@ def set_aside(earlier: Path, moved: list[Path], copied: list[Path]) -> None:
     done: list[Path] = []
     try:
         for path in copies:  # first, as a full disk may prevent it
-            shutil.copy2(path, folder / path.name)
+            partial = folder / f".{path.name}.partial"
+            os.replace(shutil.copy2(path, partial), folder / path.name)
         for path in moves:
             shutil.move(path, folder / path.name)
             done.append(path)

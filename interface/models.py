@@ -75,8 +75,8 @@ def model_with_hash(expected: str, output_dir: Path) -> Path | None:
 
 def fits_data(loaded: LoadedModel, images: Tensor, labels: Tensor) -> bool:
     """Whether a model was trained on these images and labels, or on the first ones of them. True
-    where its file does not say, as it was exported."""
-    if loaded.data is None:
+    where its file does not say, as older ones do not."""
+    if not loaded.data:
         return True
     limit = loaded.cfg.max_images or len(images)
     expected = fingerprint(images[:limit], labels[:limit])

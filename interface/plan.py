@@ -91,7 +91,9 @@ def make_plan(
     if resume:
         load = folder.newest_of_run(Path(given.get("output_dir", Config().output_dir), "models"))
     if not load:
-        cfg = student_of(given) if given.get("teacher") else with_classes(Config(), given)
+        given = ({"budget": ""} if "epochs" in given else {}) | given  # where config.py has one
+        teacher = given.get("teacher", Config().teacher)
+        cfg = student_of(teacher, given) if teacher else with_classes(Config(), given)
         check_effects(cfg, given)
         if cfg.guidance != 1 and cfg.guide_fraction == cfg.label_dropout == 0:
             needs = "needs --guide_fraction or --label_dropout above 0; or else use --guidance 1"
@@ -136,17 +138,17 @@ def make_plan(
     return plan
 
 
-def student_of(given: dict[str, Any]) -> Config:
-    """The settings of a student of the model `given["teacher"]`. Raises ValueError if there is no
-    such model, or for a setting that this student cannot have."""
-    file = named_teacher(given["teacher"], given.get("output_dir", Config().output_dir))
+def student_of(teacher_name: str, given: dict[str, Any]) -> Config:
+    """The settings of a student of a model. Raises ValueError if there is no such model, or for a
+    setting that this student cannot have."""
+    file = named_teacher(teacher_name, given.get("output_dir", Config().output_dir))
     teacher = Config.from_dict(checkpoint.load(file)["config"])
     cfg = student_settings(teacher, given.get("student_steps", Config().student_steps))
     for name in Config.names("model", "sampling"):
         if name in given and given[name] != getattr(cfg, name):
             fixed = f"a student of this teacher has {getattr(cfg, name)!r}"
             raise ValueError(f"{name} = {given[name]!r}: {fixed}; drop the flag")
-    return replace(cfg, **given)
+    return replace(cfg, **given | {"teacher": teacher_name})
 
 
 def fraction_done(cfg: Config, progress: Progress, images_per_epoch: float) -> float:

@@ -1,6 +1,7 @@
 """What a PNG says of how it was drawn, and how it is drawn again from that."""
 
 import json
+import os
 import warnings
 from contextlib import suppress
 from dataclasses import replace
@@ -61,6 +62,8 @@ def read(path: Path) -> dict[str, Any]:
                     provenance[name] = json.loads(text)
         if "model" in provenance:
             return provenance
+    if not os.access(path, os.R_OK):
+        raise ValueError(f"{path}: cannot be read; change its permissions")
     raise ValueError(f"{path}: not a PNG that generate.py wrote")
 
 

@@ -13,9 +13,8 @@ from torch import Tensor
 
 from checkpoint import LoadedModel
 from config import FAST, Config
-from diffusion import Diffusion
 from interface import original
-from interface.cli import check_effects, check_guidance
+from interface.cli import check_effects, check_guidance, is_guided
 from interface.original import Original
 from interface.picture import ANIMATIONS, ENDINGS, GAP, LONGEST, MAX_ANIMATED, MAX_FRAMES
 from interface.terminal import ask, log, whole_number
@@ -24,6 +23,7 @@ from system.randomness import draw_labels
 from system.values import counted, parse_labels, shortened
 
 MAX_IMAGES = 100_000
+MAX_PIXELS = 170_000_000  # Pillow refuses to read a little more
 # How often each digit occurs in MNIST's training split
 MNIST_COUNTS = (5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949)
 TAKEN = "exists already; choose another folder or --seed"
@@ -38,31 +38,13 @@ def fast_settings(loaded: LoadedModel) -> dict[str, Any]:
     return FAST | steps if loaded.guide else steps
 
 
-def is_guided(cfg: Config, strength: float = 1.0) -> bool:
-    """Whether guidance acts at any of the sampling times from strength · T on."""
-    diffusion = Diffusion(cfg)
-    return any(diffusion.guidance_at(t) != 1 for t in diffusion.sampling_times(strength)[:-1])
-
-
 def check_flags(
     loaded: LoadedModel, cfg: Config, given: dict[str, Any], strength: float = 1.0
 ) -> None:
     """Raise ValueError if a flag (`given`: settings) would have no effect on what is drawn from
     strength · T on, or if the model cannot be guided as it should be."""
-    check_effects(cfg, given)
+    check_effects(cfg, given, strength)
     check_guidance(loaded.cfg, cfg, has_guide=loaded.guide is not None)
-    for name in ("guidance_low", "guidance_high"):
-        if name in given and cfg.guidance in (0, 1):
-            reason = f"has no effect with guidance = {cfg.guidance:g}; drop the flag"
-            raise ValueError(f"{name} = {given[name]!r}: {reason}")
-    asked = any(name.startswith("guidance") for name in given)
-    if asked and cfg.guidance != 1 and not is_guided(cfg, strength):
-        between = f"between guidance_low = {cfg.guidance_low:g} and high = {cfg.guidance_high:g}"
-        from_here = f" from strength {strength:g} on" if strength < 1 else ""
-        fault = (
-            f"no sampling time{from_here} (steps = {cfg.steps}) is {between}; change one of them"
-        )
-        raise ValueError(f"guidance = {cfg.guidance:g}: {fault}")
     if given.get("match_levels") and not loaded.levels:
         raise ValueError(f"match_levels = True: {loaded.path} has no grey levels; drop the flag")
 
@@ -95,7 +77,9 @@ class Request:
         if type(self.count) is not int or self.count < 1:
             raise ValueError(f"count = {shortened(self.count)}: must be a whole number, at least 1")
         images = self.count * each
-        largest = MAX_IMAGES
+        largest = min(MAX_IMAGES, MAX_PIXELS // (self.cfg.img_size + GAP) ** 2)
+        if self.output.suffix == ".npz":
+            largest = MAX_IMAGES
         if self.animated:
             largest = min(MAX_ANIMATED, LONGEST // (self.cfg.img_size + GAP))
         if images > largest:
@@ -162,7 +146,7 @@ def free_name(cfg: Config, digits: str) -> Path:
     folder = Path(cfg.output_dir, "images")
     make_folder(folder)
     number = 1
-    while (path := folder / f"generated_{digits[:20]}_{number:03d}.png").exists():
+    while os.path.lexists(path := folder / f"generated_{digits[:20]}_{number:03d}.png"):
         number += 1
     return path
 
@@ -200,7 +184,7 @@ def requests_from_flags(args: Namespace, cfg: Config) -> list[Request]:
         name = cfg.label_names[label]
         path = output / f"{name}_seed{seed}.png"
         requests.append(Request(name, 1, replace(cfg, seed=seed), path, "refuse", start))
-        if path.exists():
+        if os.path.lexists(path):  # also a link to what is not there
             raise ValueError(f"{path}: {TAKEN}")
     make_folder(output)
     return requests

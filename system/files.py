@@ -63,16 +63,19 @@ def atomic_write(path: Path, *, replace: bool = True) -> Iterator[BinaryIO]:
 def check_writable(path: Path) -> None:
     """Raise ValueError if no file can be made at `path`: to be called before the work whose result
     it will hold."""
-    partial = _partial(path)
     try:
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         if path.exists() and not path.is_file():  # such as /dev/null
             raise FileExistsError(errno.EEXIST, "it is a device or a pipe")
-        open(partial, "xb").close()
-        partial.unlink(missing_ok=True)  # a run that starts meanwhile may have tidied it up
+        _try_to_write(_partial(path))
     except OSError as error:
         raise ValueError(f"{path}: {cannot_write(error)}") from None
+
+
+def _try_to_write(path: Path) -> None:
+    open(path, "xb").close()
+    path.unlink(missing_ok=True)  # a run that starts meanwhile may have tidied it up
 
 
 def make_folder(path: Path) -> None:
@@ -80,9 +83,9 @@ def make_folder(path: Path) -> None:
     written in it."""
     try:
         path.mkdir(parents=True, exist_ok=True)
+        _try_to_write(_partial(path / "file"))
     except OSError as error:
         raise ValueError(f"{path}: {cannot_write(error)}") from None
-    check_writable(path / "file")
 
 
 def cannot_write(error: OSError) -> str:
@@ -112,9 +115,11 @@ def write_tensors(path: Path, contents: dict[str, Any], *, replace: bool = True)
         file.write(buffer.getbuffer())
 
 
-def read_tensors(path: Path, kind: str, *, only_look: bool = False) -> Any:
-    """Read what write_tensors wrote; errors name its `kind`, such as "a checkpoint". Raises
-    ValueError if it is missing, damaged or too large.
+def read_tensors(
+    path: Path, kind: str, *, only_look: bool = False, remedy: str = "choose another"
+) -> Any:
+    """Read what write_tensors wrote; errors name its `kind`, such as "a checkpoint", and the
+    `remedy` if it is damaged. Raises ValueError if it is missing, damaged or too large.
 
     torch.load ignores the checksums that torch.save writes, so they are verified here first. With
     `only_look`, tensors are read from the disk only when they are used and are not verified: quick
@@ -138,7 +143,7 @@ def read_tensors(path: Path, kind: str, *, only_look: bool = False) -> Any:
     except PermissionError:
         raise ValueError(f"{path}: cannot be read; change its permissions") from None
     except Exception as error:  # a damaged file can make zipfile and torch raise almost anything
-        reason = f"damaged, or not {kind} ({first_line(error)}); choose another"
+        reason = f"damaged, or not {kind} ({first_line(error)}); {remedy}"
         raise ValueError(f"{path}: {reason}") from None
 
 

@@ -1,5 +1,8 @@
 """train.py --tensorboard: what TensorBoard reads back of a run."""
 
+import errno
+import threading
+
 import pytest
 from conftest import TINY
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -47,3 +50,17 @@ def test_a_missing_package_is_one_line(run, tmp_path, monkeypatch):
     refused = run("train.py", **TINY, output_dir=tmp_path, epochs=1, tensorboard=True)
     assert refused.code == 2
     assert "pip install -r requirement-extra.txt" in refused.err
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_board_that_cannot_be_written_is_one_line(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)  # restored afterwards
+
+    def no_space(self, data: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("tensorboard.summary.writer.record_writer.RecordWriter.write", no_space)
+    result = run("train.py", **TINY, epochs=2, output_dir=tmp_path, tensorboard=True)
+    assert result.code == 0, result
+    assert result.out.count("tensorboard not written: ") == 1
+    assert "Traceback" not in result.err

@@ -309,3 +309,12 @@ def test_progress_in_words():
     assert Progress(epoch=3, images=128, step=1405).name == "epoch_3_step_1405"
     assert str(Progress(epoch=3, images=1280, step=1414)) == "epoch 3 and 1,280 images (step 1,414)"
     assert str(Progress(epoch=3, step=1404)) == "epoch 3 (step 1,404)"
+
+
+@pytest.mark.parametrize("data", [{"teacher": 5}, [1], "text"])
+def test_data_of_another_kind_are_no_checkpoint(tmp_path, data):
+    path = tmp_path / "a.pth"
+    checkpoint.save(path, CFG, trained_state())
+    torch.save(checkpoint.load(path) | {"data": data}, path)
+    with pytest.raises(ValueError, match=r"a\.pth: not a checkpoint"):
+        checkpoint.load(path)

@@ -89,8 +89,8 @@ def test_a_classifier_is_trained_on_the_complete_split_written_and_read_again(
     ("damage", "words"),
     [
         ("missing", "no evaluator; make it: python evaluate.py --train_evaluator"),
-        ("text", "damaged, or not an evaluator"),
-        ("other weights", "not an evaluator"),
+        ("text", "damaged, or not an evaluator .*; delete it"),
+        ("other weights", "not an evaluator; delete it"),
     ],
 )
 def test_a_file_that_is_no_classifier_is_named(tmp_path, damage, words):

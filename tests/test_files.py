@@ -9,7 +9,7 @@ import torch
 from conftest import unix
 
 from system import files
-from system.files import atomic_write
+from system.files import atomic_write, make_folder
 
 # ---- writing
 
@@ -145,3 +145,9 @@ def test_a_pipe_is_never_replaced(tmp_path):
     os.mkfifo(tmp_path / "pipe.json")
     with pytest.raises(ValueError, match=r"pipe\.json: cannot be written \(it is a device"):
         files.check_writable(tmp_path / "pipe.json")
+
+
+def test_a_folder_may_hold_a_folder_of_any_name(tmp_path):
+    (tmp_path / "file").mkdir()
+    make_folder(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

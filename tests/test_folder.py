@@ -239,6 +239,15 @@ def test_a_renamed_checkpoint_does_not_replace_another_of_its_epoch(finished):
     assert (folder / "model_epoch_4.pth").read_bytes() == before
 
 
+def test_files_that_export_is_writing_are_left_alone(tmp_path):
+    models = tmp_path / "models"
+    models.mkdir()
+    (models / ".small.pth.1-ab.partial").write_text("of export.py")
+    (models / ".model_epoch_6.pth.1-ab.partial").write_text("of a killed run")
+    prepare(plan_of(tmp_path))
+    assert [path.name for path in models.iterdir()] == [".small.pth.1-ab.partial"]
+
+
 def test_files_kept_aside_in_the_same_second_get_folders_of_their_own(tmp_path, monkeypatch):
     monkeypatch.setattr(run_folder.time, "strftime", lambda form: "2026-01-01_000000")
     for text in ("first", "second"):

@@ -1,13 +1,14 @@
 """Data sets other than MNIST: one's own pictures, and MNIST's relatives by torchvision."""
 
 import json
+import os
 import struct
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import MNIST, REPO, TINY, assert_one_line
+from conftest import MNIST, REPO, TINY, assert_one_line, unix
 from PIL import Image
 
 import checkpoint
@@ -102,6 +103,26 @@ def test_a_folder_without_pictures(run, tmp_path, make, words):
     flags = NETWORK | {"data_dir": tmp_path / "pictures", "output_dir": tmp_path / "out"}
     assert_one_line(run("train.py", **flags, epochs=1), words)
     assert not (tmp_path / "out" / "models").exists()
+
+
+def test_results_among_the_labels_would_be_labels(run, tmp_path):
+    pictures = make_folder(tmp_path / "pictures", NAMES)
+    for out in (pictures, pictures / "results", pictures / "cat" / "deep"):
+        result = run("train.py", **NETWORK, data_dir=pictures, output_dir=out, epochs=1)
+        assert_one_line(result, f"output_dir = '{out}'", "whose folders are labels")
+    assert sorted(path.name for path in pictures.glob("[!.]*")) == sorted(NAMES)
+
+
+@unix
+def test_what_is_no_file_is_left_out_and_odd_names_are_shown_safely(tmp_path, capsys):
+    make_folder(tmp_path, ["cat", "dog"])
+    os.mkfifo(tmp_path / "cat" / "pipe.png")
+    (tmp_path / "cat" / "a\x1b]0;owned\a.png").write_text("no picture")
+    load_split(folder(tmp_path), True, CPU)
+    said = capsys.readouterr().out
+    assert "left out 2 of" in said
+    assert "pipe.png (not a file)" in said
+    assert "a?]0;owned?.png" in said
 
 
 def test_a_run_on_own_pictures_from_training_to_drawing_by_name(run, tmp_path):

@@ -1,6 +1,6 @@
 """What a run of train.py decides to do."""
 
-from dataclasses import replace
+from dataclasses import field, fields, make_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,17 @@ def save(folder: Path, cfg: Config = CFG, progress: Progress = HALFWAY, grid: bo
     if grid and not progress.images:
         (folder / "images" / f"samples_{progress.name}.png").write_bytes(b"a grid")
     return path
+
+
+def edit_config(monkeypatch: pytest.MonkeyPatch, **defaults: Any) -> None:
+    """Give settings in config.py other defaults, as a user may."""
+    edited = [
+        (f.name, f.type, field(default=defaults[f.name], metadata=f.metadata))
+        for f in fields(Config)
+        if f.name in defaults
+    ]
+    other = make_dataclass("Config", edited, bases=(Config,), frozen=True)
+    monkeypatch.setattr("interface.plan.Config", other)
 
 
 def plan_of(folder: Path, resume: bool = False, load: Path | None = None, **given: Any) -> Plan:
@@ -195,12 +206,37 @@ def test_flags_that_a_trained_model_cannot_take_are_named(tmp_path):
         ("min_snr_gamma", 3.0, {}),
         ("absolute_snr", 5.0, {"prediction": "v"}),
         ("eta", 0.5, {"sampler": "ddpm"}),
+        ("eta", 0.5, {"steps": 1}),
+        ("guide_label_noise", 0.5, {"guide_fraction": 0.0}),
+        ("guidance_low", 0.5, {"guidance": 1.0}),
     ],
 )
 def test_a_flag_without_effect_is_refused(tmp_path, name, value, others):
     with pytest.raises(ValueError, match=f"{name} = {value}: has no effect with .* drop the flag"):
         plan_of(tmp_path, **{name: value}, **others)
     plan_of(tmp_path, **others)  # the default of the one does not forbid the other
+
+
+@pytest.mark.parametrize(
+    "flags", [{"guidance_low": 0.9, "guidance_high": 0.4}, {"steps": 1, "guidance": 5.0}]
+)
+def test_guidance_that_would_never_act_is_refused(tmp_path, flags):
+    with pytest.raises(ValueError, match=r"guidance = .*: no sampling time .* is between"):
+        plan_of(tmp_path, **flags)
+
+
+def test_epochs_win_over_a_budget_that_is_the_default(tmp_path, monkeypatch):
+    edit_config(monkeypatch, budget="10m")
+    assert plan_of(tmp_path).cfg.budget == "10m"
+    cfg = plan_of(tmp_path, epochs=3).cfg
+    assert (cfg.budget, cfg.epochs) == ("", 3)
+
+
+def test_a_teacher_that_is_the_default_makes_a_student(tmp_path, monkeypatch):
+    teacher = str(save(tmp_path))
+    edit_config(monkeypatch, teacher=teacher)
+    cfg = plan_of(tmp_path / "new").cfg
+    assert (cfg.teacher, cfg.sampler, cfg.steps) == (teacher, "ddim", 4)
 
 
 # ---- where a checkpoint stands

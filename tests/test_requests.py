@@ -269,3 +269,19 @@ def test_what_is_drawn_is_said_in_a_few_words():
     assert how() == "dpmpp, eta 0.3, 13 steps, guidance 2.8, seed 3"
     assert how(sampler="ddpm", guidance=1) == "ddpm, 13 steps, guidance 1, seed 3"
     assert how(steps=1) == "dpmpp, eta 0.3, 1 step, guidance 2.8 (at no time), seed 3"
+
+
+def test_a_link_to_nothing_is_a_name_that_is_taken(tmp_path):
+    cfg = replace(CFG, output_dir=str(tmp_path))
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "generated_7_001.png").symlink_to(tmp_path / "gone.png")
+    assert free_name(cfg, "7").name == "generated_7_002.png"
+
+
+def test_a_grid_that_could_not_be_read_again_is_not_drawn():
+    large = replace(CFG, img_size=256)
+    most = 170_000_000 // 258**2
+    assert Request("7", most, large, Path("a.png"))
+    with pytest.raises(ValueError, match=f"images; at most {most:,}"):
+        Request("7", most + 1, large, Path("a.png"))
+    assert Request("7", most + 1, large, Path("a.npz"))

@@ -702,16 +702,23 @@ def test_a_teacher_that_its_students_run_moves_aside_is_found_again(whole, tmp_p
     assert_one_line(result, "teacher = 'newest'", "learned from", "put it into")
 
 
-def test_a_teacher_that_is_gone_and_was_not_recorded_is_named(whole, tmp_path, run):
-    """A file reduced to what drawing needs does not know its teacher's hash."""
+def test_a_reduced_student_goes_on_with_its_own_teacher_or_says_what_is_wrong(whole, tmp_path, run):
     teacher = Path(shutil.copy(whole / "models" / "model_epoch_4.pth", tmp_path / "teacher.pth"))
-    flags = STUDENT | {"output_dir": tmp_path / "student"}
+    out, small, old = tmp_path / "out", tmp_path / "small.pth", tmp_path / "old.pth"
+    flags = STUDENT | {"output_dir": out}
     assert run("train.py", **flags, teacher=teacher, epochs=1).code == 0
-    student = tmp_path / "student" / "models" / "model_epoch_1.pth"
-    export.slim(student, tmp_path / "slim.pth")
-    teacher.unlink()
-    go_on = {"load_checkpoint_path": tmp_path / "slim.pth", "continue_training_epochs": 1}
-    assert_one_line(run("train.py", **flags, **go_on), "teacher = ", "no such model")
+    export.slim(out / "models" / "model_epoch_1.pth", small)
+    torch.save(checkpoint.load(small) | {"data": None}, old)  # as earlier versions wrote them
+    teacher.rename(out / "models" / "model_of_old.pth")
+    go_on = flags | {"continue_training_epochs": 1}
+    result = run("train.py", **go_on, load_checkpoint_path=old)
+    assert_one_line(result, "teacher = 'teacher'", "no such model")
+    shutil.copy(small, out / "models" / "teacher.pth")  # a student of as many calls
+    result = run("train.py", **go_on, load_checkpoint_path=old)
+    assert_one_line(result, "student_steps = 4", "with this teacher, choose 1 or 2")
+    result = run("train.py", **go_on, load_checkpoint_path=small)
+    assert result.code == 0, result
+    assert f"training a student of {out / 'models' / 'model_of_old.pth'}" in result.out
 
 
 def test_a_teacher_in_the_usual_folder_is_found_again_from_another(
