@@ -1,4 +1,4 @@
-"""Command lines: flags made from settings, rules between flags, which value wins, errors."""
+"""Command lines: settings as flags, flags without effect, which value wins, one-line errors."""
 
 import argparse
 import os
@@ -81,13 +81,6 @@ def add_settings(parser: Any, names: Collection[str]) -> None:
             choices = f.metadata.get("choices")
             options["metavar"] = "{" + ",".join(map(str, choices)) + "}" if choices else name
         parser.add_argument(f"--{f.metadata.get('flag', f.name)}", **options)
-
-
-def add_model_size(parser: argparse.ArgumentParser) -> None:
-    """Add a flag that stands for several settings of the network; each has a flag of its own too,
-    which wins."""
-    sizes = "1.7, 6 or 20 million parameters, for a GPU (default: 1.3 million)"
-    parser.add_argument("--model_size", choices=MODEL_SIZES, help=sizes)
 
 
 def comma_numbers(text: str) -> tuple[int, ...]:

@@ -3,8 +3,8 @@
 import sys
 from argparse import BooleanOptionalAction, Namespace
 
-from config import Config
-from interface.cli import Parser, add_model_size, add_settings, expanded_path
+from config import MODEL_SIZES, Config
+from interface.cli import Parser, add_settings, expanded_path
 from interface.original import KEEP
 from interface.requests import is_folder, output_name
 from system import distributed
@@ -13,6 +13,13 @@ from system.files import optional
 PATH = {"type": expanded_path, "metavar": "PATH"}
 NUMBER = {"type": int, "metavar": "INT"}
 WHICH_MODEL = {"metavar": "TEXT", "help": "path, name, number or newest (default)"}
+
+
+def add_model_size(parser: Parser) -> None:
+    """Add a flag that stands for several settings of the network; each has a flag of its own too,
+    which wins."""
+    sizes = "1.7, 6 or 20 million parameters, for a GPU (default: 1.3 million)"
+    parser.add_argument("--model_size", choices=MODEL_SIZES, help=sizes)
 
 
 def train_flags() -> Namespace:

@@ -84,7 +84,7 @@ class Run:
         return self.state.progress.images >= self.images_per_epoch
 
     def save_due(self, epoch_done: bool) -> bool:
-        """Whether to save now, at the end of an epoch or of the run."""
+        """Whether to save after this step; it is asked after each."""
         return self.done or (epoch_done and self.state.progress.epoch % self.cfg.save_every == 0)
 
     @property

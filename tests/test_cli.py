@@ -18,7 +18,6 @@ from conftest import assert_one_line, start_script, unix
 from config import MODEL_SIZES, Config
 from interface.cli import (
     Parser,
-    add_model_size,
     add_settings,
     expanded_path,
     given_settings,
@@ -27,6 +26,7 @@ from interface.cli import (
     settings_for_drawing,
     settings_for_training,
 )
+from interface.flags import add_model_size
 
 
 @pytest.fixture
