@@ -95,6 +95,7 @@ class Studio:
         """What generate.py would be asked for."""
         own = self.loaded.cfg
         usual = {} if own.is_student else {"steps": min(own.steps, MOST_STEPS)}
+        usual |= {"guidance": 1.0} if self.is_unguided else {}
         cfg, digits = cli.settings_for_drawing(own, self.given | usual | settings), digits.strip()
         if len(parse_labels(digits, cfg.label_names)) > MOST_LABELS:
             raise ValueError(f"digits = {shortened(digits)}: too many; draw at most {MOST_LABELS}")
@@ -103,6 +104,11 @@ class Studio:
             raise ValueError(f"steps = {cfg.steps}: too many; choose at most {MOST_STEPS}")
         output = Path(f"{digits[:20]}_seed{cfg.seed}.png")
         return Request(digits, count, cfg, output, original=start)
+
+    @property
+    def is_unguided(self) -> bool:
+        """Whether the model has nothing to be guided by."""
+        return self.loaded.guide is None and self.loaded.cfg.label_dropout == 0
 
     def states(self, request: Request, noise: Any = None) -> Iterator[Tensor]:
         """The states of a picture, uint8 (N, C, H, W), from noise to the image that generate.py
@@ -246,11 +252,12 @@ def build(gr: ModuleType, studio: Studio) -> Any:
     any_seed = {"placeholder": "empty: a new one each time"}
     samplers = Config.__dataclass_fields__["sampler"].metadata["choices"]
     most = min(MOST_STEPS, cfg.timesteps)
+    guidance = 1.0 if studio.is_unguided else cfg.guidance
     draw = [
         gr.Textbox(some, label=label),
         gr.Textbox(label="Seed", **any_seed),
         gr.Checkbox(label="Nearest training images"),
-        gr.Number(cfg.guidance, label="Guidance", info="1: none; larger: clearer, more alike"),
+        gr.Number(guidance, label="Guidance", info="1: none; larger: clearer, more alike"),
         gr.Slider(1, most, min(cfg.steps, most), step=1, label="Steps"),
         gr.Radio(samplers, value=cfg.sampler, label="Sampler"),
     ]

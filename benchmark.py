@@ -304,7 +304,7 @@ def measured_cluster(cfg: Config, device: torch.device) -> scaling.Cluster:
 def main() -> int:
     args = benchmark_flags()
     given = given_settings(args)
-    cfg = replace(Config(), **given)
+    cfg = replace(Config(), teacher="", **given)
     check_effects(cfg, given)
     if args.json:
         check_writable(args.json)

@@ -122,11 +122,12 @@ def save(path: Path, cfg: Config, state: TrainState) -> None:
 
 
 def load(path: str | Path, *, only_look: bool = False) -> dict[str, Any]:
-    """Read a checkpoint: {format, config, progress, ema, guide, levels, data} and, unless
-    export.slim reduced it, {model, optimizers, metrics}. Raises ValueError with the path and the
-    reason if it is not one or damaged, or if a tensor is not finite or does not fit the settings.
+    """Read a checkpoint: {format, config, progress, ema, guide, levels, data} (older ones lack the
+    last two) and, unless export.slim reduced it, {model, optimizers, metrics}. Raises ValueError
+    with the path and the reason if it is damaged or no checkpoint, or if a tensor is not finite or
+    does not fit the settings.
 
-    With `only_look`, tensors are not checked, nor read from a .pth: quick for looking at the rest.
+    With `only_look`, tensors are not checked, nor read from a .pth: quick if only the rest matters.
     """
     path = Path(path)
     if not path.is_file():

@@ -88,7 +88,7 @@ class Config:
     weight_decay: float = training(0.01, "weight decay of both optimizers", ge=0)
     grad_clip: float = training(1.0, "largest gradient norm; larger ones are scaled down", gt=0)
     ema_sigma_rel: float = training(
-        0.1, "width of the weight average, as a fraction of the run", ge=0.001, le=0.28
+        0.1, "width of the weight average, as a fraction of the run", ge=1e-6, le=0.28
     )
     guide_fraction: float = model(
         0.1, "keep the averaged model at this fraction of the run as guide (0: none)", ge=0, le=0.5
@@ -180,8 +180,8 @@ class Config:
 # today's clip_x_0 and clip_loss
 ALIASES = {"guide_fraction": "guide_share", "clip_loss": "clip_x_0"}
 
-# What was in force before a setting existed, where that is not its default
-BEFORE = {"absolute_snr": 0.0, "bypass": False}
+# What was in force before a setting existed, where that is not its default, or may not be
+BEFORE = {"absolute_snr": 0.0, "bypass": False, "teacher": ""}
 
 # train.py --model_size: 1.7, 6 and 20 million parameters. The default network has 1.3
 MODEL_SIZES = {

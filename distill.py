@@ -87,7 +87,10 @@ class Distillation:
     def __init__(self, cfg: Config, teacher: LoadedModel) -> None:
         if cfg.batch_size < cfg.steps:
             raise ValueError(f"batch_size = {cfg.batch_size}: choose at least {cfg.steps} (steps)")
-        student_settings(teacher.cfg, cfg.student_steps)  # raises if it needs as few calls
+        steps = teacher_settings(teacher.cfg).steps
+        if steps <= cfg.steps or steps % cfg.steps:
+            wrong = f"draws in {steps} steps, not several times {cfg.steps}"
+            raise ValueError(f"{teacher.path}: {wrong}; put this student's own teacher there")
         how = replace(teacher_settings(teacher.cfg), precision=cfg.precision)
         self.student, self.teacher = Diffusion(cfg), Diffusion(how)
         self.denoiser = self.teacher.guided(teacher.model, teacher.guide)

@@ -219,8 +219,14 @@ def evaluate_chosen_model(
         return
     for each in configs:
         cli.check_guidance(loaded.cfg, each, has_guide=loaded.guide is not None)
-    if not args.sweep:
-        requests.check_flags(loaded, cfg, given)
+    faults = []
+    for each in configs:
+        try:
+            requests.check_flags(loaded, each, given)
+        except ValueError as fault:
+            faults.append(fault)
+    if len(faults) == len(configs):  # a flag that has an effect in a part of a sweep is fine
+        raise faults[0]
     only: list[Evaluator] = []  # of the first process
     distributed.from_first(lambda: only.append(Evaluator(cfg, device)))
     evaluator = only[0] if only else None

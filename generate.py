@@ -48,6 +48,8 @@ def draw_all(loaded: LoadedModel, wanted: list[Request], show_digits: bool) -> N
         for request in wanted[mine.stop :]:  # drawn by other processes, which print nothing
             print(request.output, flush=True)
         images = len(wanted)
+    if not all(map(str.isascii, wanted[0].row_names)):  # which the grid's font lacks
+        log(f"the rows from the top: {', '.join(wanted[0].row_names)}")
     log(f"{counted(images, 'image')} in {seconds:.2f} s with {loaded.path}: {wanted[0].how}")
 
 

@@ -43,9 +43,6 @@ def class_names(cfg: Config) -> list[str]:
     ValueError if it has none, or too many."""
     if cfg.dataset == "folder":
         root = Path(cfg.data_dir)
-        if root.resolve() in Path(cfg.output_dir, "models").resolve().parents:
-            inside = f"is in data_dir = {cfg.data_dir!r}, whose folders are labels"
-            raise ValueError(f"output_dir = {cfg.output_dir!r}: {inside}; choose another")
         found = sorted(p.name for p in root.glob("*") if p.is_dir() and not p.name.startswith("."))
         if not 1 <= len(found) <= MAX_CLASSES:
             needs = f"needs one for each label, 1 to {MAX_CLASSES}; choose another folder"
@@ -65,11 +62,15 @@ def class_names(cfg: Config) -> list[str]:
 
 def with_classes(cfg: Config, given: dict[str, Any]) -> Config:
     """`cfg` with the settings that are `given`, and with the number and the names of its data set's
-    labels."""
+    labels. Raises ValueError if the results would become labels."""
     defaults = Config()
     shown = given.get("preview_digits", cfg.preview_digits)
     cfg = replace(cfg, **given | {"preview_digits": "all"})  # until the labels are known
     names, own = class_names(cfg), defaults.select("classes")
+    root, out = (Path(folder).resolve() for folder in (cfg.data_dir, cfg.output_dir))
+    if cfg.dataset == "folder" and (out == root or (out.parent == root and out.name[0] != ".")):
+        inside = f"is in data_dir = {cfg.data_dir!r}, whose folders are labels"
+        raise ValueError(f"output_dir = {cfg.output_dir!r}: {inside}; choose another")
     if names != defaults.label_names:
         own = {"num_classes": len(names), "class_names": "/".join(names)}
         shown = "all" if shown == defaults.preview_digits else shown

@@ -91,17 +91,17 @@ def prepare(plan: Plan, data: dict[str, Any], device: torch.device) -> tuple[Tra
     if plan.start:
         checkpoint.restore(plan.start, state)
         state.progress = plan.progress  # the same, but for `budget_from` where a budget is new
-    weights = load_model(plan.weights, device) if plan.weights else None
+    source = load_model(plan.weights, device) if plan.weights else None
     if cfg.is_student:
-        known = state.data or (weights and weights.data) or {}
-        teacher = load_model(find_teacher(cfg, known.get("teacher")), device)
+        learned_from = (state.data or (source and source.data) or {}).get("teacher")
+        teacher = load_model(find_teacher(cfg, learned_from, exactly=not source), device)
         print(f"training a student of {teacher.path}")
         loss = Distillation(cfg, teacher).loss
         data["teacher"] = teacher.sha256
-        weights = weights or (None if plan.start else teacher)
-    if weights:  # begin with the averaged weights of another model
+        source = source or (None if plan.start else teacher)
+    if source:  # begin with the averaged weights of another model
         for network in (state.model, state.ema):
-            network.load_state_dict(weights.model.state_dict())
+            network.load_state_dict(source.model.state_dict())
     check_data(plan, state, data)
     if cfg.compile:
         compile_network(state.model, graphs=cfg.accumulate == 1)

@@ -154,7 +154,7 @@ def is_mnist(cfg: Config) -> bool:
 
 def own_classifier(cfg: Config, train: Split, test: Split) -> Path:
     """The classifier of another data set, trained unless the output folder has it already. Raises
-    ValueError if there are fewer test images than it has features, or nothing to tell apart."""
+    ValueError if there are fewer images than it has features, or nothing to tell apart."""
     if cfg.num_classes == 1:
         raise ValueError(
             f"dataset = {cfg.dataset!r}: has one label, nothing to tell apart; add another"
@@ -162,9 +162,12 @@ def own_classifier(cfg: Config, train: Split, test: Split) -> Path:
     if torch.equal(train[0], test[0]):
         alone = "no label has a second picture to test with"
         raise ValueError(f"dataset = {cfg.dataset!r}: {alone}; add pictures")
-    if len(test[0]) < FEATURES:
-        few = f"{len(test[0])} test images; the metrics need at least {FEATURES}"
-        raise ValueError(f"dataset = {cfg.dataset!r}: {few}; add pictures")
+    for kind, (images, _) in {"test": test, "training": train}.items():
+        if len(images) < FEATURES:
+            few = f"{len(images)} {kind} images; the metrics need at least {FEATURES}"
+            limit = kind == "training" and cfg.max_images
+            remedy = f"the model learned with --max_images {limit}" if limit else "add pictures"
+            raise ValueError(f"dataset = {cfg.dataset!r}: {few}; {remedy}")
     content = fingerprint(*train)["sha256"][:8]
     path = Path(cfg.output_dir, "evaluators", f"{cfg.dataset}-{cfg.img_size}px-{content}.pth")
     if not path.is_file():

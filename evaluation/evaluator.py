@@ -1,7 +1,5 @@
 """The evaluator: the frozen classifier, real images, and what it measures of samples."""
 
-from dataclasses import replace
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -21,7 +19,7 @@ class Evaluator:
 
     def __init__(self, cfg: Config, device: torch.device) -> None:
         own = not classifier.is_mnist(cfg)  # a data set with a classifier of its own
-        self.cfg = cfg = replace(cfg, max_images=0) if own else classifier.full_mnist(cfg)
+        self.cfg = cfg = cfg if own else classifier.full_mnist(cfg)
         self.device = device
         train, test = (load_split(cfg, train=kind, device=device) for kind in (True, False))
         own = own or fingerprint(*train)["sha256"] != classifier.MNIST_SHA256

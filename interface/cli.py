@@ -217,10 +217,10 @@ def settings_for_drawing(
 
 
 def check_guidance(trained: Config, cfg: Config, has_guide: bool) -> None:
-    """Raise ValueError for guidance by images without a label, if the model never saw any."""
+    """Raise ValueError for guidance by the model without a label, if it never learned that."""
     by_label = not has_guide or cfg.guidance == 0
     if cfg.guidance != 1 and by_label and trained.label_dropout == 0:
-        reason = "this model never learned to draw without a label; use --guidance 1"
+        reason = "the model cannot draw without a label (label_dropout = 0); set guidance to 1"
         raise ValueError(f"guidance = {cfg.guidance:g}: {reason}")
 
 

@@ -86,10 +86,11 @@ def curves_are_old(output_dir: str) -> bool:
 
 def leftovers(output_dir: str) -> list[Path]:
     """Temporary files of a run that was killed."""
-    kinds = {"models": ("model_epoch_", "file"), "images": ("samples", "training", "file")}
+    kinds = {"models": ("model_epoch_", "file"), ".": ("metrics",)}
+    kinds["images"] = ("samples_epoch_", "training.png", "file")
     return [
         path
-        for folder, names in (kinds | {".": ("metrics",)}).items()
+        for folder, names in kinds.items()
         for name in names
         for path in Path(output_dir, folder).glob(f".{name}*.partial")
     ]

@@ -1,5 +1,6 @@
 """Which model a user means: by a path, a name, a number, a SHA-256, or as the newest."""
 
+import functools
 import os
 import time
 from argparse import Namespace
@@ -35,6 +36,11 @@ def list_checkpoints(
     return [(path, progress) for _, path, progress in sorted(found, key=lambda item: item[0])]
 
 
+@functools.cache
+def log_once(line: str) -> None:
+    log(line)
+
+
 def passed_over(error: Exception) -> str:
     """A line on a checkpoint that is not used, without the remedy in its error."""
     return f"passed over: {first_line(error).rpartition(';')[0] or first_line(error)}"
@@ -43,7 +49,7 @@ def passed_over(error: Exception) -> str:
 def list_models(folder: Path) -> list[tuple[Path, Progress]]:
     """All models in a folder, the most trained last; says which files cannot be read. Raises
     ValueError if there is none."""
-    found = list_checkpoints(folder, complain=log)
+    found = list_checkpoints(folder, complain=log_once)
     if not found:
         raise ValueError(f"no model in {folder}; train one first: python train.py --budget 10m")
     return found
@@ -113,10 +119,10 @@ def named_teacher(text: str, output_dir: str | Path) -> Path:
     raise ValueError(f"teacher = {text!r}: no such model; give a checkpoint's path, or train one")
 
 
-def find_teacher(cfg: Config, expected: str | None) -> Path:
+def find_teacher(cfg: Config, expected: str | None, exactly: bool = True) -> Path:
     """The file of a student's teacher. A run that continues needs the file with the `expected`
-    SHA-256: by now its name may mean another one, such as "newest", or it may lie among the earlier
-    runs. Raises ValueError if it is not there."""
+    SHA-256: its name, such as "newest", may by now mean another one, or it may lie among the
+    earlier runs. Raises ValueError if it is not there, unless not `exactly` that file is needed."""
     if expected is None:
         return named_teacher(cfg.teacher, cfg.output_dir)
     with suppress(ValueError):
@@ -126,5 +132,7 @@ def find_teacher(cfg: Config, expected: str | None) -> Path:
     for out in (cfg.output_dir, Config().output_dir):
         if path := model_with_hash(expected, Path(out)):
             return path
+    if not exactly:
+        return named_teacher(cfg.teacher, cfg.output_dir)
     lost = f"no file has the SHA-256 of what this student learned from, {expected[:12]}…"
     raise ValueError(f"teacher = {cfg.teacher!r}: {lost}; put it into {cfg.output_dir}/models")

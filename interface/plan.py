@@ -16,6 +16,7 @@ from interface import folder
 from interface.cli import (
     as_flags,
     check_effects,
+    check_guidance,
     given_settings,
     machine_settings,
     quote,
@@ -45,8 +46,9 @@ class Plan:
 
 @contextmanager
 def planned(args: Namespace) -> Iterator[Plan]:
-    """The plan of train.py's flags, for the time of a `with` block, in which all processes are
-    connected and the run folder is this run's alone. Says so if there is nothing to train."""
+    """The plan of train.py's flags, for a `with` block during which, unless it only describes a
+    checkpoint, all processes are connected and the run folder is this run's alone. Says so if there
+    is nothing to train."""
     given, more = given_settings(args), args.continue_training_epochs
     resume, load = args.resume, args.load_checkpoint_path
     if only_describes(given, load, more):
@@ -95,9 +97,7 @@ def make_plan(
         teacher = given.get("teacher", Config().teacher)
         cfg = student_of(teacher, given) if teacher else with_classes(Config(), given)
         check_effects(cfg, given)
-        if cfg.guidance != 1 and cfg.guide_fraction == cfg.label_dropout == 0:
-            needs = "needs --guide_fraction or --label_dropout above 0; or else use --guidance 1"
-            raise ValueError(f"guidance = {cfg.guidance}: {needs}")
+        check_guidance(cfg, cfg, has_guide=cfg.guide_fraction > 0)
         return Plan(cfg)
     saved = checkpoint.load(load, only_look=resume)  # newest_of_run has just checked that one
     trained, progress = Config.from_dict(saved["config"]), Progress(**saved["progress"])
@@ -122,6 +122,8 @@ def make_plan(
     inside = plan.trainable and progress.images > 0
     plan.cfg, plan.notes = settings_for_training(cfg, known, mid_epoch=inside)
     check_effects(plan.cfg, given)
+    if given.keys() & {"guidance", "label_dropout"}:
+        check_guidance(plan.cfg, plan.cfg, has_guide=plan.cfg.guide_fraction > 0)
     if new_labels:
         plan.cfg = with_classes(plan.cfg, later)
         if plan.cfg.num_classes != trained.num_classes:

@@ -77,13 +77,9 @@ class Request:
         if type(self.count) is not int or self.count < 1:
             raise ValueError(f"count = {shortened(self.count)}: must be a whole number, at least 1")
         images = self.count * each
-        largest = min(MAX_IMAGES, MAX_PIXELS // (self.cfg.img_size + GAP) ** 2)
-        if self.output.suffix == ".npz":
-            largest = MAX_IMAGES
-        if self.animated:
-            largest = min(MAX_ANIMATED, LONGEST // (self.cfg.img_size + GAP))
-        if images > largest:
-            most = f"{largest:,}{f' in {self.output.suffix}' if self.animated else ''}"
+        largest = most_images(self.cfg, self.output.suffix)
+        if images > largest and self.recorded is None:
+            most = f"{largest:,}{f' in {self.output.suffix}' if largest < MAX_IMAGES else ''}"
             asked = f"{images:,}" if images < 10**15 else "too many"
             raise ValueError(f"count = {shortened(self.count)}: {asked} images; at most {most}")
 
@@ -130,14 +126,26 @@ class Request:
         return torch.tensor(labels_named(self.digits, self.cfg.label_names) * self.count)
 
 
+def most_images(cfg: Config, ending: str = ".png") -> int:
+    """How many images a file with this ending can hold."""
+    side = cfg.img_size + GAP
+    if ending in ANIMATIONS:
+        return min(MAX_ANIMATED, LONGEST // side)
+    return min(MAX_IMAGES, MAX_PIXELS // side**2) if ending == ".png" else MAX_IMAGES
+
+
 def labels_named(digits: str, names: list[str]) -> list[int]:
     """The labels of one variant of `digits`, each by its number; every label for "all"."""
     return list(range(len(names))) if digits == "all" else parse_labels(digits, names)
 
 
-def usual_count(digits: str, names: list[str]) -> int:
-    """How many variants to draw by default: 16 images, but 16 of each label of "all"."""
-    return 16 if digits in ("all", "mnist") else max(1, 16 // len(labels_named(digits, names)))
+def usual_count(digits: str, cfg: Config) -> int:
+    """How many variants to draw by default: 16 images, but 16 of each label of "all", if as many
+    fit into a file."""
+    if digits == "mnist":
+        return 16
+    each = len(labels_named(digits, cfg.label_names))
+    return max(1, min(16 if digits == "all" else 16 // each, most_images(cfg) // each))
 
 
 def free_name(cfg: Config, digits: str) -> Path:
@@ -168,7 +176,7 @@ def output_name(text: str) -> str:
 def requests_from_flags(args: Namespace, cfg: Config) -> list[Request]:
     """What --digits, --count and --output ask for: one file, or for a folder one for each image.
     Image i of a folder has seed `seed + i`. Raises ValueError if one of its files exists."""
-    usual = usual_count(args.digits, cfg.label_names)
+    usual = usual_count(args.digits, cfg)
     count = usual if args.count is None else args.count
     output = Path(args.output) if args.output else free_name(cfg, args.digits)
     if_taken, start = "replace" if args.output else "renumber", original.from_flags(args, cfg)
@@ -217,9 +225,8 @@ def requests_from_answers(cfg: Config, seed: int | None, loaded: LoadedModel) ->
     log(f"? for help, {'quit' if 'q' in cfg.label_names else 'q'} to quit.")
     while True:
         digits = ask(question, None, digits_or_all, cfg.label_names)
-        names = cfg.label_names
-        most = MAX_IMAGES // len(labels_named(digits, names))
-        usual = min(count or usual_count(digits, names), most)
+        most = most_images(cfg) // len(labels_named(digits, cfg.label_names))
+        usual = min(count or usual_count(digits, cfg), most)
         count = ask("How many", usual, whole_number(most))
         guidance = cfg.guidance if cfg.is_student else ask("Guidance", cfg.guidance, guidance_value)
         picture_seed = secrets.randbelow(2**31) if seed is None else seed

@@ -1,6 +1,7 @@
 """evaluate.py by its command line."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -199,6 +200,10 @@ def test_a_bad_file_is_one_line(ready, run, tmp_path, fault, words):
             ("guidance_low = 0.2", "no effect with guidance = 1"),
         ),
         (
+            {"model": PRETRAINED, "sweep": "steps=4,8", "guidance": 1, "guidance_low": 0.2},
+            ("guidance_low = 0.2", "no effect with guidance = 1"),
+        ),
+        (
             {"model": PRETRAINED, "guidance": 0, "guidance_high": 0.5},
             ("guidance_high = 0.5", "no effect with guidance = 0"),
         ),
@@ -216,17 +221,19 @@ def test_digits_of_another_size_have_a_classifier_of_their_own(run, tmp_path, mo
     monkeypatch.setattr("data.read_mnist", lambda cfg, train: few[train])
     monkeypatch.setattr(classifier, "LEAST_STEPS", 10)
     monkeypatch.setattr("evaluation.metrics.RESAMPLES", 3)
-    # The classifier learns from all images, however few the model did
-    cfg = Config(img_size=16, widths=(8, 8), embedding_size=8, steps=2, max_images=100)
+    cfg = Config(img_size=16, widths=(8, 8), embedding_size=8, steps=2, max_images=250)
     path = tmp_path / "small.pth"
     checkpoint.save(path, cfg, checkpoint.TrainState.initial(cfg, CPU))
     here = {"data_dir": MNIST, "output_dir": tmp_path, "device": "cpu"}
     result = run("evaluate.py", model=path, samples=200, **here)
     assert result.code == 0, result
     assert "200 images of" in result.out
-    assert "training a classifier for these 256 images" in result.out
+    assert "training a classifier for these 250 images" in result.out
     [own] = (tmp_path / "evaluators").glob("MNIST-16px-*.pth")
     assert f"evaluator {sha256(own)[:12]}" in result.out
+    checkpoint.save(path, replace(cfg, max_images=100), checkpoint.TrainState.initial(cfg, CPU))
+    result = run("evaluate.py", model=path, **here)
+    assert_one_line(result, "100 training images", "at least 128", "with --max_images 100")
 
 
 def test_the_denoiser_names_test_images(run, tmp_path):

@@ -100,7 +100,7 @@ def test_labels_as_in_mnist_are_as_frequent_and_depend_on_the_seed():
 
 def test_the_usual_count_is_sixteen_images_or_sixteen_of_each_digit():
     counts = {"7": 16, "26": 8, "2026": 4, "1" * 17: 1, "all": 16, "mnist": 16}
-    assert {digits: usual_count(digits, CFG.label_names) for digits in counts} == counts
+    assert {digits: usual_count(digits, CFG) for digits in counts} == counts
 
 
 def test_a_name_is_never_used_twice(tmp_path):
@@ -228,7 +228,7 @@ def test_without_a_seed_every_picture_gets_one_of_its_own(tmp_path, monkeypatch)
         (("1", "3", "strong"), "'strong' is not a number such as 1 or 1.5"),
         (("1", "3", "inf"), "guidance = inf: must be at most 1000000000"),
         (("1", "3", "-2000"), "guidance = -2000.0: must be at least -1000"),
-        (("1", "3", "0"), "guidance = 0: this model never learned to draw without a label"),
+        (("1", "3", "0"), "guidance = 0: the model cannot draw without a label"),
     ],
     ids=lambda value: value[-1] if isinstance(value, tuple) else "",
 )
@@ -284,4 +284,8 @@ def test_a_grid_that_could_not_be_read_again_is_not_drawn():
     assert Request("7", most, large, Path("a.png"))
     with pytest.raises(ValueError, match=f"images; at most {most:,}"):
         Request("7", most + 1, large, Path("a.png"))
-    assert Request("7", most + 1, large, Path("a.npz"))
+    for other in ("a.npz", "folder"):
+        assert Request("7", most + 1, large, Path(other))
+    names = "/".join(f"label {i}" for i in range(160))
+    many = replace(large, num_classes=160, class_names=names, preview_digits="all")
+    assert usual_count("all", many) == 15  # not 16, which would be too many
