@@ -34,6 +34,7 @@ from interface import cli, models, original, picture
 from interface.flags import app_flags
 from interface.original import KEEP, Original
 from interface.requests import Request
+from interface.settings import check_guidance, settings_for_drawing
 from system.files import first_line, optional
 from system.machine import pick_device
 from system.randomness import ImageNoise
@@ -96,10 +97,10 @@ class Studio:
         own = self.loaded.cfg
         usual = {} if own.is_student else {"steps": min(own.steps, MOST_STEPS)}
         usual |= {"guidance": 1.0} if self.is_unguided else {}
-        cfg, digits = cli.settings_for_drawing(own, self.given | usual | settings), digits.strip()
+        cfg, digits = settings_for_drawing(own, self.given | usual | settings), digits.strip()
         if len(parse_labels(digits, cfg.label_names)) > MOST_LABELS:
             raise ValueError(f"digits = {shortened(digits)}: too many; draw at most {MOST_LABELS}")
-        cli.check_guidance(own, cfg, has_guide=self.loaded.guide is not None)
+        check_guidance(own, cfg, has_guide=self.loaded.guide is not None)
         if cfg.steps > MOST_STEPS:
             raise ValueError(f"steps = {cfg.steps}: too many; choose at most {MOST_STEPS}")
         output = Path(f"{digits[:20]}_seed{cfg.seed}.png")
@@ -156,7 +157,7 @@ class Studio:
     @functools.cached_property
     def training_images(self) -> Tensor:
         """What the model was trained on, uint8 (N, C, H, W); read when first asked for."""
-        cfg = cli.settings_for_drawing(self.loaded.cfg, self.given)
+        cfg = settings_for_drawing(self.loaded.cfg, self.given)
         images, labels = load_split(cfg, True, torch.device("cpu"))
         if not models.fits_data(self.loaded, images, labels):
             other = "the model was trained on other images; start the page with their folder"

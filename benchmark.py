@@ -32,8 +32,9 @@ from diffusion import Diffusion
 from evaluation import scaling
 from evaluation.evaluator import MAX_MEASURED
 from evaluation.results import aligned
-from interface.cli import as_flags, check_effects, given_settings, run_script
+from interface.cli import as_flags, given_settings, run_script
 from interface.flags import benchmark_flags
+from interface.settings import check_effects
 from model import UNet, without_weights
 from system.files import atomic_write, check_writable
 from system.machine import compile_network, pick_device, pick_precision

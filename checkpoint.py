@@ -21,7 +21,7 @@ from optimizer import make_optimizers, split_parameters
 from system.files import first_line, read_safetensors, read_tensors, sha256, write_tensors
 from system.machine import check_step, compile_network, pick_precision
 
-FORMAT = 4  # format 3 is still read: config.ALIASES fills in the settings that it lacks
+FORMAT = 4  # format 3 is still read: see config.ALIASES and BEFORE, and load_model
 STUDENT, PRETRAINED = "student.pth", "pretrained.pth"  # the models in git
 
 
@@ -63,7 +63,7 @@ class TrainState:
     totals: Tensor  # (2,) sums over the current epoch's steps: loss, gradient norm
     epoch_seconds: float = 0.0  # training time of the current epoch
     levels: GreyLevels | None = None  # give samples of `ema` real grey levels
-    data: dict[str, Any] | None = None  # what is trained on, as data.fingerprint says
+    data: dict[str, Any] | None = None  # data.fingerprint of the training data; a student's teacher
 
     @classmethod
     def initial(cls, cfg: Config, device: torch.device) -> "TrainState":
@@ -142,7 +142,7 @@ def load(path: str | Path, *, only_look: bool = False) -> dict[str, Any]:
             raise ValueError(f"format {contents['format']}, but this program reads 3 and {FORMAT}")
         Progress(**contents["progress"])  # checks it
         data = contents.get("data") or {}
-        if not isinstance(data.get("teacher", ""), str):
+        if not isinstance(data.get("teacher", ""), str):  # the SHA-256 of a student's teacher
             raise TypeError
         json.dumps(data)  # raises TypeError unless it holds plain values
         cfg = Config.from_dict(contents["config"])
@@ -150,8 +150,7 @@ def load(path: str | Path, *, only_look: bool = False) -> dict[str, Any]:
             _check_tensors(contents, without_weights(cfg))
             GreyLevels.from_dict(contents.get("levels"))
     except ValueError as error:
-        reason = first_line(error)
-        raise ValueError(f"{path}: {reason}; choose another checkpoint, or train one") from None
+        raise ValueError(f"{path}: {first_line(error)}; choose another, or train one") from None
     except Exception:  # contents of another program or of a stranger can be anything
         raise ValueError(f"{path}: not a checkpoint of this program; choose another") from None
     return contents
@@ -199,8 +198,7 @@ def restore(path: Path, state: TrainState) -> None:
         state.guide = copy.deepcopy(state.ema)
         state.guide.load_state_dict(contents["guide"])
     for optimizer, saved in zip(state.optimizers, contents["optimizers"], strict=True):
-        settings = optimizer.state_dict()["param_groups"]
-        optimizer.load_state_dict({"state": saved["state"], "param_groups": settings})
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": saved["state"]})
     state.progress = Progress(**contents["progress"])
     state.totals = state.totals.new_tensor(contents["metrics"]["totals"])
     state.epoch_seconds = contents["metrics"]["seconds"]
@@ -210,7 +208,7 @@ def restore(path: Path, state: TrainState) -> None:
 
 def load_model(path: str | Path, device: torch.device, compiled: bool = False) -> LoadedModel:
     """The model of a checkpoint, built from the file alone. Raises ValueError as load does."""
-    contents = load(path)
+    path, contents = Path(path), load(path)
     cfg, progress = Config.from_dict(contents["config"]), Progress(**contents["progress"])
     if contents["format"] == 3:  # at that time config.py, not the checkpoint, said how to draw
         defaults = Config().select("sampling")
@@ -226,5 +224,5 @@ def load_model(path: str | Path, device: torch.device, compiled: bool = False) -
             network.load_state_dict(contents[name])
             if compiled:
                 compile_network(network)
-    rest = sha256(Path(path)), GreyLevels.from_dict(contents.get("levels")), contents.get("data")
-    return LoadedModel(Path(path), cfg, ema, guide, progress, device, *rest)
+    levels, data = GreyLevels.from_dict(contents.get("levels")), contents.get("data")
+    return LoadedModel(path, cfg, ema, guide, progress, device, sha256(path), levels, data)

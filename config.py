@@ -27,16 +27,15 @@ model = partial(setting, group="model")  # cannot change once a model has been t
 student = partial(setting, group="student")  # cannot change either
 classes = partial(setting, group="classes")  # given by the data set; has no flag
 training = partial(setting, group="training")
-denoising = partial(training, not_in_students=True)  # of the loss that a student does not have
+denoising = partial(training, not_in_students=True)  # of the denoising loss, which students lack
 length = partial(setting, group="length")  # how long a run is
-sampling = partial(setting, group="sampling")  # how to draw with a model: comes with its checkpoint
-picture = partial(setting, group="picture")  # how to draw one picture: not taken from the model
-# A PNG records the last two groups
+sampling = partial(setting, group="sampling")  # how a model draws: in its checkpoint, in every PNG
+picture = partial(setting, group="picture")  # how one picture is drawn: in its PNG
 
 
 @dataclass(frozen=True)
 class Config:
-    """All settings. For a bad one, raises a ValueError that names it, its value and the remedy."""
+    """All settings. Raises a ValueError that names an invalid one, its value and the remedy."""
 
     # Where things are
     data_dir: str = machine("mnist_data", "folder of the data set, to which MNIST is downloaded")
@@ -59,7 +58,7 @@ class Config:
     dense_size: int = model(128, "hidden units of a whole-image layer (0: none)", ge=0, le=8192)
     attention: bool = model(False, "self-attention at the coarsest level")
     bypass: bool = model(True, "a linear path around the last norm, for exact grey levels")
-    embedding_size: int = model(128, "time and label embedding", ge=2, le=4096, multiple_of=2)
+    embedding_size: int = model(128, "width of the embeddings", ge=2, le=4096, multiple_of=2)
 
     # Diffusion
     timesteps: int = model(1000, "number of timesteps T", ge=2, le=10_000)
@@ -71,7 +70,7 @@ class Config:
     snr_power: float = training(0.25, "snr_power: x_0's error is weighted by snr^this", ge=0, le=1)
     min_snr_gamma: float = training(5.0, "min_snr: largest weight of x_0's error", gt=0)
     timestep_power: float = denoising(0.7, "t is T * u^this, u uniform (below 1: more noise)", gt=0)
-    absolute_snr: float = training(10.0, "snr above which errors count unsquared (0: none)", ge=0)
+    absolute_snr: float = training(10.0, "snr above which errors count unsquared (0: never)", ge=0)
     clip_loss: bool = training(True, "no loss where clamping (clip_x_0) makes x_0_hat exact")
     label_dropout: float = denoising(0.1, "fraction of images trained without a label", ge=0, le=1)
 
@@ -90,17 +89,13 @@ class Config:
     ema_sigma_rel: float = training(
         0.1, "width of the weight average, as a fraction of the run", ge=1e-6, le=0.28
     )
-    guide_fraction: float = model(
-        0.1, "keep the averaged model at this fraction of the run as guide (0: none)", ge=0, le=0.5
-    )
-    guide_label_noise: float = denoising(
-        0.3, "fraction of labels made random for the guide", ge=0, le=1
-    )
+    guide_fraction: float = model(0.1, "part of the run spent on a guide (0: none)", ge=0, le=0.5)
+    guide_label_noise: float = denoising(0.3, "share of random labels for the guide", ge=0, le=1)
     teacher: str = student("", "train a student of this model: path, name, number or newest")
     student_steps: int = student(4, "network calls of a student per image", ge=1, le=8)
     save_every: int = training(5, "epochs between checkpoints", ge=1)
-    preview_digits: str = training("0123456789", "labels in each sample grid; all: ten at most")
-    preview_columns: int = training(10, "samples of each digit in that grid", ge=1, le=100)
+    preview_digits: str = training("0123456789", "labels in each sample grid; all: the first ten")
+    preview_columns: int = training(10, "samples of each label in each grid", ge=1, le=100)
 
     # Sampling, in the order in which pictures carry these settings
     sampler: str = sampling("dpmpp", "sampling method", choices=("ddpm", "ddim", "dpmpp"))
@@ -144,7 +139,7 @@ class Config:
 
     @property
     def label_names(self) -> list[str]:
-        """The name of each label: those of the data set, or its number."""
+        """The name of each label: the data set's, or its number."""
         numbers = map(str, range(self.num_classes))
         return self.class_names.split("/") if self.class_names else list(numbers)
 
@@ -176,7 +171,7 @@ class Config:
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in known.items()})
 
 
-# {setting: the one to read where an old checkpoint lacks it}. In format 3, clip_x_0 meant both
+# {setting: the older one to read in a checkpoint that lacks it}. In format 3, clip_x_0 meant both
 # today's clip_x_0 and clip_loss
 ALIASES = {"guide_fraction": "guide_share", "clip_loss": "clip_x_0"}
 
@@ -190,5 +185,5 @@ MODEL_SIZES = {
     "large": {"widths": (128, 256), "blocks": 3, "dense_size": 320, "embedding_size": 256},
 }
 
-# How generate.py --fast draws with a guided model that is no student: in 6 network calls, not 19
+# How generate.py --fast draws with a model that has a guide: in 6 network calls, not 19
 FAST = {"steps": 5, "eta": 0.3, "guidance": 4.2, "guidance_low": 0.5, "guidance_high": 0.7}

@@ -18,7 +18,7 @@ def load_split(cfg: Config, train: bool, device: torch.device) -> tuple[Tensor, 
     MNIST's files that are missing in `data_dir` are downloaded. Raises ValueError with the folder
     and the remedy where that fails, or where the files do not hold what the settings say.
     """
-    other_data.check_kind(cfg)
+    other_data.check_labels(cfg)
     read = {"MNIST": read_mnist, "folder": other_data.read_folder}
     images, labels = read.get(cfg.dataset, other_data.read_by_torchvision)(cfg, train)
     if train and cfg.max_images:
@@ -29,14 +29,15 @@ def load_split(cfg: Config, train: bool, device: torch.device) -> tuple[Tensor, 
 
 
 def read_mnist(cfg: Config, train: bool) -> tuple[Tensor, Tensor]:
-    folder, name = Path(cfg.data_dir, "MNIST", "raw"), "train" if train else "t10k"
+    name = "train" if train else "t10k"
+    folder = Path(cfg.data_dir, "MNIST", "raw")
     images = read_idx(folder, f"{name}-images-idx3-ubyte", dimensions=3)[:, None]  # (N, 1, H, W)
     labels = read_idx(folder, f"{name}-labels-idx1-ubyte", dimensions=1).long()  # (N,)
     if len(images) != len(labels):
         raise ValueError(f"{folder}: {len(images)} {name} images but {len(labels)} labels")
     if labels.max() >= cfg.num_classes:
-        digits = f"digits 0 to {cfg.num_classes - 1}"
-        raise ValueError(f"{folder}: {name} labels up to {labels.max()}, but {digits} are known")
+        known = f"the model knows digits 0 to {cfg.num_classes - 1}"
+        raise ValueError(f"{folder}: {name} labels up to {labels.max()}, but {known}")
     return images, labels
 
 

@@ -21,9 +21,9 @@ from system.randomness import ImageNoise
 
 Model = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x_t, t (B,), y) -> eps, v or x_0
 Denoiser = Callable[[Tensor, int, Tensor], Tensor]  # (x_t, t, y) -> x_0_hat
-NEGLIGIBLE = 0.02  # 2.5 grey levels: a pseudo-Huber loss is about squared below, absolute above
+HUBER_DELTA = 0.02  # 2.5 grey levels: smaller errors count about squared, larger ones unsquared
 
-# Ho et al. 2020: beta rises linearly from 1e-4 to 0.02 in 1000 steps
+# Ho et al. 2020: beta rises linearly from 1e-4 to 0.02 in 1000 steps, after 0 for t = 0
 _HO_BETA = np.concatenate([[0.0], np.linspace(1e-4, 0.02, 1000)])
 
 
@@ -39,17 +39,16 @@ def make_alpha_bar(schedule: str, T: int) -> Tensor:
         s = 0.008
         alpha_bar = (np.cos((u + s) / (1 + s) * np.pi / 2) / np.cos(s / (1 + s) * np.pi / 2)) ** 2
     else:  # "sigmoid"
-        at = 1 / (1 + np.exp(3 - 6 * u))  # the logistic function from -3 to 3
-        alpha_bar = (at[-1] - at) / (at[-1] - at[0])
+        logistic = 1 / (1 + np.exp(3 - 6 * u))  # from -3 to 3
+        alpha_bar = (logistic[-1] - logistic) / (logistic[-1] - logistic[0])
     if schedule != "linear":
-        floor = np.prod(1 - _HO_BETA)
-        alpha_bar = alpha_bar + floor * (1 - alpha_bar)
+        alpha_bar = alpha_bar + np.prod(1 - _HO_BETA) * (1 - alpha_bar)
     return torch.from_numpy(alpha_bar)
 
 
 class Diffusion:
-    """The process that `cfg` describes. Its tables are float64, indexed by t = 0…T. What it draws
-    gets the grey `levels` of a trained model, if it has some and `match_levels` says so."""
+    """The process that `cfg` describes. Its tables are float64, indexed by t = 0…T. Samples get
+    the grey `levels` of a trained model, if they are given and `match_levels` is on."""
 
     def __init__(self, cfg: Config, levels: GreyLevels | None = None) -> None:
         self.cfg = cfg
@@ -69,7 +68,7 @@ class Diffusion:
 
         "uniform" is 1 (for eps and `timestep_power` 1: Ho et al. 2020, eq. 14). The others weight
         the error of x_0, converted to the error of what is predicted: "min_snr" by min(snr, gamma)
-        (Hang et al. 2023), "snr_power" by snr^power, for which snr is limited to 0.01…100. Power 0
+        (Hang et al. 2023), "snr_power" by snr^power, with snr limited to 0.01…100. Power 0
         weights the error of x_0 evenly, power 1 that of eps.
         """
         cfg, snr = self.cfg, self.snr[1:]
@@ -100,10 +99,8 @@ class Diffusion:
 
     def target(self, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """What the network should predict: eps, x_0, or v of Salimans & Ho 2022, section 4."""
-        if self.cfg.prediction == "x_0":
-            return x_0
-        if self.cfg.prediction == "eps":
-            return eps
+        if self.cfg.prediction != "v":
+            return x_0 if self.cfg.prediction == "x_0" else eps
         signal_scale, noise_scale, _ = self.coefficients(t, x_0)
         return signal_scale * eps - noise_scale * x_0
 
@@ -144,8 +141,8 @@ class Diffusion:
         """The loss where x_0 and eps are the right answer for x_t (B, C, H, W); t int64 (B,).
 
         It is a weighted mean squared error. But where a network predicts x_0 and little noise is
-        left (snr above `absolute_snr`), errors count unsquared: the squares of a few grey levels
-        are too small to matter, and such errors would remain as faint specks.
+        left (snr above `absolute_snr`), errors count unsquared (pseudo-Huber): the squares of a few
+        grey levels are too small to matter, and such errors would remain as faint specks.
 
         With `clip_loss` a pixel costs nothing where clamping x_0_hat to [-1, 1] gives x_0 exactly.
         With `clip_x_0` the sampler clamps as well, so a black pixel may be predicted as -1 or
@@ -157,7 +154,7 @@ class Diffusion:
         signal_scale, noise_scale, weight = self.coefficients(t, x_0)
         if self.cfg.absolute_snr and self.cfg.prediction == "x_0":
             little_noise = signal_scale.square() > self.cfg.absolute_snr * noise_scale.square()
-            error = torch.where(little_noise, (error + NEGLIGIBLE**2).sqrt() - NEGLIGIBLE, error)
+            error = torch.where(little_noise, (error + HUBER_DELTA**2).sqrt() - HUBER_DELTA, error)
         if self.cfg.clip_loss:
             x_0_hat = self.x_0_from(prediction, x_t, t)
             error = error.masked_fill(x_0_hat.clamp(-1, 1) == x_0, 0)
@@ -165,9 +162,8 @@ class Diffusion:
 
     def predict(self, model: Model, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """The model's eps, v or x_0, in x_t's dtype, computed in the configured precision."""
-        device = x_t.device
-        bf16 = pick_precision(self.cfg.precision, device) == "bf16"
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        bf16 = pick_precision(self.cfg.precision, x_t.device) == "bf16"
+        with torch.autocast(x_t.device.type, torch.bfloat16, enabled=bf16):
             # A copy, because a compiled network on a GPU may write its next output over this one
             return model(x_t, t, y).to(x_t.dtype, copy=True)
 
@@ -210,12 +206,11 @@ class Diffusion:
 
     def network_calls(self) -> int:
         """Network calls per image: one for each time, two where guidance is neither 0 nor 1."""
-        w = [self.guidance_at(t) for t in self.sampling_times()[:-1]]
-        return sum(1 if each in (0, 1) else 2 for each in w)
+        return sum(1 if self.guidance_at(t) in (0, 1) else 2 for t in self.sampling_times()[:-1])
 
     def sampling_times(self, strength: float = 1.0) -> list[int]:
         """T = t_0 > t_1 > … > t_steps = 0, evenly spaced. With a strength below 1 the list begins
-        with strength · T and goes on with those of these times that are lower."""
+        with strength · T and continues with the lower ones of these times."""
         steps, first = self.cfg.steps, max(1, round(strength * self.T))
         times = [(self.T * i + steps // 2) // steps for i in range(steps, -1, -1)]  # rounded
         return [first, *(t for t in times if t < first)]
@@ -241,8 +236,7 @@ class Diffusion:
             denoiser = keep_known(denoiser, original, known)
         elif original is not None:
             x = self.add_noise(original.expand_as(x), torch.full_like(y, times[0]), x)
-        states = self.trajectory(denoiser, x, y, times, noise)
-        for t, state in zip(times, states, strict=True):
+        for t, state in zip(times, self.trajectory(denoiser, x, y, times, noise), strict=True):
             if t == 0 and self.levels:
                 state = self.levels.match(state, noise.uniform())
                 if known is not None:
@@ -261,24 +255,23 @@ class Diffusion:
         algorithm 2).
         """
         yield x
-        before, t_before = None, 0
+        x_0_last = t_last = None
         for t, s in itertools.pairwise(times):
             x_0_hat = estimate = denoiser(x, t, y)
-            if self.cfg.sampler == "dpmpp" and before is not None and s > 0:  # log_snr_0: infinite
-                # Half the ratio of the steps' lengths in log_snr; with noise, the paper's SDE form
-                last, now, after = (self.log_snr_at[each] for each in (t_before, t, s))
-                estimate = x_0_hat + (after - now) / (now - last) / 2 * (x_0_hat - before)
+            if self.cfg.sampler == "dpmpp" and t_last and s > 0:  # log_snr at 0 is infinite
+                # 1 / (2 r) of the paper, r the ratio of step lengths in log_snr; eta = 1: SDE form
+                last, now, after = (self.log_snr_at[each] for each in (t_last, t, s))
+                estimate = x_0_hat + (after - now) / (now - last) / 2 * (x_0_hat - x_0_last)
             x = self.step(x, estimate, t, s, noise)
             yield x
-            before, t_before = x_0_hat, t
+            x_0_last, t_last = x_0_hat, t
 
     def step(
         self, x: Tensor, x_0_hat: Tensor, t: int, s: int, noise: ImageNoise | None = None
     ) -> Tensor:
         """x_s from x_t and x_0_hat. Song et al. 2021, eq. 12 and 16; with eta = 1 it is the
         posterior q(x_s | x_t, x_0) of Ho et al. 2020, eq. 6 and 7. At s = 0 no noise is added."""
-        # Eq. 12, sqrt(a_s) x_0_hat + sqrt(1 - a_s - variance) eps_hat, with the eps_hat that x and
-        # x_0_hat imply; a is alpha_bar
+        # Eq. 12; a is alpha_bar, and eps_hat = (x - sqrt(a_t) x_0_hat) / sqrt(1 - a_t)
         a_t, a_s = self.alpha_bar_at[t], self.alpha_bar_at[s]
         variance = self.eta**2 * (1 - a_s) / (1 - a_t) * (1 - a_t / a_s)
         kept = math.sqrt(max(1 - a_s - variance, 0) / (1 - a_t))
@@ -289,13 +282,13 @@ class Diffusion:
         self,
         denoiser: Denoiser,
         y: Tensor,
-        on_state: Callable[[int, Tensor], object] | None = None,
+        on_state: Callable[[int, Tensor], object] = lambda number, x: None,
         batches: slice = slice(None),
         **start: Any,
     ) -> Tensor:
         """Draw an image for each label in y int64 (N,), or only those of some `batches`:
-        (N, C, H, W), within [-1, 1] if `clip_x_0`. `start` goes to `sample` for each batch, so that
-        an original must be a single one.
+        (N, C, H, W), within [-1, 1] if `clip_x_0`. `start` goes to `sample` for each batch, so an
+        original must be a single image.
 
         Image i is the same picture, up to rounding, for any N, batch size and device. Every state
         of every batch, with its number, is passed to `on_state`.
@@ -305,11 +298,9 @@ class Diffusion:
         images = [torch.empty(0, *shape, device=y.device)]  # for a process without a batch
         for first in range(0, len(y), cfg.sample_batch_size)[batches]:
             batch = y[first : first + cfg.sample_batch_size]
-            indices = range(first, first + len(batch))
-            noise = ImageNoise(cfg.seed, indices, shape, device=y.device)
+            noise = ImageNoise(cfg.seed, range(first, first + len(batch)), shape, device=y.device)
             for number, x in enumerate(self.sample(denoiser, batch, noise, **start)):
-                if on_state:
-                    on_state(number, x)
+                on_state(number, x)
             images.append(x)
         return torch.cat(images)
 

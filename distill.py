@@ -21,7 +21,7 @@ from diffusion import Diffusion, Model
 TEACHER_STEPS = 16  # of a teacher that is not itself a student
 REPEATS = 3  # steps that use each batch, as making a teacher's examples costs more than training
 KEPT_IMAGES = 4096  # images whose examples are kept until each has served REPEATS times
-KEPT_BYTES = 500_000_000  # of the examples in turn, if images are large; up to twice is held
+KEPT_BYTES = 500_000_000  # their limit where images are large; `recent` may hold twice as much
 ROUNDING = 1e-3  # a goal this close to black or white is meant to be exactly that
 BELOW_ANY_SNR = 1e-6  # as absolute_snr, so that errors count unsquared at every t
 
@@ -56,7 +56,7 @@ def student_settings(teacher: Config, student_steps: int) -> Config:
 def teacher_settings(cfg: Config) -> Config:
     """How a teacher draws for its student: without added noise, in steps that segments can share.
     Its `guidance_high` is at least config.py's, as without added noise more digits come out wrong
-    if they are guided from a later point only."""
+    if guidance sets in later."""
     if cfg.is_student:
         return cfg
     if cfg.timesteps < TEACHER_STEPS:
@@ -111,9 +111,8 @@ class Distillation:
         """
         key = generator.initial_seed(), part.start, part.stop
         if key not in self.recent:
-            if sum(len(x_t) for x_t, *_ in self.recent.values()) >= 2 * kept_images(
-                self.student.cfg
-            ):
+            limit = 2 * kept_images(self.student.cfg)
+            if sum(len(x_t) for x_t, *_ in self.recent.values()) >= limit:
                 del self.recent[next(iter(self.recent))]  # the oldest; validation adds some, too
             self.recent[key] = self.examples(x_0, y, generator, part)
         return self.student.prediction_loss(model, *self.recent[key])
@@ -122,13 +121,13 @@ class Distillation:
         self, x_0: Tensor, y: Tensor, generator: Generator, part: slice
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """x_t, t, y, and the right answer, x_0 and eps, for a part of the batch."""
-        B, count = len(y), len(self.segments)
-        t = self.starts[torch.arange(B, device=x_0.device) * count // B][part]
+        B, K = len(y), len(self.segments)
+        t = self.starts[torch.arange(B, device=x_0.device) * K // B][part]
         eps = torch.randn(x_0.shape, generator=generator, device=x_0.device)
         x_0, y, eps = x_0[part], y[part], eps[part]
         x_t = self.student.add_noise(x_0, t, eps)
-        segments = [i * count // B for i in range(B)][part]  # not from t: that would wait for a GPU
-        sizes = [segments.count(k) for k in range(count)]
+        numbers = [i * K // B for i in range(B)][part]  # not from t: that would wait for a GPU
+        sizes = [numbers.count(k) for k in range(K)]
         pieces = zip(x_t.split(sizes), y.split(sizes), self.segments, strict=True)
         goals = torch.cat([self.goal(x, labels, *ends) for x, labels, ends in pieces if len(x)])
         signal_scale, noise_scale, _ = self.student.coefficients(t, x_t)

@@ -26,6 +26,7 @@ from evaluation.results import Result
 from interface import cli, models, requests
 from interface.flags import evaluate_flags
 from interface.picture import image_grid, read_npz, save_png
+from interface.settings import check_guidance, settings_for_drawing
 from interface.terminal import sampling_bar
 from system import distributed
 from system.files import first_line, make_folder, sha256
@@ -209,16 +210,16 @@ def evaluate_chosen_model(
     folder = Path(cfg.output_dir, "models")
     file = distributed.from_first(lambda: models.find_model(args.model or "newest", folder))
     loaded = load_model(file, device, cfg.compile)
-    cfg = cli.settings_for_drawing(loaded.cfg, given)
+    cfg = settings_for_drawing(loaded.cfg, given)
     swept = parse_sweep(args.sweep or [])
     for name in given.keys() & (swept[0].keys() if swept else ()):
         raise ValueError(f"{name} = {given[name]!r}: --sweep sets it, too; drop one of them")
-    configs = [cli.settings_for_drawing(loaded.cfg, given | each) for each in swept]
+    configs = [settings_for_drawing(loaded.cfg, given | each) for each in swept]
     if args.classify:
         classify(loaded, cfg, args.samples or 1000)
         return
     for each in configs:
-        cli.check_guidance(loaded.cfg, each, has_guide=loaded.guide is not None)
+        check_guidance(loaded.cfg, each, has_guide=loaded.guide is not None)
     faults = []
     for each in configs:
         try:

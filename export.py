@@ -21,6 +21,7 @@ from config import Config
 from diffusion import Diffusion
 from interface import cli, models, requests
 from interface.flags import export_flags
+from interface.settings import settings_for_drawing
 from system.files import (
     atomic_write,
     check_writable,
@@ -173,7 +174,7 @@ def main() -> int:
             slim(file, path)
         else:
             loaded = load_model(file, torch.device("cpu"))
-            cfg = replace(cli.settings_for_drawing(loaded.cfg, given), precision="float32")
+            cfg = replace(settings_for_drawing(loaded.cfg, given), precision="float32")
             if not args.network:  # which needs no guidance
                 requests.check_flags(loaded, cfg, given)
             export_onnx((Network if args.network else Sampler)(loaded, cfg), path)

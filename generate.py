@@ -19,6 +19,7 @@ from diffusion import Diffusion
 from interface import cli, models, original, picture, provenance, requests
 from interface.flags import generate_flags
 from interface.requests import Request
+from interface.settings import settings_for_drawing
 from interface.terminal import log, sampling_bar, show
 from system import distributed
 from system.machine import pick_device
@@ -28,26 +29,24 @@ from system.values import counted
 def draw_all(loaded: LoadedModel, wanted: list[Request], show_digits: bool) -> None:
     """Draw and write all requests, and print their paths on stdout. Several processes share the
     images of a single request, or else the requests."""
-    seconds, images = 0.0, 0
-    together = len(wanted) == 1  # whether each process draws a part of the same picture
-    [mine] = [slice(None)] if together else distributed.my_parts(len(wanted))
+    seconds, together = 0.0, len(wanted) == 1  # whether all processes draw parts of one picture
+    [mine] = [slice(1)] if together else distributed.my_parts(len(wanted))
     for request in wanted[mine]:
         began = time.perf_counter()
         states = draw(loaded, request, together)
-        seconds, images = seconds + time.perf_counter() - began, images + len(states[-1])
+        seconds += time.perf_counter() - began
         if not together or distributed.rank() == 0:
             write(loaded, request, states)
         if show_digits:
             side = request.cfg.img_size
-            margin = 0 if request.cfg.class_names else side // 14  # around digits it is empty
+            margin = 0 if request.cfg.class_names else side // 14  # which is empty around digits
             inside = states[-1][..., margin : side - margin, margin : side - margin]
             show(picture.arrange(inside, request.digits, request.count)[0])
         print(request.output, flush=True)
     distributed.barrier()
-    if not together:
-        for request in wanted[mine.stop :]:  # drawn by other processes, which print nothing
-            print(request.output, flush=True)
-        images = len(wanted)
+    for request in wanted[mine.stop :]:  # drawn by other processes, which print nothing
+        print(request.output, flush=True)
+    images = len(states[-1]) if together else len(wanted)
     if not all(map(str.isascii, wanted[0].row_names)):  # which the grid's font lacks
         log(f"the rows from the top: {', '.join(wanted[0].row_names)}")
     log(f"{counted(images, 'image')} in {seconds:.2f} s with {loaded.path}: {wanted[0].how}")
@@ -57,11 +56,10 @@ def draw(loaded: LoadedModel, request: Request, together: bool) -> list[Tensor]:
     """The images of a request, uint8 (N, C, H, W) on the CPU: for an animation one such tensor for
     each state, from noise to the images, otherwise a single one. With `together` all processes
     draw them, each some of the batches."""
-    cfg, y, source = request.cfg, request.labels.to(loaded.device), request.original
-    diffusion = Diffusion(cfg, loaded.levels)
+    diffusion, y = Diffusion(request.cfg, loaded.levels), request.labels.to(loaded.device)
     denoiser = diffusion.guided(loaded.model, loaded.guide)
-    start = source.start(loaded.device) if source else {}
-    steps = len(diffusion.sampling_times(source.strength if source else 1.0)) - 1
+    start = request.original.start(loaded.device) if request.original else {}
+    steps = len(diffusion.sampling_times(start.get("strength", 1.0))) - 1
     batches = range(diffusion.batch_count(len(y)))
     [mine] = distributed.my_parts(len(batches)) if together else [slice(None)]
     states: dict[int, list[Tensor]] = {number: [] for number in request.kept_states(steps)}
@@ -73,7 +71,7 @@ def draw(loaded: LoadedModel, request: Request, together: bool) -> list[Tensor]:
                 states[number].append(to_uint8(x).cpu())
 
         diffusion.draw(denoiser, y, on_state, mine, **start)
-    return [distributed.gather(p) if together else torch.cat(p) for p in states.values()]
+    return [distributed.gather(x) if together else torch.cat(x) for x in states.values()]
 
 
 def write(loaded: LoadedModel, request: Request, states: list[Tensor]) -> None:
@@ -81,8 +79,7 @@ def write(loaded: LoadedModel, request: Request, states: list[Tensor]) -> None:
     if request.output.suffix == ".npz":
         picture.write_npz(request.output, states[-1], request.labels)
         return
-    tiles = (picture.arrange(images, request.digits, request.count) for images in states)
-    grids = [picture.image_grid(*each) for each in tiles]
+    grids = [picture.image_grid(*picture.arrange(x, request.digits, request.count)) for x in states]
     if names := request.row_names:
         grids = [picture.name_rows(grid, names) for grid in grids]
     if request.animated:
@@ -113,7 +110,7 @@ def draw_what_is_asked(args: Namespace, given: dict[str, Any], device: torch.dev
     file = distributed.from_first(lambda: models.model_from_flags(args, folder))
     loaded = checkpoint.load_model(file, device, here["compile"])
     fast = requests.fast_settings(loaded) if args.fast else {}
-    cfg = cli.settings_for_drawing(loaded.cfg, fast | given)
+    cfg = settings_for_drawing(loaded.cfg, fast | given)
     requests.check_flags(loaded, cfg, given, original.strength_of(args))
     if args.digits is not None:
         wanted = distributed.from_first(lambda: requests.requests_from_flags(args, cfg))

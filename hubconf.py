@@ -34,7 +34,7 @@ with modules_of_this_folder():
     from config import Config
     from data import to_uint8
     from diffusion import Diffusion
-    from interface.cli import check_guidance, settings_for_drawing
+    from interface.settings import check_guidance, settings_for_drawing
     from system.values import parse_labels
 
 dependencies = ["torch", "numpy", "PIL", "tqdm"]  # which torch.hub looks for

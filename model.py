@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from config import Config
 
-is_exporting = getattr(torch.compiler, "is_exporting", bool)  # bool() is False, as in torch 2.6
-MAX_PARAMETERS = 40_000_000  # twice what a large network for MNIST has
+is_exporting = getattr(torch.compiler, "is_exporting", bool)  # absent in torch 2.6; bool() is False
+MAX_PARAMETERS = 40_000_000  # twice those of --model_size large
 
 
 class UNet(nn.Module):
@@ -61,8 +61,7 @@ class UNet(nn.Module):
             if level > 0:
                 h = self.shrink[level - 1](F.pixel_unshuffle(h, 2))  # (B, w[l], H/(P·2^l), …)
             if level == len(self.down) - 1:
-                picture = self.label_picture(y).view(h.shape)
-                h = h + picture.to(h.dtype)  # autocast leaves embeddings in float32
+                h = h + self.label_picture(y).view(h.shape).to(h.dtype)  # float32 under autocast
             for block in blocks:
                 h = block(h, embedding)
                 skips.append(h)
@@ -89,8 +88,8 @@ def without_weights(cfg: Config) -> UNet:
         network = UNet(cfg)
     size = sum(parameter.numel() for parameter in network.parameters())
     if size > MAX_PARAMETERS:
-        limit = f"at most {MAX_PARAMETERS:,}; choose smaller widths, fewer blocks or a smaller"
-        raise ValueError(f"widths = {cfg.widths}: {size:,} parameters; {limit} dense_size")
+        most = f"{size:,} parameters; at most {MAX_PARAMETERS:,}"
+        raise ValueError(f"widths = {cfg.widths}: {most}; choose smaller layers or fewer blocks")
     return network
 
 
@@ -108,8 +107,7 @@ class ResidualBlock(nn.Module):
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))  # (B, C, H, W)
         scale, shift = self.modulation(embedding).chunk(2, dim=1)  # (B, C) each
-        h = modulated_group_norm(h, 1 + scale, shift)
-        return x + self.conv2(F.silu(h))
+        return x + self.conv2(F.silu(modulated_group_norm(h, 1 + scale, shift)))
 
 
 def modulated_group_norm(h: Tensor, scale: Tensor, shift: Tensor, groups: int = 8) -> Tensor:
@@ -117,8 +115,7 @@ def modulated_group_norm(h: Tensor, scale: Tensor, shift: Tensor, groups: int = 
     each image and channel. Computed as the group norm of a single image with B·C channels, because
     one pass over memory instead of three makes a training step 8 % shorter."""
     if is_exporting():  # what follows would fix the graph's batch size
-        normed = F.group_norm(h, groups)
-        return normed * scale[:, :, None, None] + shift[:, :, None, None]
+        return F.group_norm(h, groups) * scale[:, :, None, None] + shift[:, :, None, None]
     B, C, H, W = h.shape
     single = h.reshape(1, B * C, H, W)
     return F.group_norm(single, B * groups, scale.flatten(), shift.flatten()).view(B, C, H, W)
@@ -139,8 +136,7 @@ class Dense(nn.Module):
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         h = self.read(self.norm(x).flatten(1))  # (B, size)
         scale, shift = self.modulation(embedding).chunk(2, dim=1)  # (B, size) each
-        h = self.write(F.silu(h * (1 + scale) + shift))  # (B, C·H·W)
-        return x + h.view(x.shape)
+        return x + self.write(F.silu(h * (1 + scale) + shift)).view(x.shape)
 
 
 class Attention(nn.Module):

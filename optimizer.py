@@ -7,8 +7,8 @@ from config import Config
 
 
 def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """The parameters for Muon: the dense layer and all convolution kernels but those of the stem,
-    the head and the bypass, some of whose channels are pixels. For AdamW: everything else."""
+    """The parameters for Muon: the dense layer's two matrices and all convolution kernels but those
+    of stem, head and bypass, some of whose channels are pixels. For AdamW: everything else."""
     matrices, others = [], []
     for name, parameter in model.named_parameters():
         inner_kernel = parameter.ndim == 4 and not name.startswith(("stem", "head", "bypass"))
@@ -47,7 +47,7 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
-            lr, momentum = group["lr"], group["momentum"]
+            lr, momentum, decay = (group[key] for key in ("lr", "momentum", "weight_decay"))
             by_shape: dict[tuple[int, int], list[nn.Parameter]] = {}
             for p in group["params"]:
                 if p.grad is not None:
@@ -63,8 +63,7 @@ class Muon(torch.optim.Optimizer):
                 orthogonal = orthogonalize(torch.stack(updates))
                 scale = 0.2 * max(shape) ** 0.5
                 for p, update in zip(parameters, orthogonal, strict=True):
-                    p.mul_(1 - lr * group["weight_decay"])
-                    p.add_(update.reshape(p.shape), alpha=-lr * scale)
+                    p.mul_(1 - lr * decay).add_(update.reshape(p.shape), alpha=-lr * scale)
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ MODES = {1: "L", 3: "RGB"}  # Pillow's, by the number of channels
 MAX_CLASSES = 1000
 
 
-def check_kind(cfg: Config) -> None:
+def check_labels(cfg: Config) -> None:
     """Raise ValueError unless a data set, MNIST too, has the settings' channels and labels."""
     if cfg.dataset != "folder" and cfg.img_channels != 1:
         raise ValueError(f"img_channels = {cfg.img_channels}: {cfg.dataset} has 1; drop the flag")

@@ -22,14 +22,14 @@ from distill import Distillation, batch_of_step
 from interface.cli import run_script
 from interface.flags import train_flags
 from interface.models import find_teacher
-from interface.plan import Plan, check_data, planned
+from interface.plan import Plan, planned
 from interface.previews import draw_missing_previews, draw_preview
-from interface.runs import Run
+from interface.runs import Run, check_data
 from system import distributed
 from system.machine import compile_network, pick_device
 from system.randomness import seeded_generator
 
-# Every random number of training is a function of (seed, stream, epoch or step): a resumed run
+# Every random number of training depends on (seed, stream, epoch or batch) alone: a resumed run
 # draws what an uninterrupted one would have drawn, and previews cannot disturb training.
 ORDER_STREAM, NOISE_STREAM, VALIDATION_STREAM = 1, 2, 3
 LONGEST_WARMUP = 0.1  # of the epochs; with a budget there is no such limit
@@ -47,7 +47,7 @@ def train(plan: Plan, began: float) -> int:
     images, labels = load_split(cfg, train=True, device=device)
     count = min(VALIDATION_IMAGES, max(1, len(images) // 60))
     test = load_split(cfg, train=False, device=device)
-    held_out = [x[:: max(1, len(x) // count)][:count] for x in test]  # spread out: it may be sorted
+    held_out = [x[:: max(1, len(x) // count)][:count] for x in test]  # spread, as it may be sorted
     state, loss = prepare(plan, fingerprint(images, labels), device)
     run = Run(plan, state, len(images), began)
     if not run.open():
@@ -63,7 +63,7 @@ def train(plan: Plan, began: float) -> int:
         state.epoch_seconds += time.perf_counter() - step_began
         epoch_done = run.epoch_done  # which start_next_epoch resets
         if epoch_done or run.done:
-            run.log_epoch(validation_loss(cfg, loss, state, *held_out))
+            run.log_epoch(validation_loss(cfg, loss, state.ema, *held_out))
         if epoch_done:
             state.start_next_epoch()
         # A run that a signal stops is saved below, without a grid of samples
@@ -144,7 +144,7 @@ def training_step(
     total = torch.zeros((), device=x_0.device)
     noisy_labels = state.guide is None and cfg.guide_fraction > 0
     before = progress.step - progress.images // cfg.batch_size  # steps of earlier epochs
-    key = cfg.seed, NOISE_STREAM, before + batch_number(cfg, progress)  # repeats have equal noise
+    key = cfg.seed, NOISE_STREAM, before + batch_number(cfg, progress)  # for repeats, too
     for part in distributed.my_parts(B, cfg.accumulate):
         generator = seeded_generator(*key, device=x_0.device)
         labels = randomize_labels(y, cfg, generator) if noisy_labels else y
@@ -177,14 +177,14 @@ def learning_rate(cfg: Config, step: int, fraction: float, making_guide: bool = 
 
 def warmup(cfg: Config, step: int, fraction: float) -> float:
     """The linear rise from 0 to 1 over `warmup_steps`, or over a tenth of the epochs if that is
-    shorter. With a budget, which includes starting up, only `warmup_steps` count."""
+    shorter. With a budget, whose time includes start-up, only `warmup_steps` count."""
     part = 0.0 if cfg.budget else fraction / LONGEST_WARMUP
     return min(1.0, max((step + 1) / (cfg.warmup_steps + 1), part))
 
 
 def randomize_labels(y: Tensor, cfg: Config, generator: torch.Generator) -> Tensor:
     """Labels (B,), each replaced by a random one with probability `guide_label_noise`: a guide
-    should make the model's own mistakes, only more of them, and wrong digits are one kind."""
+    should make the model's own mistakes, only more of them, and wrong digits are among them."""
     replaced = torch.rand(y.shape, generator=generator, device=y.device) < cfg.guide_label_noise
     drawn = torch.randint(cfg.num_classes, y.shape, generator=generator, device=y.device)
     return torch.where(replaced, drawn, y)
@@ -206,17 +206,15 @@ def ema_gamma(sigma_rel: float) -> float:
 
 
 @torch.no_grad()
-def validation_loss(
-    cfg: Config, loss: Loss, state: TrainState, images: Tensor, labels: Tensor
-) -> float:
-    """The averaged model's loss on test images (N, C, H, W), always with the same noise and
-    timesteps: it rises when the model overfits."""
+def validation_loss(cfg: Config, loss: Loss, model: Model, images: Tensor, labels: Tensor) -> float:
+    """A model's loss on test images (N, C, H, W), always with the same noise and timesteps: it
+    rises when the model overfits."""
     total = torch.zeros((), device=images.device)
     for first in range(0, len(images), cfg.batch_size):
         part = slice(first, first + cfg.batch_size)
         x_0, y = to_model_range(images[part]), labels[part]
         generator = seeded_generator(cfg.seed, VALIDATION_STREAM, first, device=images.device)
-        total += len(y) * loss(state.ema, x_0, y, generator, slice(None))
+        total += len(y) * loss(model, x_0, y, generator, slice(None))
     return float(total) / len(images)
 
 

@@ -1,4 +1,4 @@
-"""Command lines: settings as flags, flags without effect, which value wins, one-line errors."""
+"""Command lines: settings as flags, rules between flags, errors as one line."""
 
 import argparse
 import os
@@ -9,12 +9,11 @@ import sys
 import time
 from collections.abc import Callable, Collection, Iterable
 from contextlib import redirect_stderr, redirect_stdout, suppress
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, TextIO
 
 from config import MODEL_SIZES, VERSION, Config
-from diffusion import Diffusion
 from system import distributed
 from system.files import first_line
 from system.machine import set_up_torch
@@ -126,107 +125,19 @@ def as_flags(settings: dict[str, Any]) -> list[str]:
     return words
 
 
-# A flag, another setting, and whether the flag has an effect with a value of that one
-ONLY_WITH: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
-    ("snr_power", "loss_weighting", lambda value: value == "snr_power"),
-    ("min_snr_gamma", "loss_weighting", lambda value: value == "min_snr"),
-    ("absolute_snr", "prediction", lambda value: value == "x_0"),
-    ("guide_label_noise", "guide_fraction", lambda value: value > 0),
-    ("eta", "sampler", lambda value: value != "ddpm"),
-    ("eta", "steps", lambda value: value > 1),
-    ("guidance_low", "guidance", lambda value: value not in (0, 1)),
-    ("guidance_high", "guidance", lambda value: value not in (0, 1)),
-)
-
-
-def check_effects(cfg: Config, given: dict[str, Any], strength: float = 1.0) -> None:
-    """Raise ValueError for a flag (`given`: settings) that would have no effect; pictures are drawn
-    from strength · T on."""
-    for f in fields(Config):
-        if f.name in given and cfg.is_student and f.metadata.get("not_in_students"):
-            reason = "has no effect on a student; drop the flag"
-            raise ValueError(f"{f.name} = {given[f.name]!r}: {reason}")
-    for name, other, has_effect in ONLY_WITH:
-        value = getattr(cfg, other)
-        if name in given and not has_effect(value):
-            reason = f"has no effect with {other} = {value!r}; drop the flag"
-            raise ValueError(f"{name} = {given[name]!r}: {reason}")
-    asked = given.keys() & {"guidance", "guidance_low", "guidance_high"}
-    if asked and cfg.guidance != 1 and not is_guided(cfg, strength):
-        between = f"between guidance_low = {cfg.guidance_low:g} and high = {cfg.guidance_high:g}"
-        start = f" from strength {strength:g} on" if strength < 1 else ""
-        fault = f"no sampling time{start} (steps = {cfg.steps}) is {between}; change one of them"
-        raise ValueError(f"guidance = {cfg.guidance:g}: {fault}")
-
-
-def is_guided(cfg: Config, strength: float = 1.0) -> bool:
-    """Whether guidance acts at any of the sampling times from strength · T on."""
-    diffusion = Diffusion(cfg)
-    return any(diffusion.guidance_at(t) != 1 for t in diffusion.sampling_times(strength)[:-1])
-
-
-def settings_for_training(
-    trained: Config, given: dict[str, Any], mid_epoch: bool = False
-) -> tuple[Config, list[str]]:
-    """The settings with which to go on training: flags win over the checkpoint's (`trained`), and
-    the checkpoint's over config.py, which only supplies the machine settings.
-
-    Also returns a line for each difference that the user should know of. Raises ValueError for a
-    flag that a trained model cannot take, or one that would reorder the images of an epoch under
-    way (`mid_epoch`).
-    """
-    defaults, notes = Config(), []
-    fixed, noted = {"model", "student", "classes"}, {"model", "training", "picture"}
-    (fixed if trained.is_student else noted).add("sampling")
-    cfg = replace(trained, **{**defaults.select("machine"), **given})
-    for f in fields(Config):
-        name, group = f.name, f.metadata["group"]
-        old, new, default = (getattr(each, name) for each in (trained, cfg, defaults))
-        if new != old and group in fixed:
-            reason = f"the checkpoint was trained with {old!r}; drop the flag, or train a new model"
-            raise ValueError(f"{name} = {new!r}: {reason}")
-        if new != old and mid_epoch and f.metadata.get("fixed_in_epoch"):
-            reason = f"the checkpoint is inside an epoch that began with {old!r}"
-            raise ValueError(f"{name} = {new!r}: {reason}; finish it without the flag")
-        if group != "machine" and new != old:
-            notes.append(f"{name} = {new} (the checkpoint had {old})")
-        elif group in noted and name not in given and new != default:
-            notes.append(f"{name} = {new}, as in the checkpoint (config.py says {default})")
-    return cfg, notes
-
-
-def settings_for_drawing(
-    trained: Config, given: dict[str, Any], recorded: dict[str, Any] | None = None
-) -> Config:
-    """The settings with which to draw: those `recorded` by a picture win over flags (`given`),
-    flags over the model's own (`trained`), and config.py only supplies the machine settings and
-    those of a picture, such as the seed. Raises ValueError for settings other than those that a
-    student learned, or for flags with which guidance would never act."""
-    sets_interval = bool(given.keys() & {"guidance_low", "guidance_high"})
-    given = given | (recorded or {})
-    if trained.is_student:
-        for name, own in trained.select("sampling").items():
-            value = given.get(name, own)
-            if value != own:
-                raise ValueError(f"{name} = {value!r}: a student learned {own!r}; drop the flag")
-    cfg = replace(trained, **{**Config().select("machine", "picture"), **given})
-    if sets_interval and cfg.guidance_low >= cfg.guidance_high:
-        needed = f"below guidance_high = {cfg.guidance_high}, or guidance never acts"
-        raise ValueError(f"guidance_low = {cfg.guidance_low}: must be {needed}")
-    return cfg
-
-
-def check_guidance(trained: Config, cfg: Config, has_guide: bool) -> None:
-    """Raise ValueError for guidance by the model without a label, if it never learned that."""
-    by_label = not has_guide or cfg.guidance == 0
-    if cfg.guidance != 1 and by_label and trained.label_dropout == 0:
-        reason = "the model cannot draw without a label (label_dropout = 0); set guidance to 1"
-        raise ValueError(f"guidance = {cfg.guidance:g}: {reason}")
+def train_command(cfg: Config, *flags: object) -> str:
+    """The command that trains with `flags`, and with the settings of this computer that differ from
+    config.py, which a run never takes from a checkpoint."""
+    defaults, program = Config().select("machine"), ["python"]
+    changed = {n: v for n, v in cfg.select("machine").items() if v != defaults[n]}
+    if (here := distributed.from_torchrun("LOCAL_WORLD_SIZE", 1)) > 1:
+        program = ["torchrun", "--standalone", f"--nproc_per_node={here}"]
+    return quote([*program, "train.py", *flags, *as_flags(changed)])
 
 
 class Output:
-    """A text stream that never ends a run: what cannot be shown, or has no reader left, is dropped.
-    Characters that its encoding lacks are shown as escapes."""
+    """A text stream whose errors never end a run: what cannot be shown, or has no reader left, is
+    dropped. Characters that its encoding lacks are shown as escapes."""
 
     def __init__(self, stream: Any) -> None:
         self.stream = stream
@@ -250,12 +161,12 @@ def run_script(name: str, main: Callable[[], int]) -> None:
     """Run a script's main() and exit. A user's mistake becomes one line and exit code 2, training
     that diverged or a bug one line and 1, Ctrl-C 130. TRACEBACK=1 shows where an error arose."""
     set_up_torch()
-    nothing = open(os.devnull, "r+")  # noqa: SIM115 (stands in for streams that the shell closed)
-    sys.stdin = sys.stdin or nothing
-    errors = Output(sys.stderr or nothing)
+    devnull = open(os.devnull, "r+")  # noqa: SIM115 (stands in for streams that the shell closed)
+    sys.stdin = sys.stdin or devnull
+    errors = Output(sys.stderr or devnull)
     is_silent = distributed.rank() > 0  # the first of several processes speaks for all
-    out = Output(nothing if is_silent else sys.stdout or nothing)
-    with redirect_stdout(out), redirect_stderr(Output(nothing) if is_silent else errors):
+    out = Output(devnull if is_silent else sys.stdout or devnull)
+    with redirect_stdout(out), redirect_stderr(Output(devnull) if is_silent else errors):
         code = exit_code(name, main, errors)
         out.flush()
     if distributed.has_left:

@@ -21,8 +21,8 @@ def list_checkpoints(
     folder: str | Path, pattern: str = "*.pth", complain: Callable[[str], None] = lambda line: None
 ) -> list[tuple[Path, Progress]]:
     """The readable checkpoints in a folder, the most trained last: ordered by completed steps, then
-    reduced files before whole ones, then by time. The models in git come first. Each other file is
-    a line for `complain`."""
+    reduced files before whole ones, then by time. The models in git come first. Other files
+    are reported to `complain`, a line each."""
     found = []
     for path in sorted(Path(folder).glob(pattern)):
         try:

@@ -9,20 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import checkpoint
-from checkpoint import Progress, TrainState
+from checkpoint import Progress
 from config import Config
 from distill import student_settings
 from interface import folder
-from interface.cli import (
-    as_flags,
-    check_effects,
-    check_guidance,
-    given_settings,
-    machine_settings,
-    quote,
-    settings_for_training,
-)
+from interface.cli import given_settings, machine_settings, train_command
 from interface.models import named_teacher
+from interface.settings import check_effects, check_guidance, settings_for_training
 from other_data import with_classes
 from system import distributed
 from system.machine import pick_device
@@ -69,7 +62,8 @@ def planned(args: Namespace) -> Iterator[Plan]:
         if plan.action == "finished":
             print(f"nothing left to do. {describe(plan)}")
         else:
-            print("".join(f"{note}\n" for note in plan.notes), end="")
+            for note in plan.notes:
+                print(note)
         plan.tensorboard = args.tensorboard
         yield plan
 
@@ -115,12 +109,12 @@ def make_plan(
     elif "budget" in given and not resume:
         progress.budget_from, plan.changed = progress.seconds, True  # a new budget, from here on
 
-    known, later = dict(given), {}
+    now, later = dict(given), {}
     new_labels = "dataset" in given and not (resume and given["dataset"] == trained.dataset)
     if new_labels and "preview_digits" in given:  # which can only be checked with them
-        later["preview_digits"] = known.pop("preview_digits")
+        later["preview_digits"] = now.pop("preview_digits")
     inside = plan.trainable and progress.images > 0
-    plan.cfg, plan.notes = settings_for_training(cfg, known, mid_epoch=inside)
+    plan.cfg, plan.notes = settings_for_training(cfg, now, mid_epoch=inside)
     check_effects(plan.cfg, given)
     if given.keys() & {"guidance", "label_dropout"}:
         check_guidance(plan.cfg, plan.cfg, has_guide=plan.cfg.guide_fraction > 0)
@@ -169,25 +163,3 @@ def describe(plan: Plan) -> str:
         stands += "\nIt holds only what drawing needs: a new run would begin with its weights."
     flags = ("--load_checkpoint_path", plan.start, "--continue_training_epochs", "K")
     return f"{stands}\nTo train it for K more epochs: {train_command(cfg, *flags)}"
-
-
-def check_data(plan: Plan, state: TrainState, data: dict[str, Any]) -> None:
-    """Record the training data in `state`, and say so if it changed. Raises ValueError if that was
-    inside an epoch, because the epoch's order is that of the old data."""
-    if state.data is not None and state.data != data:
-        what = f"{plan.start} was trained on other data than these {data['images']:,} images"
-        if plan.progress.images:
-            remedy = "give it the same --data_dir and --max_images, or resume from an epoch's end"
-            raise ValueError(f"{what} and is inside an epoch; {remedy}")
-        print(f"{what}; continuing with these")
-    state.data = data
-
-
-def train_command(cfg: Config, *flags: object) -> str:
-    """The command that trains with `flags`, and with the settings of this computer that differ from
-    config.py, which a run never takes from a checkpoint."""
-    defaults, program = Config().select("machine"), ["python"]
-    changed = {n: v for n, v in cfg.select("machine").items() if v != defaults[n]}
-    if (here := distributed.from_torchrun("LOCAL_WORLD_SIZE", 1)) > 1:
-        program = ["torchrun", "--standalone", f"--nproc_per_node={here}"]
-    return quote([*program, "train.py", *flags, *as_flags(changed)])

@@ -14,10 +14,10 @@ from PIL import Image
 
 from checkpoint import LoadedModel, load_model
 from config import Config
-from interface.cli import settings_for_drawing
 from interface.models import model_with_hash
 from interface.original import Original
 from interface.requests import Request, free_name
+from interface.settings import settings_for_drawing
 from system.files import check_writable
 from system.machine import pick_device, pick_precision
 from system.values import shortened

@@ -14,9 +14,9 @@ from torch import Tensor
 from checkpoint import LoadedModel
 from config import FAST, Config
 from interface import original
-from interface.cli import check_effects, check_guidance, is_guided
 from interface.original import Original
 from interface.picture import ANIMATIONS, ENDINGS, GAP, LONGEST, MAX_ANIMATED, MAX_FRAMES
+from interface.settings import check_effects, check_guidance, is_guided
 from interface.terminal import ask, log, whole_number
 from system.files import check_writable, make_folder
 from system.randomness import draw_labels

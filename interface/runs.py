@@ -17,7 +17,8 @@ from checkpoint import TrainState
 from diffusion import Diffusion
 from interface import folder
 from interface.board import Board
-from interface.plan import Plan, fraction_done, train_command
+from interface.cli import train_command
+from interface.plan import Plan, fraction_done
 from levels import GreyLevels
 from system import distributed
 from system.files import first_line
@@ -66,7 +67,7 @@ class Run:
         self.stopped_by = int(stop)
 
     def check_signals(self) -> None:
-        """Stop if any process has received a signal."""
+        """Note whether any process has received a signal to stop."""
         [stop] = distributed.largest(max(self.signals, default=0))
         self.stopped_by = int(stop)
 
@@ -104,7 +105,7 @@ class Run:
         print(f"U-Net of {size:,} parameters on {where}, {precision}; {self.images:,} images")
 
     def open(self) -> bool:
-        """Make the folders, keep earlier results aside, and say what will be done. A new plan is
+        """Make the folders, set earlier results aside, and say what will be done. A new plan is
         saved at once, so that --resume knows it even if the run is killed before its next save.
         Returns whether anything is left to do."""
         out = self.cfg.output_dir
@@ -199,7 +200,7 @@ class Run:
         diffusion, state = Diffusion(self.cfg), self.state
         denoiser = diffusion.guided(state.ema, state.guide)
         state.levels = None
-        with self.side_output("grey levels"):  # a checkpoint is good without them
+        with self.side_output("a checkpoint's grey levels"):  # it is good without them
             state.levels = GreyLevels.of_model(diffusion, denoiser, images, labels)
         self.save()
 
@@ -229,8 +230,9 @@ class Run:
 
     @distributed.first_only
     def finish(self) -> None:
-        """Write metrics.csv and its curves if that failed before, and say how to draw."""
-        if "metrics" in self.warned:
+        """Write metrics.csv and its curves if that failed before, and say how to draw if the model
+        has no guide."""
+        if "metrics" in self.warned:  # the kind of metrics.csv
             self.write_rows()
         if folder.curves_are_old(self.cfg.output_dir):
             self.draw_curves()
@@ -260,6 +262,18 @@ class Run:
             whole = parse_duration(self.cfg.budget)
         minutes, seconds = divmod(max(0, round(whole * (1 - self.fraction))), 60)
         return f"{minutes}m{seconds:02d}s left"
+
+
+def check_data(plan: Plan, state: TrainState, data: dict[str, Any]) -> None:
+    """Record the training data in `state`, and say so if it changed. Raises ValueError if that was
+    inside an epoch, because the epoch's order is that of the old data."""
+    if state.data is not None and state.data != data:
+        what = f"{plan.start} was trained on other data than these {data['images']:,} images"
+        if plan.progress.images:
+            remedy = "give it the same --data_dir and --max_images, or resume from an epoch's end"
+            raise ValueError(f"{what} and is inside an epoch; {remedy}")
+        print(f"{what}; continuing with these")
+    state.data = data
 
 
 def note_stop_signals() -> list[int]:

@@ -16,17 +16,9 @@ import torch
 from conftest import assert_one_line, start_script, unix
 
 from config import MODEL_SIZES, Config
-from interface.cli import (
-    Parser,
-    add_settings,
-    expanded_path,
-    given_settings,
-    quote,
-    run_script,
-    settings_for_drawing,
-    settings_for_training,
-)
+from interface.cli import Parser, add_settings, expanded_path, given_settings, quote, run_script
 from interface.flags import add_model_size
+from interface.settings import settings_for_drawing, settings_for_training
 
 
 @pytest.fixture

@@ -112,7 +112,7 @@ def test_a_label_that_is_no_digit_is_refused(copied):
     labels = bytearray(idx(10_000))
     labels[5000] = 10  # would be trained as "no label"
     (copied / "t10k-labels-idx1-ubyte").write_bytes(labels)
-    with pytest.raises(ValueError, match="labels up to 10, but digits 0 to 9 are known"):
+    with pytest.raises(ValueError, match="labels up to 10, but the model knows digits 0 to 9"):
         load_split(Config(data_dir=str(copied.parents[1])), train=False, device=CPU)
 
 

@@ -196,7 +196,7 @@ def test_what_a_picture_costs():
 
 def test_the_guide_of_the_model_matters_where_guidance_does(results, pixels):
     def with_guidance(w: float) -> np.ndarray:
-        return pixels(digits=3, guidance=w, guidance_high=1)
+        return pixels(digits=3, guidance=w)
 
     before = {w: with_guidance(w) for w in (1, 2)}
     path = results / "models" / "model_epoch_2.pth"

@@ -12,7 +12,8 @@ import checkpoint
 import export
 from checkpoint import Progress, TrainState
 from config import Config
-from interface.plan import Plan, describe, fraction_done, make_plan, train_command
+from interface.cli import train_command
+from interface.plan import Plan, describe, fraction_done, make_plan
 
 CPU = torch.device("cpu")
 CFG = Config(widths=(8, 8), embedding_size=8, epochs=4, output_dir="of another computer")
