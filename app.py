@@ -209,7 +209,7 @@ def seed_from(text: str) -> int:
 
 
 class Between:
-    """Noise, in the place of ImageNoise, at `frames` points of the way between two."""
+    """Noise, in place of ImageNoise, at `frames` points of the way between two."""
 
     def __init__(self, ends: list[ImageNoise], frames: int) -> None:
         self.ends, self.shares = ends, [i / (frames - 1) for i in range(frames)]

@@ -129,8 +129,8 @@ def convolutions(
     model: UNet, cfg: Config, device: torch.device
 ) -> list[tuple[float, Callable[[], None]]]:
     """Each convolution of the network by itself: its floating-point operations, and a function that
-    runs it forward and backward with the batch size and precision of training. Whatever a step
-    takes beyond them goes into norms, activations, casts, the loss and the optimizers."""
+    runs it forward and backward with the batch size and precision of training. The rest of a step
+    goes into linear layers, norms, activations, casts, the loss and the optimizers."""
     inputs: list[tuple[nn.Conv2d, torch.Size]] = []
     hooks = [
         layer.register_forward_hook(lambda layer, x, _: inputs.append((layer, x[0].shape)))
@@ -164,7 +164,7 @@ def convolutions(
 def measure_sampling(cfg: Config, device: torch.device) -> dict[str, Any]:
     """Images per second for several numbers of network calls, and seconds for a single image."""
     bf16 = pick_precision(cfg.precision, device) == "bf16"
-    layout = torch.contiguous_format if bf16 else torch.channels_last  # load_model: of "auto"
+    layout = torch.contiguous_format if bf16 else torch.channels_last  # as load_model does
     model = UNet(cfg).to(device, memory_format=layout).requires_grad_(False).eval()
     if cfg.compile:
         compile_network(model)
@@ -242,7 +242,7 @@ def report_gpu(found: dict[str, Any]) -> str:
 
 
 def measure_guided(cfg: Config, device: torch.device) -> float:
-    """Images per second with the default sampling settings, with a guide."""
+    """Images per second with the sampling settings of `cfg`, with a guide."""
     networks = [UNet(cfg).to(device).requires_grad_(False).eval() for _ in range(2)]
     if cfg.compile:
         for network in networks:

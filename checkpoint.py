@@ -17,7 +17,7 @@ from torch import Tensor
 from config import Config
 from levels import GreyLevels
 from model import UNet, without_weights
-from optimizer import make_optimizers, split_parameters
+from optimizer import STATES, make_optimizers, split_parameters
 from system.files import first_line, read_safetensors, read_tensors, sha256, write_tensors
 from system.machine import check_step, compile_network, pick_precision
 
@@ -164,11 +164,10 @@ def _check_tensors(contents: dict[str, Any], network: UNet) -> None:
         if name == "ema" or contents.get(name) is not None:
             _check(contents[name], expected, f"{name}: weights")
     if "model" in contents:
-        keys_of_each = {"average"}, {"step", "exp_avg", "exp_avg_sq"}
-        if len(contents["optimizers"]) != len(keys_of_each):
+        if len(contents["optimizers"]) != len(STATES):
             raise ValueError("optimizers: there must be two, Muon and AdamW")
         for parameters, saved, keys in zip(
-            split_parameters(network), contents["optimizers"], keys_of_each, strict=True
+            split_parameters(network), contents["optimizers"], STATES, strict=True
         ):
             for index, state in saved["state"].items():
                 shapes = {key: () if key == "step" else parameters[index].shape for key in keys}

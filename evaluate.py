@@ -38,7 +38,8 @@ def sample(
     loaded: LoadedModel, cfg: Config, count: int, label_counts: list[int]
 ) -> tuple[Tensor, Tensor, Result]:
     """Draw `count` uint8 images with labels in the proportions of `label_counts`, each process some
-    batches of them. Returns all, the labels and what training and sampling have cost."""
+    batches of them. Returns the images, their labels, and what training and sampling
+    have cost."""
     labels = draw_labels(count, cfg.seed, label_counts).to(loaded.device)
     diffusion = Diffusion(cfg, loaded.levels)
     batches = range(diffusion.batch_count(count))
@@ -140,7 +141,7 @@ def measure(
             save_png(grid, picture)
             tqdm.write(f"wrote {picture}")
     except (OSError, ValueError) as error:
-        if not args.sweep:  # the figures have been shown
+        if not args.sweep:  # a sweep goes on: its table comes at the end
             raise
         tqdm.write(first_line(error), file=sys.stderr)
     return result
@@ -193,7 +194,7 @@ def classify(loaded: LoadedModel, cfg: Config, count: int) -> None:
     tests = {"test_sha256": fingerprint(images, labels)["sha256"]}
     result = {"model": loaded.sha256, "settings": how, **tests, "classify": found}
     print(
-        f"the denoiser of {loaded.path} names the label of {found['accuracy']:.2%} of "
+        f"the denoiser of {loaded.path} names the right label for {found['accuracy']:.2%} of "
         f"{found['images']:,} test images, with {found['calls']} network calls an image, in "
         f"{found['seconds']:.0f} s"
     )
@@ -228,7 +229,7 @@ def evaluate_chosen_model(
             faults.append(fault)
     if len(faults) == len(configs):  # a flag that has an effect in a part of a sweep is fine
         raise faults[0]
-    only: list[Evaluator] = []  # of the first process
+    only: list[Evaluator] = []  # stays empty in all processes but the first
     distributed.from_first(lambda: only.append(Evaluator(cfg, device)))
     evaluator = only[0] if only else None
     if evaluator and not models.fits_data(loaded, evaluator.train_images, evaluator.train_labels):

@@ -83,7 +83,7 @@ class Network(nn.Module):
 
 
 class GivenNoise:
-    """Noise (B, draws, C, H, W) in the place of diffusion.ImageNoise."""
+    """Noise (B, draws, C, H, W) in place of system.randomness.ImageNoise."""
 
     def __init__(self, noise: Tensor) -> None:
         self.draws = iter(noise.unbind(dim=1))

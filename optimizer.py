@@ -5,6 +5,8 @@ from torch import Tensor, nn
 
 from config import Config
 
+STATES = {"average"}, {"step", "exp_avg", "exp_avg_sq"}  # what Muon and AdamW keep of a parameter
+
 
 def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """The parameters for Muon: the dense layer's two matrices and all convolution kernels but those
@@ -18,8 +20,8 @@ def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Para
 
 
 def make_optimizers(cfg: Config, model: nn.Module) -> list[torch.optim.Optimizer]:
-    """Muon and AdamW, each for its part of the parameters. Checkpoints are checked to hold the
-    state of exactly these two (checkpoint._check_tensors)."""
+    """Muon and AdamW, each for its part of the parameters. Checkpoints are checked to hold STATES,
+    and train.training_step sets the learning rate of every group."""
     matrices, others = split_parameters(model)
     lr, betas, decay = cfg.learning_rate, (cfg.adam_beta1, cfg.adam_beta2), cfg.weight_decay
     fused = others[0].device.type in ("cpu", "cuda")

@@ -49,7 +49,7 @@ def class_names(cfg: Config) -> list[str]:
             raise ValueError(f"data_dir = {cfg.data_dir!r}: has {len(found)} subfolders, {needs}")
         written_alike = [unicodedata.normalize("NFC", name) for name in found]
         if len(set(written_alike)) < len(found):
-            raise ValueError(f"{root}: two labels differ only in how é is written; rename one")
+            raise ValueError(f"{root}: two labels differ only in their Unicode form; rename one")
         for name in found:
             if name in ("all", "mnist") or "," in name or name != name.strip():
                 raise ValueError(f"{root / name}: a label cannot have this name; rename the folder")
@@ -62,7 +62,7 @@ def class_names(cfg: Config) -> list[str]:
 
 def with_classes(cfg: Config, given: dict[str, Any]) -> Config:
     """`cfg` with the settings that are `given`, and with the number and the names of its data set's
-    labels. Raises ValueError if the results would become labels."""
+    labels. Raises ValueError if output_dir would count as a label."""
     defaults = Config()
     shown = given.get("preview_digits", cfg.preview_digits)
     cfg = replace(cfg, **given | {"preview_digits": "all"})  # until the labels are known
@@ -136,7 +136,7 @@ def read_folder(cfg: Config, train: bool, *, quiet: bool = False) -> tuple[Tenso
         remedy = "no .png or .jpg that can be read; add some, or choose another --data_dir"
         raise ValueError(f"{Path(cfg.data_dir, empty)}: {remedy}")
     if not images:
-        print(f"{cfg.data_dir}: too few pictures to set any aside; training ones serve for testing")
+        print(f"{cfg.data_dir}: too few pictures to set any aside; testing on training ones")
         return read_folder(cfg, train=True, quiet=True)
     order = torch.from_numpy(np.random.default_rng(0).permutation(len(images)))  # for max_images
     return torch.stack(images)[order], torch.tensor(labels)[order]

@@ -165,8 +165,9 @@ def own_classifier(cfg: Config, train: Split, test: Split) -> Path:
     for kind, (images, _) in {"test": test, "training": train}.items():
         if len(images) < FEATURES:
             few = f"{len(images)} {kind} images; the metrics need at least {FEATURES}"
-            limit = kind == "training" and cfg.max_images
-            remedy = f"the model learned with --max_images {limit}" if limit else "add pictures"
+            remedy = "add pictures"
+            if kind == "training" and cfg.max_images:
+                remedy = f"the model's --max_images was {cfg.max_images}; choose another"
             raise ValueError(f"dataset = {cfg.dataset!r}: {few}; {remedy}")
     content = fingerprint(*train)["sha256"][:8]
     path = Path(cfg.output_dir, "evaluators", f"{cfg.dataset}-{cfg.img_size}px-{content}.pth")

@@ -11,7 +11,7 @@ from evaluation import classifier, metrics, two_sample
 from evaluation.results import Result
 
 MAX_MEASURED = 10_000  # as many as the test split has, which sets the floor
-FEW = 5000  # images, that version 1.7 began to judge otherwise
+FEW = 5000  # version 1.7 changed how fewer images are judged
 
 
 class Evaluator:
@@ -41,8 +41,8 @@ class Evaluator:
         return min(len(self.test_images), len(self.train_images))
 
     def identity(self, count: int) -> Result:
-        """What a result of `count` images depends on, beside the images."""
-        recipe = {"recipe": 2} if count < FEW else {}  # KID's subsets, and how long C2ST trains
+        """What a result of `count` images depends on, besides the images."""
+        recipe = {"recipe": 2} if count < FEW else {}  # KID's subsets; how long CAS, C2ST train
         return {"evaluator": self.sha256} | self._other_tests | recipe
 
     def measure(self, images: Tensor, labels: Tensor | None) -> tuple[Result, Tensor]:
@@ -71,8 +71,8 @@ class Evaluator:
         return {"images": N, **about, "samples": found, "real": real}, pairs.flatten(0, 1)
 
     def _metrics(self, images: Tensor, labels: Tensor | None) -> tuple[Result, Tensor, Tensor]:
-        """All metrics of images by themselves; the distance of each to the nearest training image,
-        and the index of that one."""
+        """Metrics of a set of images; for each of them, the distance to the nearest training image
+        and its index."""
         features = classifier.features_of(self.net, images)
         found = metrics.frechet_metrics(features, self.train_moments)
         found |= metrics.feature_metrics(features, self.some_train_features[: len(features)])

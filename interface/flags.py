@@ -26,9 +26,10 @@ def train_flags() -> Namespace:
     parser = Parser(prog="train.py", description="Train a class-conditional DDPM.")
     start, length = (parser.add_mutually_exclusive_group() for _ in range(2))
     start.add_argument("--resume", action="store_true", help="continue the newest checkpoint")
-    load_help = "go on from it, for K more epochs or --budget; alone: say where it stands"
+    load_help = "continue it for K more epochs or --budget; alone: say how far it is"
     start.add_argument("--load_checkpoint_path", **PATH, help=load_help)
-    options = {"type": int, "metavar": "K", "default": 0, "help": "train it for K more epochs"}
+    more_help = "train that checkpoint for K more epochs"
+    options = {"type": int, "metavar": "K", "default": 0, "help": more_help}
     length.add_argument("--continue_training_epochs", **options)
     add_settings(length, Config.names("length"))
     groups = ("machine", "model", "student", "training", "sampling", "picture")
@@ -62,9 +63,8 @@ def generate_flags() -> Namespace:
     parser.add_argument("--model", **WHICH_MODEL)
     file = {"type": output_name, "metavar": "FILE"}
     parser.add_argument("--output", **file, help=".png, .npz, .gif, .webp, or a folder/")
-    parser.add_argument(
-        "--fast", action="store_true", help="in 4 network calls (shipped student) or about 6"
-    )
+    fast_help = "4 network calls by the shipped student, otherwise about 6"
+    parser.add_argument("--fast", action="store_true", help=fast_help)
     begin = parser.add_mutually_exclusive_group()
     picture = PATH | {"metavar": "PICTURE"}
     begin.add_argument("--complete", **picture, help="draw the rest of a picture (white on black)")
@@ -75,7 +75,7 @@ def generate_flags() -> Namespace:
     )
     known.add_argument("--mask", **picture, help="instead of --keep: white where pixels are kept")
     strength = {"type": float, "default": 0.6, "metavar": "FLOAT"}
-    parser.add_argument("--strength", **strength, help="noise of --edit, 0 to 1 (default: 0.6)")
+    parser.add_argument("--strength", **strength, help="noise that --edit adds (default: 0.6)")
     on_screen = "show the digits in the terminal, too"
     parser.add_argument("--show", action=BooleanOptionalAction, help=on_screen)
     add_settings(parser, set(Config.names("machine", "sampling", "picture")) - {"data_dir"})
@@ -93,7 +93,7 @@ def generate_flags() -> Namespace:
     if args.reproduce and args.output and not args.output.endswith(".png"):
         raise ValueError(f"output = {args.output!r}: --reproduce writes a .png")
     if args.digits is None and distributed.processes() > 1:
-        raise ValueError("several processes can only draw --digits; give it, or leave out torchrun")
+        raise ValueError("torchrun asks no questions: give --digits, or drop torchrun")
     return args
 
 
@@ -163,7 +163,7 @@ def export_flags() -> Namespace:
         raise ValueError(f"--network is for .onnx, not {path}; drop the flag")
     is_sampler = path.suffix == ".onnx" and not args.network
     if not is_sampler and any(hasattr(args, name) for name in Config.names("sampling")):
-        raise ValueError(f"{path}: settings for sampling change only a sampler; drop their flags")
+        raise ValueError(f"{path}: sampling flags affect only an exported sampler; drop them")
     return args
 
 

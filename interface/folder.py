@@ -97,7 +97,7 @@ def leftovers(output_dir: str) -> list[Path]:
 
 
 def is_complete(output_dir: str) -> bool:
-    """Whether nothing is missing or left over that a kill or a full disk may have caused."""
+    """Whether no grid is missing, the curves are up to date, and no temporary file is left."""
     return not (without_grid(output_dir) or curves_are_old(output_dir) or leftovers(output_dir))
 
 

@@ -122,7 +122,7 @@ def named_teacher(text: str, output_dir: str | Path) -> Path:
 def find_teacher(cfg: Config, expected: str | None, exactly: bool = True) -> Path:
     """The file of a student's teacher. A run that continues needs the file with the `expected`
     SHA-256: its name, such as "newest", may by now mean another one, or it may lie among the
-    earlier runs. Raises ValueError if it is not there, unless not `exactly` that file is needed."""
+    earlier runs. Raises ValueError if it is missing and `exactly` it is needed."""
     if expected is None:
         return named_teacher(cfg.teacher, cfg.output_dir)
     with suppress(ValueError):

@@ -40,8 +40,8 @@ class Original:
 
     @classmethod
     def from_record(cls, record: dict[str, Any], cfg: Config) -> "Original | None":
-        """The original that a PNG's text chunks record; None if there is none. Raises ValueError or
-        TypeError for values of another kind."""
+        """The original that a PNG's text chunks record; None if there is none. Raises LookupError,
+        TypeError or ValueError for what `record` does not write."""
         if "original" not in record:
             return None
         side = cfg.img_size
@@ -107,7 +107,7 @@ def read(path: Path, cfg: Config) -> Tensor:
         inside = without_frame(image) if is_single else None
         pixels = to_pixels(inside or image, cfg)
     except Exception as error:  # a damaged file can make Pillow raise anything
-        raise ValueError(f"{path}: not a .png or .jpg ({first_line(error)})") from None
+        raise ValueError(f"{path}: cannot be read as a picture ({first_line(error)})") from None
     if is_drawn and not inside and not is_tile:
         raise ValueError(f"{path}: holds several images; draw one with --digits 7 --count 1")
     return pixels

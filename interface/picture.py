@@ -18,9 +18,19 @@ from system.files import atomic_write, check_sizes, first_line
 ANIMATIONS = (".gif", ".webp")
 ENDINGS = (".png", ".npz", *ANIMATIONS)
 MAX_FRAMES = 76  # of an animation: 1.5 s at 20 ms each
+MAX_IMAGES = 100_000
+MAX_PIXELS = 170_000_000  # of a PNG: Pillow does not open one of over 179 million
 MAX_ANIMATED = 500  # images
 LONGEST = 16_000  # side of an animation in pixels, as WebP has 16,383 at most
 GAP, GREY = 2, 64  # width and level of the frame around each image of a grid
+
+
+def most_images(img_size: int, ending: str = ".png") -> int:
+    """How many images of img_size pixels a file with this ending, or a folder, can hold."""
+    side = img_size + GAP
+    if ending in ANIMATIONS:
+        return min(MAX_ANIMATED, LONGEST // side)
+    return min(MAX_IMAGES, MAX_PIXELS // side**2) if ending == ".png" else MAX_IMAGES
 
 
 def image_grid(images: Tensor, columns: int, gap: int = GAP) -> Image.Image:
@@ -136,5 +146,5 @@ def read_npz(path: Path) -> tuple[Tensor, Tensor | None]:
     fits = labels.dtype.kind in "iu" and labels.shape == (len(images),)
     if not fits or labels.min() < 0 or labels.max() > 9:
         found = f"arr_1 is {labels.dtype} of shape {labels.shape}; allowed are 0 to 9"
-        raise ValueError(f"{path}: {found}, a whole number for each of the {len(images)} images")
+        raise ValueError(f"{path}: {found}, one for each of the {len(images)} images")
     return images, torch.from_numpy(labels.astype(np.int64))

@@ -39,9 +39,9 @@ class Plan:
 
 @contextmanager
 def planned(args: Namespace) -> Iterator[Plan]:
-    """The plan of train.py's flags, for a `with` block during which, unless it only describes a
-    checkpoint, all processes are connected and the run folder is this run's alone. Says so if there
-    is nothing to train."""
+    """The plan that train.py's flags ask for; says so if there is nothing to train. During the
+    `with` block all processes are connected and the run folder is locked for this run, unless the
+    plan only describes a checkpoint."""
     given, more = given_settings(args), args.continue_training_epochs
     resume, load = args.resume, args.load_checkpoint_path
     if only_describes(given, load, more):
@@ -74,7 +74,7 @@ def only_describes(given: dict[str, Any], load: Path | None, more_epochs: int) -
     if load is None or more_epochs or given.keys() & {"epochs", "budget"}:
         return False
     for name in given.keys() - set(Config.names("machine")):
-        needed = "to train on, add --continue_training_epochs or --budget"
+        needed = "only counts in training; add --continue_training_epochs or --budget"
         raise ValueError(f"{name} = {given[name]!r}: {needed}")
     return True
 
@@ -87,7 +87,8 @@ def make_plan(
     if resume:
         load = folder.newest_of_run(Path(given.get("output_dir", Config().output_dir), "models"))
     if not load:
-        given = ({"budget": ""} if "epochs" in given else {}) | given  # where config.py has one
+        if "epochs" in given:  # wins over a budget in config.py
+            given = {"budget": ""} | given
         teacher = given.get("teacher", Config().teacher)
         cfg = student_of(teacher, given) if teacher else with_classes(Config(), given)
         check_effects(cfg, given)
@@ -110,15 +111,15 @@ def make_plan(
         progress.budget_from, plan.changed = progress.seconds, True  # a new budget, from here on
 
     now, later = dict(given), {}
-    new_labels = "dataset" in given and not (resume and given["dataset"] == trained.dataset)
-    if new_labels and "preview_digits" in given:  # which can only be checked with them
+    labels_may_change = "dataset" in given and not (resume and given["dataset"] == trained.dataset)
+    if labels_may_change and "preview_digits" in given:  # checked below, once the labels are known
         later["preview_digits"] = now.pop("preview_digits")
     inside = plan.trainable and progress.images > 0
     plan.cfg, plan.notes = settings_for_training(cfg, now, mid_epoch=inside)
     check_effects(plan.cfg, given)
     if given.keys() & {"guidance", "label_dropout"}:
         check_guidance(plan.cfg, plan.cfg, has_guide=plan.cfg.guide_fraction > 0)
-    if new_labels:
+    if labels_may_change:
         plan.cfg = with_classes(plan.cfg, later)
         if plan.cfg.num_classes != trained.num_classes:
             fit = f"has {plan.cfg.num_classes} labels, the model {trained.num_classes}"

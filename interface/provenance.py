@@ -28,7 +28,7 @@ MOST_THREADS = 1024
 
 
 def record(loaded: LoadedModel, request: Request) -> dict[str, Any]:
-    """What a PNG records, as text: all that --reproduce needs to draw it again."""
+    """The entries of a PNG's text chunks: all that --reproduce needs to draw it again."""
     what = {"model": loaded.sha256, "digits": request.digits, "count": request.count}
     if request.digits == "mnist":
         what["labels"] = "exact"  # older versions drew them at random
@@ -53,8 +53,8 @@ def read(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: no such picture")
     provenance = {}
     with suppress(Exception):  # a damaged or hostile file can make Pillow and json raise anything
-        # PNG alone: for other formats, Pillow may start programs such as Ghostscript. It warns of
-        # large ones
+        # PNG alone: for other formats, Pillow may start programs such as Ghostscript. Its warnings
+        # of large pictures are left out
         with warnings.catch_warnings(action="ignore"), Image.open(path, formats=["PNG"]) as image:
             image.load()  # chunks may also follow the pixels
             for name, text in image.text.items():
@@ -77,7 +77,7 @@ def request_from_picture(
         raise ValueError(f"{picture}: {reason}; draw a new one")
     recorded = set(provenance)
     try:
-        # Older pictures record neither, as nothing else existed
+        # Older pictures record neither, because all were drawn like this
         provenance = {"precision": "float32", "match_levels": False} | provenance
         known = {name: provenance[name] for name in Config.names("sampling", "picture")}
         cfg = settings_for_drawing(trained, given, known)
@@ -103,7 +103,7 @@ def request_again(
     file = model_with_hash(recorded["model"], Path(here["output_dir"]))
     if file is None:
         lacks = f"its model, SHA-256 {shortened(recorded['model'])}, is not in {here['output_dir']}"
-        remedy = "copy it there, or try --output_dir; git's history has earlier shipped ones"
+        remedy = "copy it there, or try --output_dir; git's history has models shipped earlier"
         raise ValueError(f"{picture}: {lacks}; {remedy}")
     loaded = replace(load_model(file, device, bool(compiled)), sha256=recorded["model"])
     if "threads" in recorded and type(recorded["threads"]) is int:

@@ -15,15 +15,13 @@ from checkpoint import LoadedModel
 from config import FAST, Config
 from interface import original
 from interface.original import Original
-from interface.picture import ANIMATIONS, ENDINGS, GAP, LONGEST, MAX_ANIMATED, MAX_FRAMES
+from interface.picture import ANIMATIONS, ENDINGS, MAX_FRAMES, most_images
 from interface.settings import check_effects, check_guidance, is_guided
 from interface.terminal import ask, log, whole_number
 from system.files import check_writable, make_folder
 from system.randomness import draw_labels
 from system.values import counted, parse_labels, shortened
 
-MAX_IMAGES = 100_000
-MAX_PIXELS = 170_000_000  # Pillow refuses to read a little more
 # How often each digit occurs in MNIST's training split
 MNIST_COUNTS = (5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949)
 TAKEN = "exists already; choose another folder or --seed"
@@ -41,8 +39,9 @@ def fast_settings(loaded: LoadedModel) -> dict[str, Any]:
 def check_flags(
     loaded: LoadedModel, cfg: Config, given: dict[str, Any], strength: float = 1.0
 ) -> None:
-    """Raise ValueError if a flag (`given`: settings) would have no effect on what is drawn from
-    strength · T on, or if the model cannot be guided as it should be."""
+    """Raise ValueError if a flag (`given`: settings) would have no effect on what is drawn, or if
+    the model lacks what guidance needs. With a `strength` below 1, drawing begins at strength · T.
+    """
     check_effects(cfg, given, strength)
     check_guidance(loaded.cfg, cfg, has_guide=loaded.guide is not None)
     if given.get("match_levels") and not loaded.levels:
@@ -77,9 +76,9 @@ class Request:
         if type(self.count) is not int or self.count < 1:
             raise ValueError(f"count = {shortened(self.count)}: must be a whole number, at least 1")
         images = self.count * each
-        largest = most_images(self.cfg, self.output.suffix)
+        largest = most_images(self.cfg.img_size, self.output.suffix)
         if images > largest and self.recorded is None:
-            most = f"{largest:,}{f' in {self.output.suffix}' if largest < MAX_IMAGES else ''}"
+            most = f"{largest:,} in {self.output.suffix or 'a folder'}"
             asked = f"{images:,}" if images < 10**15 else "too many"
             raise ValueError(f"count = {shortened(self.count)}: {asked} images; at most {most}")
 
@@ -126,14 +125,6 @@ class Request:
         return torch.tensor(labels_named(self.digits, self.cfg.label_names) * self.count)
 
 
-def most_images(cfg: Config, ending: str = ".png") -> int:
-    """How many images a file with this ending can hold."""
-    side = cfg.img_size + GAP
-    if ending in ANIMATIONS:
-        return min(MAX_ANIMATED, LONGEST // side)
-    return min(MAX_IMAGES, MAX_PIXELS // side**2) if ending == ".png" else MAX_IMAGES
-
-
 def labels_named(digits: str, names: list[str]) -> list[int]:
     """The labels of one variant of `digits`, each by its number; every label for "all"."""
     return list(range(len(names))) if digits == "all" else parse_labels(digits, names)
@@ -145,7 +136,7 @@ def usual_count(digits: str, cfg: Config) -> int:
     if digits == "mnist":
         return 16
     each = len(labels_named(digits, cfg.label_names))
-    return max(1, min(16 if digits == "all" else 16 // each, most_images(cfg) // each))
+    return max(1, min(16 if digits == "all" else 16 // each, most_images(cfg.img_size) // each))
 
 
 def free_name(cfg: Config, digits: str) -> Path:
@@ -225,7 +216,7 @@ def requests_from_answers(cfg: Config, seed: int | None, loaded: LoadedModel) ->
     log(f"? for help, {'quit' if 'q' in cfg.label_names else 'q'} to quit.")
     while True:
         digits = ask(question, None, digits_or_all, cfg.label_names)
-        most = most_images(cfg) // len(labels_named(digits, cfg.label_names))
+        most = most_images(cfg.img_size) // len(labels_named(digits, cfg.label_names))
         usual = min(count or usual_count(digits, cfg), most)
         count = ask("How many", usual, whole_number(most))
         guidance = cfg.guidance if cfg.is_student else ask("Guidance", cfg.guidance, guidance_value)

@@ -85,12 +85,12 @@ class Run:
         return self.state.progress.images >= self.images_per_epoch
 
     def save_due(self, epoch_done: bool) -> bool:
-        """Whether to save after this step; it is asked after each."""
+        """Whether to save now; called after each step."""
         return self.done or (epoch_done and self.state.progress.epoch % self.cfg.save_every == 0)
 
     @property
     def is_saved(self) -> bool:
-        """Whether the last checkpoint written is that of this moment."""
+        """Whether the last checkpoint, written or resumed from, holds the present state."""
         return self.last_saved == folder.checkpoint_path(self.cfg.output_dir, self.state.progress)
 
     def announce(self) -> None:
@@ -121,7 +121,7 @@ class Run:
             lambda: folder.prepare_folders(cfg.output_dir, start, progress.step, rewritten)
         )
         self.write_rows()
-        until = f"until {cfg.budget} are spent" if cfg.budget else f"to epoch {cfg.epochs}"
+        until = f"for a budget of {cfg.budget}" if cfg.budget else f"to epoch {cfg.epochs}"
         print(f"training from {progress} {until}; results in {cfg.output_dir}", flush=True)
         if saves_plan:
             self.save()
@@ -200,7 +200,7 @@ class Run:
         diffusion, state = Diffusion(self.cfg), self.state
         denoiser = diffusion.guided(state.ema, state.guide)
         state.levels = None
-        with self.side_output("a checkpoint's grey levels"):  # it is good without them
+        with self.side_output("a checkpoint's grey levels"):  # which it can do without
             state.levels = GreyLevels.of_model(diffusion, denoiser, images, labels)
         self.save()
 

@@ -7,7 +7,7 @@ from typing import Any
 from config import Config
 from diffusion import Diffusion
 
-# A flag, another setting, and whether the flag has an effect with a value of that one
+# (flag, another setting, whether the flag has an effect while that setting has this value)
 ONLY_WITH: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("snr_power", "loss_weighting", lambda value: value == "snr_power"),
     ("min_snr_gamma", "loss_weighting", lambda value: value == "min_snr"),
@@ -21,8 +21,8 @@ ONLY_WITH: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
 
 
 def check_effects(cfg: Config, given: dict[str, Any], strength: float = 1.0) -> None:
-    """Raise ValueError for a flag (`given`: settings) that would have no effect; pictures are drawn
-    from strength · T on."""
+    """Raise ValueError for a flag (`given`: settings) that would have no effect. With a `strength`
+    below 1, drawing begins at strength · T."""
     for f in fields(Config):
         if f.name in given and cfg.is_student and f.metadata.get("not_in_students"):
             reason = "has no effect on a student; drop the flag"
@@ -82,7 +82,7 @@ def settings_for_drawing(
     """The settings with which to draw: those `recorded` by a picture win over flags (`given`),
     flags over the model's own (`trained`), and config.py only supplies the machine settings and
     those of a picture, such as the seed. Raises ValueError for settings other than those that a
-    student learned, or for flags with which guidance would never act."""
+    student learned, or for flags that leave no room for guidance."""
     sets_interval = bool(given.keys() & {"guidance_low", "guidance_high"})
     given = given | (recorded or {})
     if trained.is_student:
@@ -98,8 +98,9 @@ def settings_for_drawing(
 
 
 def check_guidance(trained: Config, cfg: Config, has_guide: bool) -> None:
-    """Raise ValueError for guidance by the model without a label, if it never learned that."""
-    by_label = not has_guide or cfg.guidance == 0
-    if cfg.guidance != 1 and by_label and trained.label_dropout == 0:
+    """Raise ValueError if guidance needs an estimate without the label, which the model never
+    learned."""
+    needs_unlabelled = not has_guide or cfg.guidance == 0
+    if cfg.guidance != 1 and needs_unlabelled and trained.label_dropout == 0:
         reason = "the model cannot draw without a label (label_dropout = 0); set guidance to 1"
         raise ValueError(f"guidance = {cfg.guidance:g}: {reason}")

@@ -107,7 +107,7 @@ def show(tiles: Tensor, stream: TextIO | None = None) -> None:
         if width <= size.columns and (shrink > 1 or rows * height <= size.lines - 4):
             break  # the largest size that fits is the most readable
     if width > size.columns:
-        print(f"({size.columns} columns wide, but the picture needs {width})", file=stream)
+        print(f"({size.columns} columns wide: too narrow for the picture's {width})", file=stream)
         return
     shown = min(N, columns * max(1, 2 * size.lines // height))
     small = F.avg_pool2d(grey[:shown], shrink, ceil_mode=True)[:, 0].round().int()

@@ -1,7 +1,7 @@
 """The processes of one run: torchrun starts several, otherwise there is one.
 
-Each takes its part of every batch. Their gradients are added up before each step, so that all
-processes hold the same weights. The first process alone writes files and prints.
+In training, each takes its part of every batch. Their gradients are added up before each step, so
+that all hold the same weights, and the first alone writes files. Only the first one prints.
 """
 
 import datetime

@@ -233,7 +233,7 @@ def test_digits_of_another_size_have_a_classifier_of_their_own(run, tmp_path, mo
     assert f"evaluator {sha256(own)[:12]}" in result.out
     checkpoint.save(path, replace(cfg, max_images=100), checkpoint.TrainState.initial(cfg, CPU))
     result = run("evaluate.py", model=path, **here)
-    assert_one_line(result, "100 training images", "at least 128", "with --max_images 100")
+    assert_one_line(result, "100 training images", "at least 128", "--max_images was 100")
 
 
 def test_the_denoiser_names_test_images(run, tmp_path):

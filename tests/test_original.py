@@ -161,7 +161,7 @@ def test_bad_originals_are_one_line(run, tmp_path, seven):
     Image.new("L", (28, 28)).save(tmp_path / "black.png")
     for flags, *words in (
         ({"complete": tmp_path / "none.png"}, "none.png", "no such picture"),
-        ({"complete": tmp_path / "text.png"}, "text.png", "not a .png or .jpg"),
+        ({"complete": tmp_path / "text.png"}, "text.png", "cannot be read as a picture"),
         ({"complete": seven, "mask": tmp_path / "black.png"}, "black.png", "white pixels"),
         ({"edit": seven, "strength": 0}, "strength = 0.0"),
         ({"edit": seven, "strength": "nan"}, "strength = nan"),

@@ -268,7 +268,7 @@ def test_pictures_of_other_kinds_are_named(tmp_path, capsys):
 def test_too_few_pictures_to_set_any_aside_is_said(tmp_path, capsys):
     cfg = folder(make_folder(tmp_path, NAMES, count=1))
     assert torch.equal(load_split(cfg, False, CPU)[0], load_split(cfg, True, CPU)[0])
-    assert "training ones serve for testing" in capsys.readouterr().out
+    assert "testing on training ones" in capsys.readouterr().out
 
 
 def test_a_label_may_be_written_in_either_way_of_unicode():

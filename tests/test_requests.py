@@ -11,7 +11,7 @@ import torch
 from conftest import answers
 
 from config import Config
-from interface import requests
+from interface import picture
 from interface.requests import (
     MNIST_COUNTS,
     Request,
@@ -134,7 +134,7 @@ def test_flags_ask_for_one_file(tmp_path):
 
 @pytest.mark.parametrize("digits", ["all", "mnist"])
 def test_any_kind_of_file_can_have_the_largest_number_of_images(monkeypatch, digits):
-    monkeypatch.setattr(requests, "MAX_IMAGES", 20)
+    monkeypatch.setattr(picture, "MAX_IMAGES", 20)
     largest = {"all": 2, "mnist": 20}[digits]
     for output in ("a.npz", "a.png"):
         assert len(by_flags(CFG, digits, largest, output)[0].labels) == 20

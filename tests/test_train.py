@@ -263,7 +263,7 @@ def test_a_budget_ends_the_run_in_time_with_the_learning_rate_at_zero(server, tm
     assert 2.9 < float(rows[-1]["seconds"]) < 5
     grid = newest_of_run(tmp_path / "models").stem.replace("model", "samples")
     assert (tmp_path / "images" / f"{grid}.png").exists()
-    assert "until 3s are spent" in outcome.text
+    assert "for a budget of 3s" in outcome.text
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_last_good_checkpoint(
