@@ -208,18 +208,19 @@ def requests_from_answers(cfg: Config, seed: int | None, loaded: LoadedModel) ->
         check_guidance(loaded.cfg, replace(cfg, guidance=value), loaded.guide is not None)
         return value
 
-    question = "Digits to draw, such as 7, 2026 or all"
+    question, names = "Digits to draw, such as 7, 2026 or all", cfg.label_names
     if cfg.class_names:
-        names = cfg.label_names
         some = ", ".join(names[:20]) + (" …" if len(names) > 20 else "")
         question = f"What to draw: {some}, several with commas, or all"
-    log(f"? for help, {'quit' if 'q' in cfg.label_names else 'q'} to quit.")
+    log(f"? for help, {'quit' if 'q' in names else 'q'} to quit.")
     while True:
-        digits = ask(question, None, digits_or_all, cfg.label_names)
-        most = most_images(cfg.img_size) // len(labels_named(digits, cfg.label_names))
+        digits = ask(question, None, digits_or_all, names)
+        most = most_images(cfg.img_size) // len(labels_named(digits, names))
         usual = min(count or usual_count(digits, cfg), most)
-        count = ask("How many", usual, whole_number(most))
-        guidance = cfg.guidance if cfg.is_student else ask("Guidance", cfg.guidance, guidance_value)
+        count = ask("How many", usual, whole_number(most), names)
+        guidance = cfg.guidance
+        if not cfg.is_student:
+            guidance = ask("Guidance", guidance, guidance_value, names)
         picture_seed = secrets.randbelow(2**31) if seed is None else seed
         cfg = replace(cfg, guidance=guidance, seed=picture_seed)
         yield Request(digits, count, cfg, free_name(cfg, digits), "renumber")

@@ -3,7 +3,7 @@
 import os
 import shutil
 import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
@@ -18,11 +18,11 @@ with suppress(ImportError):
 ASCII = " .:-=+*#%@"  # from black to white
 RESET = "\x1b[0m"
 
-HELP = """  7     draws sevens
-  2026  writes this number, in as many variants as you ask for
-  all   draws every digit
-  ?     shows this help; q or quit ends; Enter takes the answer in brackets
-Guidance 1 draws what the model learned; larger values draw clearer digits that look more alike."""
+HELP = """  {one}  draws this alone
+  {some}  draws these side by side, in as many variants as you ask for
+  {all}  draws every label
+  {question}  shows this help; q or quit ends; Enter takes the answer in brackets
+Guidance 1 draws what the model learned; larger values draw clearer pictures, more alike."""
 
 
 def log(message: str) -> None:
@@ -39,11 +39,25 @@ def sampling_bar(steps: int, batches: int) -> Iterator[Callable[[int, Tensor], o
         yield lambda number, x: bar.update()
 
 
+def help_on(names: Sequence[str]) -> str:
+    """What "?" shows where these labels can be drawn."""
+    one, some = "7", "2026"
+    if not set(one + some) <= set(names):
+        one, mark = names[0], "" if max(map(len, names)) == 1 else ","
+        some = mark.join((*names[:2], names[0]))
+    shown = {"one": one, "some": some, "all": "all", "question": "?"}
+    width = max(map(len, shown.values()))
+    return HELP.format(**{key: f"{text:<{width}}" for key, text in shown.items()})
+
+
 def ask(
-    question: str, default: Any, parse: Callable[[str], Any], names: Collection[str] = ()
+    question: str,
+    default: Any,
+    parse: Callable[[str], Any],
+    names: Sequence[str] = tuple("0123456789"),
 ) -> Any:
-    """Ask until `parse` accepts the answer; Enter takes the default. Raises EOFError for "q" or
-    "quit", unless these are `names` to answer with."""
+    """Ask until `parse` accepts the answer; Enter takes the default, and ? shows what can be drawn:
+    `names`. Raises EOFError for "q" or "quit", unless that is one of them."""
     prompt = f"{question}: " if default is None else f"{question} [{default}]: "
     while True:
         if sys.stdin.isatty() and sys.stdout.isatty():  # input() prompts on stdout
@@ -59,7 +73,7 @@ def ask(
         if answer.lower() in ("q", "quit") and answer not in names:
             raise EOFError
         if answer == "?":
-            log(HELP)
+            log(help_on(names))
         elif not answer and default is not None:
             return default
         else:

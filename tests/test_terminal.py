@@ -181,3 +181,21 @@ def test_an_answer_in_another_encoding_is_named(monkeypatch):
     monkeypatch.setattr("sys.stdin", stdin)
     with pytest.raises(ValueError, match="answers on stdin must be in utf-8"):
         terminal.ask("Digits", None, str)
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (list("0123456789"), ["7     draws this alone", "2026  draws these side by side"]),
+        (["cat", "dog"], ["cat          draws this alone", "cat,dog,cat  draws these"]),
+        (list("ab"), ["a    draws this alone", "aba  draws these"]),
+        (["one"], ["one      draws this alone", "one,one  draws these"]),
+    ],
+)
+def test_help_speaks_of_the_labels_that_there_are(names, words, monkeypatch, capsys):
+    answers(monkeypatch, "?", "1")
+    assert terminal.ask("What to draw", None, str, names) == "1"
+    shown = capsys.readouterr().err
+    for word in (*words, "?", "all", "q or quit ends"):
+        assert word in shown
+    assert "{" not in shown
