@@ -52,7 +52,7 @@ def test_a_missing_package_is_one_line(run, tmp_path, monkeypatch):
     assert "pip install -r requirement-extra.txt" in refused.err
 
 
-@pytest.mark.filterwarnings("error")
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_board_that_cannot_be_written_is_one_line(run, tmp_path, monkeypatch):
     monkeypatch.setattr(threading, "excepthook", threading.excepthook)  # restored afterwards
 
