@@ -75,7 +75,7 @@ def generate_flags() -> Namespace:
     )
     known.add_argument("--mask", **picture, help="instead of --keep: white where pixels are kept")
     strength = {"type": float, "default": 0.6, "metavar": "FLOAT"}
-    parser.add_argument("--strength", **strength, help="noise that --edit adds, up to 1 (default: 0.6)")
+    parser.add_argument("--strength", **strength, help="noise of --edit, up to 1 (default: 0.6)")
     on_screen = "show the digits in the terminal, too"
     parser.add_argument("--show", action=BooleanOptionalAction, help=on_screen)
     add_settings(parser, set(Config.names("machine", "sampling", "picture")) - {"data_dir"})
