@@ -28,7 +28,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
     """A model whose weights matter, unlike those of one that has hardly been trained."""
-    cfg = Config(widths=(8, 8), embedding_size=8, dense_size=8, steps=2)
+    cfg = Config(widths=(8,), embedding_size=8, dense_size=8, steps=2)
     state = checkpoint.TrainState.initial(cfg, CPU)
     state.guide = copy.deepcopy(state.ema)
     torch.manual_seed(0)
@@ -114,7 +114,7 @@ def test_safetensors_draw_the_same_pictures(run, trained, tmp_path):
     out = trained.parent / "shared.safetensors"
     assert run("export.py", out, model=trained).code == 0
     with safe_open(out, "pt") as file:
-        assert json.loads(file.metadata()["config"])["widths"] == [8, 8]
+        assert json.loads(file.metadata()["config"])["widths"] == [8]
         assert json.loads(file.metadata()["config"])["output_dir"] == "results"  # not this one
     pictures = []
     for model in (trained, out):

@@ -36,7 +36,7 @@ from interface.requests import Request, requests_from_answers
 from system.files import read_idx
 from system.values import parse_duration, parse_labels
 
-CFG = Config(widths=(8, 8), embedding_size=8, dense_size=8)
+CFG = Config(widths=(8,), embedding_size=8, dense_size=8)
 ALL = list(Config.__dataclass_fields__)
 
 odd_text = st.one_of(
@@ -121,27 +121,33 @@ def whole(tmp_path_factory) -> Path:
 ENTRIES = ("format", "config", "progress", "model", "ema", "guide", "optimizers", "metrics", "data")
 
 
+@pytest.fixture(scope="module")
+def contents(whole) -> dict[str, Any]:
+    return torch.load(whole, weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory) -> Path:
+    """Where a damaged checkpoint goes, which lies alone in its folder."""
+    return tmp_path_factory.mktemp("other") / "b.pth"
+
+
 @given(entry=st.sampled_from(ENTRIES), value=values)
-def test_any_entry_of_a_checkpoint(whole, entry, value):
-    contents = torch.load(whole, weights_only=True)
-    torch.save(contents | {entry: value}, whole.with_name("b.pth"))
-    loads_or_says_why(whole.with_name("b.pth"))
+def test_any_entry_of_a_checkpoint(contents, other, entry, value):
+    torch.save(contents | {entry: value}, other)
+    loads_or_says_why(other)
 
 
 @given(name=st.sampled_from(ALL), value=values)
-def test_any_stored_setting_of_a_checkpoint(whole, name, value):
-    contents = torch.load(whole, weights_only=True)
-    contents["config"][name] = value
-    torch.save(contents, whole.with_name("b.pth"))
-    loads_or_says_why(whole.with_name("b.pth"))
+def test_any_stored_setting_of_a_checkpoint(contents, other, name, value):
+    torch.save(contents | {"config": contents["config"] | {name: value}}, other)
+    loads_or_says_why(other)
 
 
 @given(name=st.sampled_from(["epoch", "images", "step", "seconds", "budget_from"]), value=values)
-def test_any_progress_of_a_checkpoint(whole, name, value):
-    contents = torch.load(whole, weights_only=True)
-    contents["progress"][name] = value
-    torch.save(contents, whole.with_name("b.pth"))
-    loads_or_says_why(whole.with_name("b.pth"))
+def test_any_progress_of_a_checkpoint(contents, other, name, value):
+    torch.save(contents | {"progress": contents["progress"] | {name: value}}, other)
+    loads_or_says_why(other)
 
 
 def loads_or_says_why(path: Path) -> None:
@@ -166,10 +172,9 @@ def damaged(whole: bytes, chosen: random.Random) -> bytes:
 
 
 @given(seed=st.integers(0, 10**9))
-def test_any_damage_to_a_checkpoint(whole, seed):
-    path = whole.with_name("b.pth")
-    path.write_bytes(damaged(whole.read_bytes(), random.Random(seed)))
-    loads_or_says_why(path)
+def test_any_damage_to_a_checkpoint(whole, other, seed):
+    other.write_bytes(damaged(whole.read_bytes(), random.Random(seed)))
+    loads_or_says_why(other)
 
 
 @given(seed=st.integers(0, 10**9))

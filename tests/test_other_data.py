@@ -322,9 +322,10 @@ def test_pictures_are_turned_as_the_camera_was_held_and_laid_on_black(tmp_path):
 
 
 def test_a_folder_is_evaluated_with_a_classifier_of_its_own(run, tmp_path, monkeypatch):
-    monkeypatch.setattr("evaluation.classifier.LEAST_STEPS", 60)
-    monkeypatch.setattr("evaluation.classifier.LEAST_STEPS_OF_CAS", 20)
-    monkeypatch.setattr("evaluation.two_sample.LEAST_STEPS", 20)
+    monkeypatch.setattr("evaluation.classifier.LEAST_STEPS", 30)
+    monkeypatch.setattr("evaluation.classifier.LEAST_STEPS_OF_CAS", 10)
+    monkeypatch.setattr("evaluation.two_sample.LEAST_STEPS", 1)
+    monkeypatch.setattr("evaluation.two_sample.EPOCHS", 1)
     monkeypatch.setattr("evaluation.metrics.RESAMPLES", 3)
     random = np.random.default_rng(0)
     for label, colour in (("七", (255, 40, 40)), ("a dog", (40, 40, 255)), ("cat", (0, 255, 0))):

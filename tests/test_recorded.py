@@ -5,12 +5,15 @@ The tolerances are 5 to 10 times what another instruction set (plain or SSE 4.1 
 one thread instead of two changed, and less than what a factor of 1.01 in a formula changed.
 """
 
+import functools
 import json
 import sys
 from typing import Any
 
 import pytest
 import record
+
+import data
 
 RECORDED = json.loads(record.RECORDED.read_text())
 SAME_MACHINE = record.machine() == RECORDED["machine"]
@@ -25,6 +28,7 @@ def now(tmp_path_factory) -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", sys.argv)  # record.py sets it for each script
         patch.setattr("evaluation.plots.plot_training", lambda rows, path: None)  # only takes time
+        patch.setattr(data, "read_idx", functools.cache(data.read_idx))  # no file here changes
         return record.all_records(tmp_path_factory.mktemp("recorded"))
 
 

@@ -9,12 +9,13 @@ from data import load_split
 from evaluation.two_sample import VIEWS, coarse, two_sample_test
 from system.randomness import seeded_generator
 
-COUNT = 800
+COUNT = 500
 
 
 @pytest.fixture(autouse=True)
 def few_steps(monkeypatch):
-    monkeypatch.setattr("evaluation.two_sample.LEAST_STEPS", 90)
+    monkeypatch.setattr("evaluation.two_sample.LEAST_STEPS", 60)
+    monkeypatch.setattr("evaluation.two_sample.BATCH_SIZE", 64)
 
 
 @pytest.fixture(scope="module")
