@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 
 from config import Config
 from diffusion import Diffusion
@@ -30,6 +29,8 @@ class Recorded:
 @pytest.mark.parametrize("schedule", ["cosine", "linear"])
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpmpp"])
 def test_same_noise_same_pictures(monkeypatch, sampler, schedule):
+    import diffusers  # here, because every process that runs tests would wait for it
+
     own = {"sampler": sampler, "schedule": schedule, "eta": 0.0, "guidance": 1.0}
     process = Diffusion(Config(steps=STEPS, precision="float32", img_size=8, **own))
     noise, y = Recorded((3, 1, 8, 8)), torch.arange(3)
@@ -39,13 +40,15 @@ def test_same_noise_same_pictures(monkeypatch, sampler, schedule):
     beta = 1 - process.alpha_bar[1:] / process.alpha_bar[:-1]
     common = {"trained_betas": beta.float().numpy(), "prediction_type": "sample"}
     if sampler == "ddpm":
-        scheduler = DDPMScheduler(**common, clip_sample=False, timestep_spacing="trailing")
+        scheduler = diffusers.DDPMScheduler(
+            **common, clip_sample=False, timestep_spacing="trailing"
+        )
     elif sampler == "ddim":
         options = {"clip_sample": False, "set_alpha_to_one": True}
-        scheduler = DDIMScheduler(**common, **options, timestep_spacing="trailing")
+        scheduler = diffusers.DDIMScheduler(**common, **options, timestep_spacing="trailing")
     else:
         options = {"algorithm_type": "dpmsolver++", "final_sigmas_type": "zero"}
-        scheduler = DPMSolverMultistepScheduler(
+        scheduler = diffusers.DPMSolverMultistepScheduler(
             **common, **options, solver_order=2, timestep_spacing="trailing", lower_order_final=True
         )
     scheduler.set_timesteps(STEPS)
