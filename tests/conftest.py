@@ -40,7 +40,7 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in the background of
 REPO = Path(__file__).resolve().parent.parent
 MNIST = str(REPO / "mnist_data")
 
-TINY_MODEL = {"widths": "8,8", "blocks": 1, "embedding_size": 8}
+TINY_MODEL = {"widths": "8", "blocks": 1, "embedding_size": 8}
 TINY = TINY_MODEL | {"data_dir": MNIST, "device": "cpu", "max_images": 320, "batch_size": 32}
 TINY |= {"steps": 2, "preview_columns": 2, "warmup_steps": 2}
 
