@@ -63,12 +63,12 @@ class TrainState:
     totals: Tensor  # (2,) sums over the current epoch's steps: loss, gradient norm
     epoch_seconds: float = 0.0  # training time of the current epoch
     levels: GreyLevels | None = None  # give samples of `ema` real grey levels
-    data: dict[str, Any] | None = None  # data.fingerprint of the training data; a student's teacher
+    data: dict[str, Any] | None = None  # data.fingerprint, and a student's teacher
 
     @classmethod
     def initial(cls, cfg: Config, device: torch.device) -> "TrainState":
         """The state before the first step; the random weights depend on cfg.seed alone. Raises
-        ValueError for a network or a batch that is too large."""
+        ValueError for a network or a batch that does not fit."""
         without_weights(cfg)  # raises if it is too large
         check_step(cfg, device)
         torch.manual_seed(cfg.seed)
@@ -165,7 +165,7 @@ def _check_tensors(contents: dict[str, Any], network: UNet) -> None:
             _check(contents[name], expected, f"{name}: weights")
     if "model" in contents:
         if len(contents["optimizers"]) != len(STATES):
-            raise ValueError("optimizers: there must be two, Muon and AdamW")
+            raise ValueError(f"optimizers: there must be {len(STATES)}")
         for parameters, saved, keys in zip(
             split_parameters(network), contents["optimizers"], STATES, strict=True
         ):
@@ -206,7 +206,7 @@ def restore(path: Path, state: TrainState) -> None:
 
 
 def load_model(path: str | Path, device: torch.device, compiled: bool = False) -> LoadedModel:
-    """The model of a checkpoint, built from the file alone. Raises ValueError as load does."""
+    """The model of a checkpoint, ready to draw. Raises ValueError as load does."""
     path, contents = Path(path), load(path)
     cfg, progress = Config.from_dict(contents["config"]), Progress(**contents["progress"])
     if contents["format"] == 3:  # at that time config.py, not the checkpoint, said how to draw

@@ -9,7 +9,7 @@ from typing import Any
 
 from system.values import check, parse_duration, parse_labels, shortened
 
-VERSION = "1.8"  # of the program
+VERSION = "1.9"  # of the program
 
 DATASETS = "MNIST", "FashionMNIST", "KMNIST", "QMNIST", "EMNIST-digits", "EMNIST-letters", "folder"
 
@@ -30,15 +30,15 @@ training = partial(setting, group="training")
 denoising = partial(training, not_in_students=True)  # of the denoising loss, which students lack
 length = partial(setting, group="length")  # how long a run is
 sampling = partial(setting, group="sampling")  # how a model draws: in its checkpoint, in every PNG
-picture = partial(setting, group="picture")  # how one picture is drawn: in its PNG
+picture = partial(setting, group="picture")  # of one picture, in its PNG, or of one run
 
 
 @dataclass(frozen=True)
 class Config:
     """All settings. Raises a ValueError that names an invalid one, its value and the remedy."""
 
-    # Where things are
-    data_dir: str = machine("mnist_data", "folder of the data set, to which MNIST is downloaded")
+    # This computer
+    data_dir: str = machine("mnist_data", "folder of the data set, downloaded if missing")
     output_dir: str = machine("results", "folder for models, pictures and metrics")
     device: str = machine("auto", "auto (CUDA or Apple's MPS, else CPU) or a torch device")
     compile: bool = machine(False, "compile the network: a minute's wait, meant for a GPU")
@@ -70,7 +70,7 @@ class Config:
     snr_power: float = training(0.25, "snr_power: x_0's error is weighted by snr^this", ge=0, le=1)
     min_snr_gamma: float = training(5.0, "min_snr: largest weight of x_0's error", gt=0)
     timestep_power: float = denoising(0.7, "t is T * u^this, u uniform (below 1: more noise)", gt=0)
-    absolute_snr: float = training(10.0, "snr above which errors count unsquared (0: never)", ge=0)
+    unsquared_snr: float = training(10.0, "snr above which errors count unsquared (0: never)", ge=0)
     clip_loss: bool = training(True, "no loss where clamping (clip_x_0) makes x_0_hat exact")
     label_dropout: float = denoising(0.1, "fraction of images trained without a label", ge=0, le=1)
 
@@ -87,7 +87,7 @@ class Config:
     weight_decay: float = training(0.01, "weight decay of both optimizers", ge=0)
     grad_clip: float = training(1.0, "largest gradient norm; larger ones are scaled down", gt=0)
     ema_sigma_rel: float = training(
-        0.1, "width of the weight average, as a fraction of the run", ge=1e-6, le=0.28
+        0.1, "width of the weight average, relative to the steps so far", ge=1e-6, le=0.28
     )
     guide_fraction: float = model(0.1, "part of the run spent on a guide (0: none)", ge=0, le=0.5)
     guide_label_noise: float = denoising(0.3, "share of random labels for the guide", ge=0, le=1)
@@ -174,9 +174,10 @@ class Config:
 # {setting: the older one to read in a checkpoint that lacks it}. In format 3, clip_x_0 meant both
 # today's clip_x_0 and clip_loss
 ALIASES = {"guide_fraction": "guide_share", "clip_loss": "clip_x_0"}
+ALIASES["unsquared_snr"] = "absolute_snr"  # until version 1.8
 
-# What was in force before a setting existed, where that is not its default, or may not be
-BEFORE = {"absolute_snr": 0.0, "bypass": False, "teacher": ""}
+# What was in force before a setting existed, where its default differs or may be edited
+BEFORE = {"unsquared_snr": 0.0, "bypass": False, "teacher": ""}
 
 # train.py --model_size: 1.7, 6 and 20 million parameters. The default network has 1.3
 MODEL_SIZES = {

@@ -23,7 +23,7 @@ Model = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x_t, t (B,), y) -> eps, v
 Denoiser = Callable[[Tensor, int, Tensor], Tensor]  # (x_t, t, y) -> x_0_hat
 HUBER_DELTA = 0.02  # 2.5 grey levels: smaller errors count about squared, larger ones unsquared
 
-# Ho et al. 2020: beta rises linearly from 1e-4 to 0.02 in 1000 steps, after 0 for t = 0
+# Ho et al. 2020: beta is 0 for t = 0, then rises linearly from 1e-4 to 0.02 in 1000 steps
 _HO_BETA = np.concatenate([[0.0], np.linspace(1e-4, 0.02, 1000)])
 
 
@@ -38,9 +38,11 @@ def make_alpha_bar(schedule: str, T: int) -> Tensor:
     elif schedule == "cosine":
         s = 0.008
         alpha_bar = (np.cos((u + s) / (1 + s) * np.pi / 2) / np.cos(s / (1 + s) * np.pi / 2)) ** 2
-    else:  # "sigmoid"
+    elif schedule == "sigmoid":
         logistic = 1 / (1 + np.exp(3 - 6 * u))  # from -3 to 3
         alpha_bar = (logistic[-1] - logistic) / (logistic[-1] - logistic[0])
+    else:
+        raise ValueError(f"schedule = {schedule!r}: not one of linear, cosine, sigmoid")
     if schedule != "linear":
         alpha_bar = alpha_bar + np.prod(1 - _HO_BETA) * (1 - alpha_bar)
     return torch.from_numpy(alpha_bar)
@@ -120,8 +122,8 @@ class Diffusion:
         batch; x_0 (B, C, H, W) in [-1, 1], y int64 (B,).
 
         Random numbers, from `generator` on x_0's device, are drawn for the whole batch, so that any
-        division into parts gives the same loss. t is u^timestep_power · T, with u stratified over
-        the batch (Kingma et al. 2021, appendix I). Each image loses its label with probability
+        division into parts gives the same loss. t is u^timestep_power · T, with u evenly spaced
+        over the batch (Kingma et al. 2021, appendix I). Each image loses its label with probability
         `label_dropout` (Ho & Salimans 2022, algorithm 1).
         """
         B, device, cfg = len(x_0), x_0.device, self.cfg
@@ -152,8 +154,8 @@ class Diffusion:
         prediction = self.predict(model, x_t, t, y)
         error = (prediction - self.target(x_0, t, eps)).square()  # (B, C, H, W)
         signal_scale, noise_scale, weight = self.coefficients(t, x_0)
-        if self.cfg.absolute_snr and self.cfg.prediction == "x_0":
-            little_noise = signal_scale.square() > self.cfg.absolute_snr * noise_scale.square()
+        if self.cfg.unsquared_snr and self.cfg.prediction == "x_0":
+            little_noise = signal_scale.square() > self.cfg.unsquared_snr * noise_scale.square()
             error = torch.where(little_noise, (error + HUBER_DELTA**2).sqrt() - HUBER_DELTA, error)
         if self.cfg.clip_loss:
             x_0_hat = self.x_0_from(prediction, x_t, t)
@@ -259,7 +261,8 @@ class Diffusion:
         for t, s in itertools.pairwise(times):
             x_0_hat = estimate = denoiser(x, t, y)
             if self.cfg.sampler == "dpmpp" and t_last and s > 0:  # log_snr at 0 is infinite
-                # 1 / (2 r) of the paper, r the ratio of step lengths in log_snr; eta = 1: SDE form
+                # 2M is `step` on an extrapolated x_0_hat: by 1 / (2 r), where r is the length in
+                # log_snr of the last step over that of this one
                 last, now, after = (self.log_snr_at[each] for each in (t_last, t, s))
                 estimate = x_0_hat + (after - now) / (now - last) / 2 * (x_0_hat - x_0_last)
             x = self.step(x, estimate, t, s, noise)

@@ -23,7 +23,7 @@ REPEATS = 3  # steps that use each batch, as making a teacher's examples costs m
 KEPT_IMAGES = 4096  # images whose examples are kept until each has served REPEATS times
 KEPT_BYTES = 500_000_000  # their limit where images are large; `recent` may hold twice as much
 ROUNDING = 1e-3  # a goal this close to black or white is meant to be exactly that
-BELOW_ANY_SNR = 1e-6  # as absolute_snr, so that errors count unsquared at every t
+BELOW_ANY_SNR = 1e-6  # as unsquared_snr: errors count unsquared at every t
 
 
 def student_settings(teacher: Config, student_steps: int) -> Config:
@@ -48,15 +48,15 @@ def student_settings(teacher: Config, student_steps: int) -> Config:
         "clip_loss": teacher.clip_x_0,  # which relies on that clamp
         "dataset": teacher.dataset,
         "preview_digits": teacher.preview_digits,
-        "absolute_snr": BELOW_ANY_SNR,
+        "unsquared_snr": BELOW_ANY_SNR,
     }
     return replace(Config(), **teacher.select("model", "classes") | drawing | own)
 
 
 def teacher_settings(cfg: Config) -> Config:
-    """How a teacher draws for its student: without added noise, in steps that segments can share.
+    """How a teacher draws for its student: without added noise, in steps that divide into segments.
     Its `guidance_high` is at least config.py's, as without added noise more digits come out wrong
-    if guidance sets in later."""
+    if guidance begins at a lower t."""
     if cfg.is_student:
         return cfg
     if cfg.timesteps < TEACHER_STEPS:
@@ -90,7 +90,7 @@ class Distillation:
         steps = teacher_settings(teacher.cfg).steps
         if steps <= cfg.steps or steps % cfg.steps:
             wrong = f"draws in {steps} steps, not several times {cfg.steps}"
-            raise ValueError(f"{teacher.path}: {wrong}; put this student's own teacher there")
+            raise ValueError(f"{teacher.path}: {wrong}; restore this student's own teacher")
         how = replace(teacher_settings(teacher.cfg), precision=cfg.precision)
         self.student, self.teacher = Diffusion(cfg), Diffusion(how)
         self.denoiser = self.teacher.guided(teacher.model, teacher.guide)

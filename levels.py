@@ -1,8 +1,8 @@
 """Grey levels: rising curves map those that a model draws to those of its training images.
 
 A network trained with a squared error predicts the mean of what is possible. So it draws faint
-halos around strokes, and no stroke is filled with a single grey, as each of MNIST's is: 253 in 43 %
-of the images, 254 in 28 %, 252 in 21 %, 255 in 5 %. The eye does not notice it; a classifier does.
+halos around strokes, and its strokes lack the single grey that fills MNIST's: 253 in 43 % of the
+images, 254 in 28 %, 252 in 21 %, 255 in 5 %. The eye does not notice it; a classifier does.
 """
 
 from dataclasses import asdict, dataclass

@@ -85,18 +85,18 @@ class UNet(nn.Module):
 def without_weights(cfg: Config) -> UNet:
     """The network with the shapes of its weights but no memory for them. Raises ValueError if there
     would be more than MAX_PARAMETERS."""
-    with torch.device("meta"), NotInitialized():
+    with torch.device("meta"), SkipInitialization():
         network = UNet(cfg)
     size = sum(parameter.numel() for parameter in network.parameters())
     if size > MAX_PARAMETERS:
-        most = f"{size:,} parameters; at most {MAX_PARAMETERS:,}"
-        raise ValueError(f"widths = {cfg.widths}: {most}; choose smaller layers or fewer blocks")
+        remedy = "reduce widths, blocks, dense_size or embedding_size"
+        raise ValueError(f"U-Net: {size:,} parameters; at most {MAX_PARAMETERS:,}; {remedy}")
     return network
 
 
-class NotInitialized(TorchFunctionMode):
-    """Leaves weights as they are allocated. It saves 1.4 s, for which torch would import its
-    compiler only to initialize an embedding that has no memory."""
+class SkipInitialization(TorchFunctionMode):
+    """Leaves weights as they are allocated. Without memory there is nothing to initialize, but
+    torch would import its compiler for it, which takes 1.4 s."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if getattr(func, "__module__", "") != "torch.nn.init":

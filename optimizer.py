@@ -20,8 +20,8 @@ def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Para
 
 
 def make_optimizers(cfg: Config, model: nn.Module) -> list[torch.optim.Optimizer]:
-    """Muon and AdamW, each for its part of the parameters. Checkpoints are checked to hold STATES,
-    and train.training_step sets the learning rate of every group."""
+    """Muon and AdamW, each for its part of the parameters, keeping STATES. Their learning rate is
+    set before each step, by train.training_step."""
     matrices, others = split_parameters(model)
     lr, betas, decay = cfg.learning_rate, (cfg.adam_beta1, cfg.adam_beta2), cfg.weight_decay
     fused = others[0].device.type in ("cpu", "cuda")
@@ -73,7 +73,7 @@ def orthogonalize(matrices: Tensor) -> Tensor:
     stay smaller), by five Newton-Schulz steps x <- (a + b x xᵀ + c (x xᵀ)²) x, Jordan et al. 2024.
 
     Every iterate is a square matrix times the input, so only that matrix, whose side is the
-    shorter one, is iterated. For these long, narrow matrices that is two to four times less work.
+    shorter one, is iterated. For these long, narrow matrices that halves the work or better.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     wide = matrices.shape[1] <= matrices.shape[2]

@@ -40,7 +40,7 @@ Loss = Callable[[Model, Tensor, Tensor, torch.Generator, slice], Tensor]
 
 
 def train(plan: Plan, began: float) -> int:
-    """Train as planned; time counts from `began` (of time.perf_counter). Returns the exit code: 0,
+    """Train as planned; time counts from `began`, a time of perf_counter. Returns the exit code: 0,
     or 128 + the signal that stopped the run. Raises ValueError for settings that do not fit the
     data or the machine, FloatingPointError if training diverges."""
     cfg, device = plan.cfg, pick_device(plan.cfg.device)
@@ -88,17 +88,18 @@ def prepare(plan: Plan, data: dict[str, Any], device: torch.device) -> tuple[Tra
     fingerprint of the training data; a student's teacher is added to it."""
     cfg = plan.cfg
     state, loss = TrainState.initial(cfg, device), Diffusion(cfg).loss
-    if plan.start:
+    if plan.start:  # otherwise the run is new
         checkpoint.restore(plan.start, state)
         state.progress = plan.progress  # the same, but for `budget_from` where a budget is new
     source = load_model(plan.weights, device) if plan.weights else None
     if cfg.is_student:
+        # The SHA-256 of its teacher, where a checkpoint or a reduced model of the student has it
         learned_from = (state.data or (source and source.data) or {}).get("teacher")
         teacher = load_model(find_teacher(cfg, learned_from, exactly=not source), device)
         print(f"training a student of {teacher.path}")
         loss = Distillation(cfg, teacher).loss
         data["teacher"] = teacher.sha256
-        source = source or (None if plan.start else teacher)
+        source = source or (None if plan.start else teacher)  # a new student begins as its teacher
     if source:  # begin with the averaged weights of another model
         for network in (state.model, state.ema):
             network.load_state_dict(source.model.state_dict())
@@ -142,18 +143,19 @@ def training_step(
     B, progress = len(y), state.progress
     state.model.zero_grad()
     total = torch.zeros((), device=x_0.device)
-    noisy_labels = state.guide is None and cfg.guide_fraction > 0
+    random_labels = state.guide is None and cfg.guide_fraction > 0
     before = progress.step - progress.images // cfg.batch_size  # steps of earlier epochs
-    key = cfg.seed, NOISE_STREAM, before + batch_number(cfg, progress)  # for repeats, too
+    key = cfg.seed, NOISE_STREAM, before + batch_number(cfg, progress)  # repeats share it
     for part in distributed.my_parts(B, cfg.accumulate):
         generator = seeded_generator(*key, device=x_0.device)
-        labels = randomize_labels(y, cfg, generator) if noisy_labels else y
+        labels = randomize_labels(y, cfg, generator) if random_labels else y
         value = (part.stop - part.start) / B * loss(state.model, x_0, labels, generator, part)
         value.backward()
         total += value.detach()
     parameters = list(state.model.parameters())
     distributed.add_up([*(p.grad for p in parameters), total])
     grad_norm = nn.utils.clip_grad_norm_(parameters, cfg.grad_clip)
+    # From guide_fraction on the rate falls anew, even if the warm-up still delays the guide
     making_guide = state.guide is None and fraction < cfg.guide_fraction
     for optimizer in state.optimizers:
         for group in optimizer.param_groups:

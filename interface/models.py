@@ -1,4 +1,5 @@
-"""Which model a user means: by a path, a name, a number, a SHA-256, or as the newest."""
+"""Which model a user means: by a path, a name, a number, a SHA-256, or as "newest", which is the
+last of list_checkpoints."""
 
 import functools
 import os
@@ -47,8 +48,8 @@ def passed_over(error: Exception) -> str:
 
 
 def list_models(folder: Path) -> list[tuple[Path, Progress]]:
-    """All models in a folder, the most trained last; says which files cannot be read. Raises
-    ValueError if there is none."""
+    """What list_checkpoints finds in a folder; says which files cannot be read. Raises ValueError
+    if there is no model."""
     found = list_checkpoints(folder, complain=log_once)
     if not found:
         raise ValueError(f"no model in {folder}; train one first: python train.py --budget 10m")
@@ -57,7 +58,7 @@ def list_models(folder: Path) -> list[tuple[Path, Progress]]:
 
 def find_model(text: str, folder: Path) -> Path:
     """The model that a user means by a path, a name in `folder`, its number in the list of models
-    there, or "newest". Raises ValueError if there is none."""
+    there, or "newest": the last of that list. Raises ValueError if there is none."""
     for path in (Path(os.path.expanduser(text)), folder / text, folder / f"{text}.pth"):
         if path.is_file():
             return path
@@ -90,7 +91,7 @@ def fits_data(loaded: LoadedModel, images: Tensor, labels: Tensor) -> bool:
 
 
 def ask_for_model(folder: Path) -> Path:
-    """List the models in a folder and ask for one; Enter takes the newest."""
+    """List the models in a folder and ask for one; Enter takes the last."""
     found = list_models(folder)
     log(f"Models in {folder}:")
     for number, (path, progress) in enumerate(found, 1):
@@ -122,7 +123,7 @@ def named_teacher(text: str, output_dir: str | Path) -> Path:
 def find_teacher(cfg: Config, expected: str | None, exactly: bool = True) -> Path:
     """The file of a student's teacher. A run that continues needs the file with the `expected`
     SHA-256: its name, such as "newest", may by now mean another one, or it may lie among the
-    earlier runs. Raises ValueError if it is missing and `exactly` it is needed."""
+    earlier runs. Where it is missing, the name decides, or if `exactly` ValueError is raised."""
     if expected is None:
         return named_teacher(cfg.teacher, cfg.output_dir)
     with suppress(ValueError):

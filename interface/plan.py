@@ -82,18 +82,26 @@ def only_describes(given: dict[str, Any], load: Path | None, more_epochs: int) -
 def make_plan(
     given: dict[str, Any], resume: bool = False, load: Path | None = None, more_epochs: int = 0
 ) -> Plan:
-    """Decide what to do from the flags (`given`: settings) and from what the run folder holds.
+    """Decide what to do from the settings `given` as flags, and from what the run folder holds.
     Raises ValueError if a checkpoint cannot be read, or for flags that do not fit it."""
     if resume:
         load = folder.newest_of_run(Path(given.get("output_dir", Config().output_dir), "models"))
-    if not load:
-        if "epochs" in given:  # wins over a budget in config.py
-            given = {"budget": ""} | given
-        teacher = given.get("teacher", Config().teacher)
-        cfg = student_of(teacher, given) if teacher else with_classes(Config(), given)
-        check_effects(cfg, given)
-        check_guidance(cfg, cfg, has_guide=cfg.guide_fraction > 0)
-        return Plan(cfg)
+    return plan_to_continue(load, given, resume, more_epochs) if load else plan_from_scratch(given)
+
+
+def plan_from_scratch(given: dict[str, Any]) -> Plan:
+    """The plan of a new run."""
+    if "epochs" in given:  # wins over a budget in config.py
+        given = {"budget": ""} | given
+    teacher = given.get("teacher", Config().teacher)
+    cfg = student_of(teacher, given) if teacher else with_classes(Config(), given)
+    check_effects(cfg, given)
+    check_guidance(cfg, cfg, has_guide=cfg.guide_fraction > 0)
+    return Plan(cfg)
+
+
+def plan_to_continue(load: Path, given: dict[str, Any], resume: bool, more_epochs: int) -> Plan:
+    """The plan of a run that goes on from the checkpoint `load`, or only describes it."""
     saved = checkpoint.load(load, only_look=resume)  # newest_of_run has just checked that one
     trained, progress = Config.from_dict(saved["config"]), Progress(**saved["progress"])
     plan = Plan(trained, "train", load, progress, trainable="model" in saved)
@@ -125,7 +133,7 @@ def make_plan(
             fit = f"has {plan.cfg.num_classes} labels, the model {trained.num_classes}"
             raise ValueError(f"dataset = {given['dataset']!r}: {fit}; train a new one")
     plan.changed |= replace(trained, **plan.cfg.select("machine")) != plan.cfg
-    # How many images an epoch has is not known yet, so that only whole epochs count
+    # How many images an epoch has is not known yet: only whole epochs count
     done = fraction_done(plan.cfg, progress, images_per_epoch=math.inf) >= 1
     if done and folder.is_complete(plan.cfg.output_dir):
         plan.action = "finished"

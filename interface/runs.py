@@ -105,9 +105,9 @@ class Run:
         print(f"U-Net of {size:,} parameters on {where}, {precision}; {self.images:,} images")
 
     def open(self) -> bool:
-        """Make the folders, set earlier results aside, and say what will be done. A new plan is
-        saved at once, so that --resume knows it even if the run is killed before its next save.
-        Returns whether anything is left to do."""
+        """Make the folders, set earlier results aside, and say what will be done. A run that goes
+        on with another plan, or in another folder, is saved at once: --resume must know of it even
+        if the run is killed before its next save. Returns whether anything is left to do."""
         out = self.cfg.output_dir
         if self.done and distributed.from_first(lambda: folder.is_complete(out)):
             print("nothing left to do: starting up took the rest of the budget")
@@ -206,8 +206,8 @@ class Run:
 
     @contextmanager
     def side_output(self, what: Path | str) -> Iterator[None]:
-        """Write a file that training can do without: if that fails, whatever the reason, say so
-        once for its kind, and go on."""
+        """For output that training can do without: if it fails, whatever the reason, say so once
+        for each kind, and go on."""
         try:
             yield
         except Exception as error:

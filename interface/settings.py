@@ -7,12 +7,13 @@ from typing import Any
 from config import Config
 from diffusion import Diffusion
 
-# (flag, another setting, whether the flag has an effect while that setting has this value)
+# (flag, another setting, whether the flag has an effect with a given value of that setting)
 ONLY_WITH: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("snr_power", "loss_weighting", lambda value: value == "snr_power"),
     ("min_snr_gamma", "loss_weighting", lambda value: value == "min_snr"),
-    ("absolute_snr", "prediction", lambda value: value == "x_0"),
+    ("unsquared_snr", "prediction", lambda value: value == "x_0"),
     ("guide_label_noise", "guide_fraction", lambda value: value > 0),
+    ("student_steps", "teacher", bool),
     ("eta", "sampler", lambda value: value != "ddpm"),
     ("eta", "steps", lambda value: value > 1),
     ("guidance_low", "guidance", lambda value: value not in (0, 1)),
@@ -21,7 +22,7 @@ ONLY_WITH: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
 
 
 def check_effects(cfg: Config, given: dict[str, Any], strength: float = 1.0) -> None:
-    """Raise ValueError for a flag (`given`: settings) that would have no effect. With a `strength`
+    """Raise ValueError for a setting `given` as a flag that would have no effect. With a `strength`
     below 1, drawing begins at strength · T."""
     for f in fields(Config):
         if f.name in given and cfg.is_student and f.metadata.get("not_in_students"):
@@ -34,7 +35,7 @@ def check_effects(cfg: Config, given: dict[str, Any], strength: float = 1.0) -> 
             raise ValueError(f"{name} = {given[name]!r}: {reason}")
     asked = given.keys() & {"guidance", "guidance_low", "guidance_high"}
     if asked and cfg.guidance != 1 and not is_guided(cfg, strength):
-        between = f"between guidance_low = {cfg.guidance_low:g} and high = {cfg.guidance_high:g}"
+        between = f"in guidance_low = {cfg.guidance_low:g} to guidance_high = {cfg.guidance_high:g}"
         start = f" from strength {strength:g} on" if strength < 1 else ""
         fault = f"no sampling time{start} (steps = {cfg.steps}) is {between}; change one of them"
         raise ValueError(f"guidance = {cfg.guidance:g}: {fault}")

@@ -127,7 +127,7 @@ def run(script: str, flags: str, folder: Path) -> str:
     torch.set_flush_denormal(True)  # as run_script does
     flags = (
         "--no-match_levels "
-        + ("--absolute_snr 0 " if script == "train" and "prediction" not in flags else "")
+        + ("--unsquared_snr 0 " if script == "train" and "prediction" not in flags else "")
         + flags
     )
     sys.argv = [f"{script}.py", *flags.format(folder=folder).split()]

@@ -164,11 +164,12 @@ def test_an_old_checkpoint_goes_on_with_the_network_and_the_loss_that_it_had():
     values = Config().to_dict()
     for name, value in BEFORE.items():
         assert values.pop(name) != value or name == "teacher"  # whose default a user may edit
-    assert Config.from_dict(values) == Config(absolute_snr=0.0, bypass=False)
+    assert Config.from_dict(values) == Config(unsquared_snr=0.0, bypass=False)
 
 
 # A new name, an old name, and a value other than the default
 OLD_NAMES = [("guide_fraction", "guide_share", 0.25), ("clip_loss", "clip_x_0", False)]
+OLD_NAMES += [("unsquared_snr", "absolute_snr", 3.0)]
 
 
 def test_every_alias_is_tested():

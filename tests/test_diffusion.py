@@ -17,7 +17,7 @@ FLOOR = float(np.prod(1 - np.linspace(1e-4, 0.02, 1000)))  # alpha_bar_T of Ho e
 
 # Without guidance and without added noise, unless a test asks for them
 PLAIN = {"img_size": 8, "guidance": 1.0, "guidance_low": 0.0, "guidance_high": 1.0, "eta": 0.0}
-PLAIN |= {"absolute_snr": 0.0}
+PLAIN |= {"unsquared_snr": 0.0}
 
 
 def diffusion(**settings) -> Diffusion:
@@ -185,7 +185,7 @@ def test_snr_power_weights_between_the_errors_of_x_0_and_eps(prediction, power):
 
 @pytest.mark.parametrize("error", [0.001, 0.1])
 def test_where_little_noise_is_left_the_error_of_x_0_counts_unsquared(error):
-    process = diffusion(absolute_snr=10.0, snr_power=0.0, timestep_power=1.0)
+    process = diffusion(unsquared_snr=10.0, snr_power=0.0, timestep_power=1.0)
     x_0, y = torch.rand(1000, 1, 8, 8) * 2 - 1, torch.zeros(1000, dtype=torch.int64)
     loss = process.loss(off_by(process, x_0, error), x_0, y, seeded_generator(0))
     near = (process.snr[1:] > 10).double().mean()

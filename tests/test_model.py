@@ -128,6 +128,18 @@ def test_bf16_changes_the_output_only_by_rounding():
     assert 0 < (rounded - exact).norm() / exact.norm() < 0.03
 
 
+def test_no_time_is_spent_on_initializing_weights_without_memory(monkeypatch):
+    """For normal_ on the meta device torch imports its compiler, which takes more than a second."""
+
+    def unexpected(*args):
+        raise AssertionError("normal_ was called")
+
+    monkeypatch.setattr(torch.Tensor, "normal_", unexpected)
+    assert all(parameter.is_meta for parameter in without_weights(Config(**TINY)).parameters())
+    with pytest.raises(AssertionError):
+        UNet(Config(**TINY))
+
+
 def test_a_network_is_measured_before_there_is_memory_for_it(monkeypatch):
     whole, shapes = UNet(Config(**TINY)), without_weights(Config(**TINY))
     assert all(parameter.is_meta for parameter in shapes.parameters())
@@ -137,7 +149,7 @@ def test_a_network_is_measured_before_there_is_memory_for_it(monkeypatch):
     monkeypatch.setattr(model, "MAX_PARAMETERS", size)
     without_weights(Config(**TINY))
     monkeypatch.setattr(model, "MAX_PARAMETERS", size - 1)
-    with pytest.raises(ValueError, match=rf"widths = .* {size:,} parameters; at most .*choose"):
+    with pytest.raises(ValueError, match=rf"U-Net: {size:,} parameters; at most .*; reduce"):
         without_weights(Config(**TINY))
     monkeypatch.undo()
     largest = Config(img_size=256, patch_size=1, widths=(1024,) * 6, blocks=16, dense_size=8192)

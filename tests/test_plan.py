@@ -205,7 +205,7 @@ def test_flags_that_a_trained_model_cannot_take_are_named(tmp_path):
     [
         ("snr_power", 0.5, {"loss_weighting": "min_snr"}),
         ("min_snr_gamma", 3.0, {}),
-        ("absolute_snr", 5.0, {"prediction": "v"}),
+        ("unsquared_snr", 5.0, {"prediction": "v"}),
         ("eta", 0.5, {"sampler": "ddpm"}),
         ("eta", 0.5, {"steps": 1}),
         ("guide_label_noise", 0.5, {"guide_fraction": 0.0}),
