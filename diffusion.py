@@ -143,8 +143,8 @@ class Diffusion:
         """The loss where x_0 and eps are the right answer for x_t (B, C, H, W); t int64 (B,).
 
         It is a weighted mean squared error. But where a network predicts x_0 and little noise is
-        left (snr above `absolute_snr`), errors count unsquared (pseudo-Huber): the squares of a few
-        grey levels are too small to matter, and such errors would remain as faint specks.
+        left (snr above `unsquared_snr`), errors count unsquared (pseudo-Huber): the squares of a
+        few grey levels are too small to matter, and such errors would remain as faint specks.
 
         With `clip_loss` a pixel costs nothing where clamping x_0_hat to [-1, 1] gives x_0 exactly.
         With `clip_x_0` the sampler clamps as well, so a black pixel may be predicted as -1 or

@@ -125,6 +125,10 @@ def plan_to_continue(load: Path, given: dict[str, Any], resume: bool, more_epoch
     inside = plan.trainable and progress.images > 0
     plan.cfg, plan.notes = settings_for_training(cfg, now, mid_epoch=inside)
     check_effects(plan.cfg, given)
+    has_guide = plan.trainable and saved["guide"]
+    if has_guide and plan.cfg.guide_label_noise != trained.guide_label_noise:
+        value = f"guide_label_noise = {plan.cfg.guide_label_noise!r}"
+        raise ValueError(f"{value}: has no effect, as the guide is already made; drop the flag")
     if given.keys() & {"guidance", "label_dropout"}:
         check_guidance(plan.cfg, plan.cfg, has_guide=plan.cfg.guide_fraction > 0)
     if labels_may_change:

@@ -210,7 +210,7 @@ def test_the_guide_of_the_model_matters_where_guidance_does(results, pixels):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ({"guidance": 5, "steps": 1}, ("guidance = 5", "no sampling time (steps = 1) is between")),
+        ({"guidance": 5, "steps": 1}, ("guidance = 5", "no sampling time (steps = 1) is in")),
         ({"guidance": 5, "guidance_low": 0.86}, ("guidance = 5", "guidance_low = 0.86")),
         ({"sampler": "ddpm", "eta": 0}, ("eta = 0.0", "no effect with sampler = 'ddpm'")),
     ],

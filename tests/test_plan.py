@@ -218,11 +218,22 @@ def test_a_flag_without_effect_is_refused(tmp_path, name, value, others):
     plan_of(tmp_path, **others)  # the default of the one does not forbid the other
 
 
+def test_random_labels_for_a_guide_that_is_made_already_are_refused(tmp_path):
+    saved = save(tmp_path)
+    contents = checkpoint.load(saved)
+    assert plan_of(tmp_path, load=saved, more_epochs=1, guide_label_noise=0.5)  # it has no guide
+    torch.save(contents | {"guide": contents["ema"]}, saved)
+    with pytest.raises(ValueError, match=r"guide_label_noise = 0\.5: has no effect, as the guide"):
+        plan_of(tmp_path, load=saved, more_epochs=1, guide_label_noise=0.5)
+    same = CFG.guide_label_noise  # as where a whole command line is typed again
+    assert plan_of(tmp_path, load=saved, more_epochs=1, guide_label_noise=same)
+
+
 @pytest.mark.parametrize(
     "flags", [{"guidance_low": 0.9, "guidance_high": 0.4}, {"steps": 1, "guidance": 5.0}]
 )
 def test_guidance_that_would_never_act_is_refused(tmp_path, flags):
-    with pytest.raises(ValueError, match=r"guidance = .*: no sampling time .* is between"):
+    with pytest.raises(ValueError, match=r"guidance = .*: no sampling time .* is in"):
         plan_of(tmp_path, **flags)
 
 
