@@ -101,7 +101,7 @@ class LoadedModel:
 
 def save(path: Path, cfg: Config, state: TrainState) -> None:
     """Write a checkpoint, whole or not at all. Raises ValueError if it cannot be written, and
-    FloatingPointError if a weight is not finite: such a state must not pass for a good one."""
+    FloatingPointError if a number in it is not finite: that must not pass for a good state."""
     contents = {
         "format": FORMAT,
         "config": cfg.to_dict(),
@@ -157,8 +157,8 @@ def load(path: str | Path, *, only_look: bool = False) -> dict[str, Any]:
 
 
 def _check_tensors(contents: dict[str, Any], network: UNet) -> None:
-    """Raise ValueError unless all tensors of a checkpoint have the shapes that `network` and its
-    optimizers need, and are finite."""
+    """Raise ValueError unless weights and optimizer states fit `network`, and they and the metrics
+    are finite."""
     expected = {name: tensor.shape for name, tensor in network.state_dict().items()}
     for name in ("ema", "guide", "model"):
         if name == "ema" or contents.get(name) is not None:

@@ -30,7 +30,7 @@ training = partial(setting, group="training")
 denoising = partial(training, not_in_students=True)  # of the denoising loss, which students lack
 length = partial(setting, group="length")  # how long a run is
 sampling = partial(setting, group="sampling")  # how a model draws: in its checkpoint, in every PNG
-picture = partial(setting, group="picture")  # of one picture, in its PNG, or of one run
+picture = partial(setting, group="picture")  # of one picture (in its PNG) or of one run
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Config:
     batch_size: int = training(128, "images per step", ge=1, le=65_536, fixed_in_epoch=True)
     accumulate: int = training(1, "compute each batch in this many parts, to save memory", ge=1)
     learning_rate: float = training(4e-3, "peak learning rate", gt=0, flag="lr")
-    warmup_steps: int = training(100, "steps of warm-up, at most a tenth of the epochs", ge=0)
+    warmup_steps: int = training(100, "steps of warm-up (at most a tenth of --epochs)", ge=0)
     adam_beta1: float = training(0.9, "AdamW: decay of the mean gradient", ge=0, le=0.9999)
     adam_beta2: float = training(0.99, "AdamW: decay of the mean squared gradient", ge=0, le=0.9999)
     muon_momentum: float = training(0.95, "Muon: decay of the mean gradient", ge=0, le=0.9999)

@@ -13,10 +13,11 @@ from system.files import read_idx
 
 
 def load_split(cfg: Config, train: bool, device: torch.device) -> tuple[Tensor, Tensor]:
-    """A whole split: uint8 images (N, C, img_size, img_size) and int64 labels (N,) on `device`.
+    """A split: uint8 images (N, C, img_size, img_size) and int64 labels (N,) on `device`; of the
+    training split, the first `max_images`.
 
-    MNIST's files that are missing in `data_dir` are downloaded. Raises ValueError with the folder
-    and the remedy where that fails, or where the files do not hold what the settings say.
+    Files that are missing in `data_dir` are downloaded, except for a folder. Raises ValueError with
+    the folder and the remedy where that fails, or where the files do not fit the settings.
     """
     other_data.check_labels(cfg)
     read = {"MNIST": read_mnist, "folder": other_data.read_folder}

@@ -230,7 +230,7 @@ class Diffusion:
 
         With an original, (C, H, W) or one for each label, the first state is the original noised
         to strength · T (SDEdit, Meng et al. 2022). If a part of it is `known`, bool (H, W), the
-        first state is noise alone, that part is kept, and the sampler draws the rest to fit.
+        first state is noise alone (so strength must be 1), and the rest is drawn to fit that part.
         """
         times = self.sampling_times(strength)
         x = noise.draw()  # x_T, or the noise to add to the original
@@ -257,17 +257,18 @@ class Diffusion:
         algorithm 2).
         """
         yield x
-        x_0_last = t_last = None
+        x_0_before = t_before = None
         for t, s in itertools.pairwise(times):
             x_0_hat = estimate = denoiser(x, t, y)
-            if self.cfg.sampler == "dpmpp" and t_last and s > 0:  # log_snr at 0 is infinite
+            if self.cfg.sampler == "dpmpp" and t_before and s > 0:  # log_snr at 0 is infinite
                 # 2M is `step` on an extrapolated x_0_hat: by 1 / (2 r), where r is the length in
-                # log_snr of the last step over that of this one
-                last, now, after = (self.log_snr_at[each] for each in (t_last, t, s))
-                estimate = x_0_hat + (after - now) / (now - last) / 2 * (x_0_hat - x_0_last)
+                # log_snr of the step before over that of this one
+                before, now, after = (self.log_snr_at[each] for each in (t_before, t, s))
+                change = (after - now) / (now - before) / 2 * (x_0_hat - x_0_before)
+                estimate = x_0_hat + change
             x = self.step(x, estimate, t, s, noise)
             yield x
-            x_0_last, t_last = x_0_hat, t
+            x_0_before, t_before = x_0_hat, t
 
     def step(
         self, x: Tensor, x_0_hat: Tensor, t: int, s: int, noise: ImageNoise | None = None

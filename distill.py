@@ -74,8 +74,8 @@ def kept_images(cfg: Config) -> int:
 
 def batch_of_step(step: int, cfg: Config) -> int:
     """The number of the batch that a `step` of an epoch takes, both from 0. The first ones, usually
-    32 batches of 128, serve REPEATS times in turn, then the next, and so on. So an epoch sees only
-    a third of the images."""
+    32 batches of 128, serve REPEATS times in turn, then the next, and so on. So a long epoch
+    sees about a third of the images."""
     in_turn = max(1, kept_images(cfg) // cfg.batch_size)
     return step // (REPEATS * in_turn) * in_turn + step % in_turn
 
@@ -92,7 +92,7 @@ class Distillation:
             wrong = f"draws in {steps} steps, not several times {cfg.steps}"
             raise ValueError(f"{teacher.path}: {wrong}; restore this student's own teacher")
         how = replace(teacher_settings(teacher.cfg), precision=cfg.precision)
-        self.student, self.teacher = Diffusion(cfg), Diffusion(how)
+        self.student, self.teacher = Diffusion(cfg), Diffusion(how)  # processes, not networks
         self.denoiser = self.teacher.guided(teacher.model, teacher.guide)
         self.segments = list(itertools.pairwise(self.student.sampling_times()))
         self.starts = torch.tensor([t for t, _ in self.segments], device=teacher.device)

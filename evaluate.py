@@ -79,7 +79,7 @@ def evaluate_model(
     images, labels, cost = sample(loaded, cfg, args.samples, counts)
     if evaluator is None:
         return None
-    result = {"source": str(loaded.path), **identity, **cost, **trained_metrics(known)}
+    result = {"source": str(loaded.path), **identity, **cost, **costly_metrics(known)}
     return measure(evaluator, result, images, labels, file, args)
 
 
@@ -99,11 +99,11 @@ def evaluate_file(evaluator: Evaluator, args: Namespace, output_dir: str) -> Res
     result = {"source": str(args.images)} | identity
     name = f"{args.images.stem}-{result['images_sha256'][:8]}.json"
     file = Path(output_dir, "metrics", name)
-    result |= trained_metrics(results.read_result(file, identity))
+    result |= costly_metrics(results.read_result(file, identity))
     return measure(evaluator, result, images, labels, file, args)
 
 
-def trained_metrics(known: Result | None) -> Result:
+def costly_metrics(known: Result | None) -> Result:
     """Metrics of an earlier result for which networks were trained: too costly to lose."""
     return {name: known[name] for name in ("cas", "c2st") if known and name in known}
 
@@ -122,7 +122,7 @@ def measure(
     file: Path,
     args: Namespace,
 ) -> Result:
-    """Add all metrics of the images to a result, show it, and write it and its pictures."""
+    """Add the metrics of the images to a result, and write it and its pictures."""
     measured, pairs = evaluator.measure(images, labels)
     result |= measured
     pictures = {"nearest.png": image_grid(pairs, columns=4)}
@@ -180,7 +180,7 @@ def sweep(
 
 
 def classify(loaded: LoadedModel, cfg: Config, count: int) -> None:
-    """Have the denoiser itself name what is on test images, and say how well it does."""
+    """Have the denoiser itself name what test images show, and say how well it does."""
     if cfg.is_student:
         raise ValueError(f"{loaded.path}: a student knows few noise levels; choose its teacher")
     if cfg.num_classes == 1:
@@ -212,8 +212,8 @@ def evaluate_chosen_model(
     file = distributed.from_first(lambda: models.find_model(args.model or "newest", folder))
     loaded = load_model(file, device, cfg.compile)
     cfg = settings_for_drawing(loaded.cfg, given)
-    swept = parse_sweep(args.sweep or [])
-    for name in given.keys() & (swept[0].keys() if swept else ()):
+    swept = parse_sweep(args.sweep or [])  # [{}] if there is none
+    for name in given.keys() & swept[0].keys():
         raise ValueError(f"{name} = {given[name]!r}: --sweep sets it, too; drop one of them")
     configs = [settings_for_drawing(loaded.cfg, given | each) for each in swept]
     if args.classify:
@@ -233,11 +233,11 @@ def evaluate_chosen_model(
     distributed.from_first(lambda: only.append(Evaluator(cfg, device)))
     evaluator = only[0] if only else None
     if evaluator and not models.fits_data(loaded, evaluator.train_images, evaluator.train_labels):
-        print(f"{loaded.path} was trained on other images than those of {cfg.data_dir}")
-    real = distributed.from_first(lambda: evaluator and evaluator.real_images)
+        print(f"{loaded.path} was not trained on the images in {cfg.data_dir}")
+    real = distributed.from_first(lambda: evaluator and evaluator.real_count)
     args.samples = args.samples or min(real, MAX_MEASURED)
     if args.samples > real:
-        raise ValueError(f"samples = {args.samples}: choose at most {real} (the real images)")
+        raise ValueError(f"samples = {args.samples}: choose at most {real} (the smaller split)")
     if args.sweep:
         sweep(evaluator, loaded, configs, args)
     else:
@@ -252,7 +252,7 @@ def main() -> int:
     given = cli.given_settings(args)
     cfg = replace(Config(), **cli.machine_settings(given))
     draws = not (args.train_evaluator or args.images or args.classify)
-    if distributed.rank() > 0 and not draws:  # the rest is work for a single process
+    if distributed.rank() > 0 and not draws:  # these need only one process
         return 0
     if args.train_evaluator:
         accuracy = classifier.train_and_save(cfg)

@@ -47,14 +47,14 @@ def draw_all(loaded: LoadedModel, wanted: list[Request], show_digits: bool) -> N
     for request in wanted[mine.stop :]:  # drawn by other processes, which print nothing
         print(request.output, flush=True)
     images = len(states[-1]) if together else len(wanted)
-    if not all(map(str.isascii, wanted[0].row_names)):  # which the grid's font lacks
+    if not all(map(str.isascii, wanted[0].row_names)):  # the grid's font lacks these
         log(f"the rows from the top: {', '.join(wanted[0].row_names)}")
     log(f"{counted(images, 'image')} in {seconds:.2f} s with {loaded.path}: {wanted[0].how}")
 
 
 def draw(loaded: LoadedModel, request: Request, together: bool) -> list[Tensor]:
     """The images of a request, uint8 (N, C, H, W) on the CPU: for an animation one such tensor for
-    each state, from noise to the images, otherwise a single one. With `together` all processes
+    each kept state, from noise to the images, otherwise a single one. With `together` all processes
     draw them, each some of the batches."""
     diffusion, y = Diffusion(request.cfg, loaded.levels), request.labels.to(loaded.device)
     denoiser = diffusion.guided(loaded.model, loaded.guide)

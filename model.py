@@ -18,7 +18,7 @@ class UNet(nn.Module):
 
     `forward(x_t, t, y)`: x_t (B, C, H, W) with H = W = `img_size`; t int64 (B,) in 1…T; y int64
     (B,), where `null_class` means "no label". Returns (B, C, H, W). A new network predicts zero.
-    The stem folds patches of pixels into channels, so that no convolution runs at full resolution,
+    Patches of pixels are first folded into channels, so that convolutions run at lower resolution,
     which on a CPU saves more time than all other choices together.
     """
 

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from config import Config
 
-STATES = {"average"}, {"step", "exp_avg", "exp_avg_sq"}  # what Muon and AdamW keep of a parameter
+STATES = {"average"}, {"step", "exp_avg", "exp_avg_sq"}  # what Muon and AdamW keep per parameter
 
 
 def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
@@ -72,7 +72,7 @@ def orthogonalize(matrices: Tensor) -> Tensor:
     """Bring the singular values of the matrices (N, rows, columns) to about 0.7 to 1.2 (tiny ones
     stay smaller), by five Newton-Schulz steps x <- (a + b x xᵀ + c (x xᵀ)²) x, Jordan et al. 2024.
 
-    Every iterate is a square matrix times the input, so only that matrix, whose side is the
+    Every iterate is a square matrix times the input, so only that `factor`, whose side is the
     shorter one, is iterated. For these long, narrow matrices that halves the work or better.
     """
     a, b, c = 3.4445, -4.7750, 2.0315

@@ -40,7 +40,7 @@ def check_labels(cfg: Config) -> None:
 
 def class_names(cfg: Config) -> list[str]:
     """The names of the data set's labels; of a folder, those of its subfolders in order. Raises
-    ValueError if it has none, or too many."""
+    ValueError if these cannot be labels."""
     if cfg.dataset == "folder":
         root = Path(cfg.data_dir)
         found = sorted(p.name for p in root.glob("*") if p.is_dir() and not p.name.startswith("."))
@@ -52,7 +52,8 @@ def class_names(cfg: Config) -> list[str]:
             raise ValueError(f"{root}: two labels differ only in their Unicode form; rename one")
         for name in found:
             if name in ("all", "mnist") or "," in name or name != name.strip():
-                raise ValueError(f"{root / name}: a label cannot have this name; rename the folder")
+                rule = "a label cannot be all or mnist, or have commas or outer spaces"
+                raise ValueError(f"{root / name}: {rule}; rename the folder")
         return found
     if cfg.dataset in ("FashionMNIST", "KMNIST"):
         kind = getattr(from_torchvision("datasets"), cfg.dataset)
@@ -93,9 +94,9 @@ def read_by_torchvision(cfg: Config, train: bool) -> tuple[Tensor, Tensor]:
         raise ValueError(f"{cfg.dataset}: {where}: {first_line(error)}; {remedy}") from None
     images, labels = data.data, torch.as_tensor(data.targets)
     if name == "QMNIST":
-        labels = labels[:, 0]  # the other columns tell the writer
+        labels = labels[:, 0]  # the other columns say who wrote it
     elif name == "EMNIST":
-        images, labels = images.transpose(1, 2), labels - int(split == "letters")  # from 1 on
+        images, labels = images.transpose(1, 2), labels - int(split == "letters")  # 1 to 26
     return images[:, None].contiguous(), labels.long().contiguous()
 
 
@@ -138,7 +139,9 @@ def read_folder(cfg: Config, train: bool, *, quiet: bool = False) -> tuple[Tenso
     if not images:
         print(f"{cfg.data_dir}: too few pictures to set any aside; testing on training ones")
         return read_folder(cfg, train=True, quiet=True)
-    order = torch.from_numpy(np.random.default_rng(0).permutation(len(images)))  # for max_images
+    order = torch.from_numpy(
+        np.random.default_rng(0).permutation(len(images))
+    )  # so that max_images mixes labels
     return torch.stack(images)[order], torch.tensor(labels)[order]
 
 

@@ -91,6 +91,7 @@ def prepare(plan: Plan, data: dict[str, Any], device: torch.device) -> tuple[Tra
     if plan.start:  # otherwise the run is new
         checkpoint.restore(plan.start, state)
         state.progress = plan.progress  # the same, but for `budget_from` where a budget is new
+    # A model to begin with the averaged weights of
     source = load_model(plan.weights, device) if plan.weights else None
     if cfg.is_student:
         # The SHA-256 of its teacher, where a checkpoint or a reduced model of the student has it
@@ -100,7 +101,7 @@ def prepare(plan: Plan, data: dict[str, Any], device: torch.device) -> tuple[Tra
         loss = Distillation(cfg, teacher).loss
         data["teacher"] = teacher.sha256
         source = source or (None if plan.start else teacher)  # a new student begins as its teacher
-    if source:  # begin with the averaged weights of another model
+    if source:
         for network in (state.model, state.ema):
             network.load_state_dict(source.model.state_dict())
     check_data(plan, state, data)
@@ -145,7 +146,7 @@ def training_step(
     total = torch.zeros((), device=x_0.device)
     random_labels = state.guide is None and cfg.guide_fraction > 0
     before = progress.step - progress.images // cfg.batch_size  # steps of earlier epochs
-    key = cfg.seed, NOISE_STREAM, before + batch_number(cfg, progress)  # repeats share it
+    key = cfg.seed, NOISE_STREAM, before + batch_number(cfg, progress)  # one for each batch
     for part in distributed.my_parts(B, cfg.accumulate):
         generator = seeded_generator(*key, device=x_0.device)
         labels = randomize_labels(y, cfg, generator) if random_labels else y

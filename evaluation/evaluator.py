@@ -10,8 +10,8 @@ from data import fingerprint, load_split
 from evaluation import classifier, metrics, two_sample
 from evaluation.results import Result
 
-MAX_MEASURED = 10_000  # as many as the test split has, which sets the floor
-FEW = 5000  # version 1.7 changed how fewer images are judged
+MAX_MEASURED = 10_000  # as many as MNIST has test images
+FEW = 5000  # fewer are judged in another way since version 1.7
 
 
 class Evaluator:
@@ -29,26 +29,26 @@ class Evaluator:
         self.net, self.train_moments, self.sha256 = classifier.load(device, path, *sizes)
         test_sha256 = fingerprint(*test)["sha256"]
         is_other = own or test_sha256 != classifier.MNIST_TEST_SHA256
-        self._other_tests = {"test_sha256": test_sha256} if is_other else {}
+        self._other_test_split = {"test_sha256": test_sha256} if is_other else {}
         self.label_counts = self.train_labels.bincount(minlength=cfg.num_classes).tolist()
         some = self.train_images[shuffled(len(self.train_images), seed=0)[:MAX_MEASURED].to(device)]
         self.some_train_features = classifier.features_of(self.net, some)
         self._real: dict[int, Result] = {}  # metrics of N real test images, by N
 
     @property
-    def real_images(self) -> int:
-        """How many there are to compare with, of each split."""
+    def real_count(self) -> int:
+        """How many images the smaller split has, the most that can be measured."""
         return min(len(self.test_images), len(self.train_images))
 
     def identity(self, count: int) -> Result:
         """What a result of `count` images depends on, besides the images."""
-        recipe = {"recipe": 2} if count < FEW else {}  # KID's subsets; how long CAS, C2ST train
-        return {"evaluator": self.sha256} | self._other_tests | recipe
+        recipe = {"recipe": 2} if count < FEW else {}  # which changed KID, CAS and C2ST
+        return {"evaluator": self.sha256} | self._other_test_split | recipe
 
     def measure(self, images: Tensor, labels: Tensor | None) -> tuple[Result, Tensor]:
         """Measure uint8 images (N, C, H, W) with int64 labels (N,). Returns their metrics, with
         those of N test images as "real"; and the ten images closest to a training image, each
-        followed by it, (20, C, H, W). Raises ValueError for too few images."""
+        followed by it, (20, C, H, W). Raises ValueError for too few or too many images."""
         N = len(images)
         if N < classifier.FEATURES:
             raise ValueError(f"{N} images: too few; metrics need at least {classifier.FEATURES}")

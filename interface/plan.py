@@ -74,7 +74,7 @@ def only_describes(given: dict[str, Any], load: Path | None, more_epochs: int) -
     if load is None or more_epochs or given.keys() & {"epochs", "budget"}:
         return False
     for name in given.keys() - set(Config.names("machine")):
-        needed = "only counts in training; add --continue_training_epochs or --budget"
+        needed = "only affects training; add --continue_training_epochs or --budget"
         raise ValueError(f"{name} = {given[name]!r}: {needed}")
     return True
 
@@ -101,7 +101,7 @@ def plan_from_scratch(given: dict[str, Any]) -> Plan:
 
 
 def plan_to_continue(load: Path, given: dict[str, Any], resume: bool, more_epochs: int) -> Plan:
-    """The plan of a run that goes on from the checkpoint `load`, or only describes it."""
+    """How to go on from the checkpoint `load`, begin anew with its weights, or describe it."""
     saved = checkpoint.load(load, only_look=resume)  # newest_of_run has just checked that one
     trained, progress = Config.from_dict(saved["config"]), Progress(**saved["progress"])
     plan = Plan(trained, "train", load, progress, trainable="model" in saved)
@@ -118,12 +118,12 @@ def plan_to_continue(load: Path, given: dict[str, Any], resume: bool, more_epoch
     elif "budget" in given and not resume:
         progress.budget_from, plan.changed = progress.seconds, True  # a new budget, from here on
 
-    now, later = dict(given), {}
+    at_once, later = dict(given), {}
     labels_may_change = "dataset" in given and not (resume and given["dataset"] == trained.dataset)
     if labels_may_change and "preview_digits" in given:  # checked below, once the labels are known
-        later["preview_digits"] = now.pop("preview_digits")
+        later["preview_digits"] = at_once.pop("preview_digits")
     inside = plan.trainable and progress.images > 0
-    plan.cfg, plan.notes = settings_for_training(cfg, now, mid_epoch=inside)
+    plan.cfg, plan.notes = settings_for_training(cfg, at_once, mid_epoch=inside)
     check_effects(plan.cfg, given)
     has_guide = plan.trainable and saved["guide"]
     if has_guide and plan.cfg.guide_label_noise != trained.guide_label_noise:
@@ -161,7 +161,7 @@ def student_of(teacher_name: str, given: dict[str, Any]) -> Config:
 
 
 def fraction_done(cfg: Config, progress: Progress, images_per_epoch: float) -> float:
-    """How much of the whole run is done: 1 or a little more at its end."""
+    """How much of the epochs, or of the current budget, is done: 1 or a little more at the end."""
     if cfg.budget:
         return (progress.seconds - progress.budget_from) / parse_duration(cfg.budget)
     return (progress.epoch + progress.images / images_per_epoch) / cfg.epochs

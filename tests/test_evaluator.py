@@ -189,7 +189,7 @@ def test_other_digits_in_mnists_format_have_a_classifier_of_their_own(tmp_path, 
     cfg = Config(data_dir=str(tmp_path))
     own = Evaluator(cfg, torch.device("cpu"))
     assert asked == [(150, 200)]
-    assert own.real_images == 150  # more samples could not be compared with as many
+    assert own.real_count == 150  # more samples could not be compared with as many
     before = own.identity(10_000)["test_sha256"]
     changed = bytearray((raw / "t10k-images-idx3-ubyte").read_bytes())
     changed[-1] ^= 1
