@@ -139,9 +139,8 @@ def read_folder(cfg: Config, train: bool, *, quiet: bool = False) -> tuple[Tenso
     if not images:
         print(f"{cfg.data_dir}: too few pictures to set any aside; testing on training ones")
         return read_folder(cfg, train=True, quiet=True)
-    order = torch.from_numpy(
-        np.random.default_rng(0).permutation(len(images))
-    )  # so that max_images mixes labels
+    # Shuffled, so that the first `max_images` have all labels
+    order = torch.from_numpy(np.random.default_rng(0).permutation(len(images)))
     return torch.stack(images)[order], torch.tensor(labels)[order]
 
 
