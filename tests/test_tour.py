@@ -65,7 +65,7 @@ def run(notebook: NotebookNode, folder: Path, monkeypatch: pytest.MonkeyPatch) -
     """Run it in the repository's root, in memory; what Jupyter writes goes to `folder`."""
     for name in ("IPYTHONDIR", "JUPYTER_RUNTIME_DIR", "JUPYTER_CONFIG_DIR"):
         monkeypatch.setenv(name, str(folder / name))
-    monkeypatch.setenv("TOUR_SAMPLES", "60")
+    monkeypatch.setenv("TOUR_SAMPLES", "30")
     where = {"metadata": {"path": str(REPO)}}
     client = NotebookClient(
         notebook, kernel_name="python3", timeout=300, resources=where, coalesce_streams=True

@@ -65,13 +65,12 @@ FOUR_EPOCHS = TINY | {"epochs": 4, "save_every": 2}
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory) -> Path:
+def whole(server, tmp_path_factory) -> Path:
     """The results of four epochs that nothing interrupted; tests read it and do not write."""
     out = tmp_path_factory.mktemp("whole")
-    process = start_script("train.py", FOUR_EPOCHS | {"output_dir": out})
-    output = process.communicate()[0]
-    assert process.returncode == 0, output
-    (out / "output.txt").write_text(output)
+    outcome = server.run("train", FOUR_EPOCHS | {"output_dir": out})
+    assert outcome.code == 0, outcome
+    (out / "output.txt").write_text(outcome.text)
     return out
 
 
@@ -715,7 +714,7 @@ def test_a_reduced_student_goes_on_with_its_own_teacher_or_says_what_is_wrong(wh
     assert_one_line(result, "teacher = 'teacher'", "no such model")
     shutil.copy(small, out / "models" / "teacher.pth")  # a student of as many calls
     result = run("train.py", **go_on, load_checkpoint_path=old)
-    assert_one_line(result, "draws in 4 steps", "put this student's own teacher there")
+    assert_one_line(result, "draws in 4 steps", "restore this student's own teacher")
     found = out / "models" / "model_of_old.pth"
     result = run("train.py", **go_on, load_checkpoint_path=small)
     assert result.code == 0, result
