@@ -83,22 +83,23 @@ def evaluate_model(
     return measure(evaluator, result, images, labels, file, args)
 
 
-def evaluate_file(evaluator: Evaluator, args: Namespace, output_dir: str) -> Result:
+def evaluate_file(args: Namespace, cfg: Config) -> Result:
     """Measure the images of an .npz, at most MAX_MEASURED of them, and write the result."""
-    images, labels = read_npz(args.images)
+    images, labels = read_npz(args.images)  # first, as making an evaluator takes seconds
     if args.cas and labels is None:
         raise ValueError(f"{args.images}: --cas needs labels (arr_1); add them or drop --cas")
     if len(images) > MAX_MEASURED:
         print(f"{args.images}: measuring a random {MAX_MEASURED:,} of its {len(images):,} images")
         index = shuffled(len(images), seed=2)[:MAX_MEASURED]
         images, labels = images[index], None if labels is None else labels[index]
-    make_folders(output_dir)
+    make_folders(cfg.output_dir)
+    evaluator = Evaluator(classifier.full_mnist(cfg), pick_device(cfg.device))
     images = images.to(evaluator.device)
     labels = None if labels is None else labels.to(evaluator.device)
     identity = {"images_sha256": sha256(args.images), **evaluator.identity(len(images))}
     result = {"source": str(args.images)} | identity
     name = f"{args.images.stem}-{result['images_sha256'][:8]}.json"
-    file = Path(output_dir, "metrics", name)
+    file = Path(cfg.output_dir, "metrics", name)
     result |= costly_metrics(results.read_result(file, identity))
     return measure(evaluator, result, images, labels, file, args)
 
@@ -258,8 +259,7 @@ def main() -> int:
         accuracy = classifier.train_and_save(cfg)
         print(f"wrote {classifier.PATH}: {accuracy:.2%} of the test split read correctly")
     elif args.images:
-        evaluator = Evaluator(classifier.full_mnist(cfg), pick_device(cfg.device))
-        evaluate_file(evaluator, args, cfg.output_dir)
+        evaluate_file(args, cfg)
     else:
         device = pick_device(cfg.device)
         with nullcontext() if args.classify else distributed.joined(device):
