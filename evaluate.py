@@ -86,14 +86,17 @@ def evaluate_model(
 def evaluate_file(args: Namespace, cfg: Config) -> Result:
     """Measure the images of an .npz, at most MAX_MEASURED of them, and write the result."""
     images, labels = read_npz(args.images)  # first, as making an evaluator takes seconds
+    if len(images) < classifier.FEATURES:
+        least = f"metrics need at least {classifier.FEATURES}; add some"
+        raise ValueError(f"{args.images}: {len(images)} images; {least}")
     if args.cas and labels is None:
         raise ValueError(f"{args.images}: --cas needs labels (arr_1); add them or drop --cas")
     if len(images) > MAX_MEASURED:
         print(f"{args.images}: measuring a random {MAX_MEASURED:,} of its {len(images):,} images")
         index = shuffled(len(images), seed=2)[:MAX_MEASURED]
         images, labels = images[index], None if labels is None else labels[index]
-    make_folders(cfg.output_dir)
     evaluator = Evaluator(classifier.full_mnist(cfg), pick_device(cfg.device))
+    make_folders(cfg.output_dir)
     images = images.to(evaluator.device)
     labels = None if labels is None else labels.to(evaluator.device)
     identity = {"images_sha256": sha256(args.images), **evaluator.identity(len(images))}

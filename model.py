@@ -89,7 +89,7 @@ def without_weights(cfg: Config) -> UNet:
         network = UNet(cfg)
     size = sum(parameter.numel() for parameter in network.parameters())
     if size > MAX_PARAMETERS:
-        remedy = "reduce widths, blocks, dense_size or embedding_size"
+        remedy = "reduce widths, blocks, dense_size, embedding_size or img_size"
         raise ValueError(f"U-Net: {size:,} parameters; at most {MAX_PARAMETERS:,}; {remedy}")
     return network
 

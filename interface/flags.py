@@ -38,6 +38,8 @@ def train_flags() -> Namespace:
     board_help = "also write figures and grids for TensorBoard"
     parser.add_argument("--tensorboard", action="store_true", help=board_help)
     parser.needs("--continue_training_epochs", "--load_checkpoint_path")
+    if not Config().teacher:
+        parser.needs("--student_steps", "--teacher")
     counts_all = "--epochs counts from scratch; give --continue_training_epochs instead"
     parser.excludes("--load_checkpoint_path", "--epochs", message=counts_all)
     args = parser.parse_args()

@@ -13,7 +13,6 @@ ONLY_WITH: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("min_snr_gamma", "loss_weighting", lambda value: value == "min_snr"),
     ("unsquared_snr", "prediction", lambda value: value == "x_0"),
     ("guide_label_noise", "guide_fraction", lambda value: value > 0),
-    ("student_steps", "teacher", bool),
     ("eta", "sampler", lambda value: value != "ddpm"),
     ("eta", "steps", lambda value: value > 1),
     ("guidance_low", "guidance", lambda value: value not in (0, 1)),

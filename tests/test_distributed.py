@@ -24,6 +24,7 @@ from system.machine import check_step
 
 # 33 images are not a multiple of 2 processes
 FLAGS = TINY | {
+    "widths": "8,8",
     "precision": "float32",
     "batch_size": 33,
     "max_images": 300,

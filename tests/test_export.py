@@ -25,10 +25,9 @@ from levels import GreyLevels
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
+def save_model(path: Path, widths: tuple[int, ...]) -> Path:
     """A model whose weights matter, unlike those of one that has hardly been trained."""
-    cfg = Config(widths=(8,), embedding_size=8, dense_size=8, steps=2)
+    cfg = Config(widths=widths, embedding_size=8, dense_size=8, steps=2)
     state = checkpoint.TrainState.initial(cfg, CPU)
     state.guide = copy.deepcopy(state.ema)
     torch.manual_seed(0)
@@ -36,9 +35,13 @@ def model(tmp_path_factory) -> Path:
         torch.nn.init.normal_(parameter, std=0.05)
     images, _ = load_split(Config(data_dir=MNIST, max_images=300), True, CPU)
     state.levels = GreyLevels.measure(images, images, to_model_range(images))
-    path = tmp_path_factory.mktemp("model") / "a.pth"
     checkpoint.save(path, cfg, state)
     return path
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return save_model(tmp_path_factory.mktemp("model") / "a.pth", widths=(8,))
 
 
 @pytest.fixture
@@ -79,10 +82,10 @@ def test_the_whole_sampler_as_a_graph(run, trained, tmp_path):
         np.testing.assert_allclose(found, expected.numpy(), atol=1e-4)
 
 
-def test_the_network_as_a_graph(run, trained, tmp_path):
-    out = tmp_path / "network.onnx"
-    assert run("export.py", out, model=trained, network=True).code == 0
-    loaded = checkpoint.load_model(trained, CPU)
+def test_the_network_as_a_graph(run, tmp_path):
+    out, model = tmp_path / "network.onnx", save_model(tmp_path / "a.pth", widths=(8, 8))
+    assert run("export.py", out, model=model, network=True).code == 0
+    loaded = checkpoint.load_model(model, CPU)
     x_t, t, y = torch.randn(4, 1, 28, 28), torch.tensor([1, 9, 500, 1000]), torch.arange(4)
     found = session(out).run(None, {"x_t": x_t.numpy(), "t": t.numpy(), "y": y.numpy()})[0]
     np.testing.assert_allclose(found, loaded.model(x_t, t, y).numpy(), atol=1e-4)
