@@ -42,7 +42,7 @@ def make_alpha_bar(schedule: str, T: int) -> Tensor:
         logistic = 1 / (1 + np.exp(3 - 6 * u))  # from -3 to 3
         alpha_bar = (logistic[-1] - logistic) / (logistic[-1] - logistic[0])
     else:
-        raise ValueError(f"schedule = {schedule!r}: not one of linear, cosine, sigmoid")
+        raise ValueError(f"schedule = {schedule!r}: no such noise schedule")
     if schedule != "linear":
         alpha_bar = alpha_bar + np.prod(1 - _HO_BETA) * (1 - alpha_bar)
     return torch.from_numpy(alpha_bar)

@@ -96,7 +96,7 @@ def without_weights(cfg: Config) -> UNet:
 
 class SkipInitialization(TorchFunctionMode):
     """Leaves weights as they are allocated. Without memory there is nothing to initialize, but
-    torch would import its compiler for it, which takes 1.4 s."""
+    torch would import its compiler for it, which takes more than a second."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if getattr(func, "__module__", "") != "torch.nn.init":

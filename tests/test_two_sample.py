@@ -9,13 +9,12 @@ from data import load_split
 from evaluation.two_sample import VIEWS, coarse, two_sample_test
 from system.randomness import seeded_generator
 
-COUNT = 500
+COUNT = 800
 
 
 @pytest.fixture(autouse=True)
 def few_steps(monkeypatch):
-    monkeypatch.setattr("evaluation.two_sample.LEAST_STEPS", 60)
-    monkeypatch.setattr("evaluation.two_sample.BATCH_SIZE", 64)
+    monkeypatch.setattr("evaluation.two_sample.LEAST_STEPS", 90)
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +64,7 @@ def test_the_surest_cases_are_those_with_the_fault(real):
     mixed[::2] = torch.where(train[::2] > 127, train[::2], 0)
     _, logits = two_sample_test(VIEWS["exact"](mixed), VIEWS["exact"](test), seed=1)
     assert logits.isfinite().sum() == COUNT // 2  # the half that was held out
-    assert (logits.argsort()[:40] % 2 == 0).float().mean() > 0.9  # half of all
+    assert (logits.argsort()[:40] % 2 == 0).all()
 
 
 def test_the_test_depends_on_its_seed_alone(real, monkeypatch):
