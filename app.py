@@ -28,13 +28,13 @@ import generate
 from checkpoint import LoadedModel, load_model
 from config import Config
 from data import load_split, to_uint8
-from diffusion import Diffusion
 from evaluation.metrics import nearest
 from interface import cli, models, original, picture
 from interface.flags import app_flags
 from interface.original import KEEP, Original
 from interface.requests import Request
 from interface.settings import check_guidance, settings_for_drawing
+from pipeline import Pipeline
 from system.files import first_line, optional
 from system.machine import pick_device
 from system.randomness import ImageNoise
@@ -115,11 +115,10 @@ class Studio:
         """The states of a picture, uint8 (N, C, H, W), from noise to the image that generate.py
         would draw, unless another `noise` is given."""
         cfg, y = request.cfg, request.labels.to(self.loaded.device)
-        diffusion, began = Diffusion(cfg, self.loaded.levels), time.perf_counter()
-        start = request.original.start(y.device) if request.original else {}
-        denoiser = diffusion.guided(self.loaded.model, self.loaded.guide)
+        loaded, began = self.loaded, time.perf_counter()
+        pipeline = Pipeline(cfg, loaded.model, loaded.guide, loaded.levels)
         noise = noise or self.noise(cfg, len(y))
-        for step, x in enumerate(diffusion.sample(denoiser, y, noise, **start)):
+        for step, x in enumerate(pipeline.states(y, noise, request.start(y.device))):
             due = began + FORMING * step / cfg.steps
             time.sleep(max(0.0, due - time.perf_counter()))
             yield to_uint8(x).cpu()

@@ -36,6 +36,7 @@ from interface.cli import as_flags, given_settings, run_script
 from interface.flags import benchmark_flags
 from interface.settings import check_effects
 from model import UNet, without_weights
+from pipeline import Pipeline
 from system.files import atomic_write, check_writable
 from system.machine import compile_network, pick_device, pick_precision
 
@@ -171,10 +172,9 @@ def measure_sampling(cfg: Config, device: torch.device) -> dict[str, Any]:
     y = torch.arange(cfg.sample_batch_size, device=device) % cfg.num_classes
 
     def seconds(cfg: Config, count: int) -> float:
-        diffusion, taken = Diffusion(cfg), []
-        denoiser = diffusion.guided(model)
+        pipeline, taken = Pipeline(cfg, model), []
         while len(taken) < 4 or sum(taken) < 0.06 * SECONDS:
-            taken.append(seconds_of(lambda: diffusion.draw(denoiser, y[:count]), device))
+            taken.append(seconds_of(lambda: pipeline.draw(y[:count]), device))
         return statistics.median(taken[1:])  # the first one warms up
 
     plain = {n: replace(cfg, steps=n, guidance=1.0) for n in CALLS if n <= cfg.timesteps}
@@ -247,10 +247,9 @@ def measure_guided(cfg: Config, device: torch.device) -> float:
     if cfg.compile:
         for network in networks:
             compile_network(network)
-    diffusion = Diffusion(cfg)
+    pipeline = Pipeline(cfg, *networks)
     y = torch.arange(cfg.sample_batch_size, device=device) % cfg.num_classes
-    denoiser = diffusion.guided(*networks)
-    taken = [seconds_of(lambda: diffusion.draw(denoiser, y), device) for _ in range(4)]
+    taken = [seconds_of(lambda: pipeline.draw(y), device) for _ in range(4)]
     return len(y) / min(taken[1:])  # the first one warms up
 
 

@@ -125,9 +125,7 @@ def load(path: str | Path, *, only_look: bool = False) -> dict[str, Any]:
     """Read a checkpoint: {format, config, progress, ema, guide, levels, data} (older ones lack the
     last two) and, unless export.slim reduced it, {model, optimizers, metrics}. Raises ValueError
     with the path and the reason if it is damaged or no checkpoint, or if a tensor is not finite or
-    does not fit the settings.
-
-    With `only_look`, tensors are not checked, nor read from a .pth: quick if only the rest matters.
+    does not fit the settings. With `only_look`, tensors are not checked, nor read from a .pth.
     """
     path = Path(path)
     if not path.is_file():

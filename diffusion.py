@@ -1,21 +1,17 @@
 """The diffusion process: noise schedule, training loss, guidance and samplers, for any network.
 
 Time runs over t = 0…T; x_0 is the clean image (alpha_bar[0] = 1) and x_T is almost pure noise.
-`draw` makes images batch by batch. For each batch it runs `sample`, which yields the states that
-the samplers' loop, `trajectory`, computes one `step` at a time.
 """
 
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Generator, Tensor
 
 from config import Config
-from levels import GreyLevels
 from system.machine import pick_precision
 from system.randomness import ImageNoise
 
@@ -49,19 +45,16 @@ def make_alpha_bar(schedule: str, T: int) -> Tensor:
 
 
 class Diffusion:
-    """The process that `cfg` describes. Its tables are float64, indexed by t = 0…T. Samples get
-    the grey `levels` of a trained model, if they are given and `match_levels` is on."""
+    """The process that `cfg` describes. Its tables are float64, indexed by t = 0…T."""
 
-    def __init__(self, cfg: Config, levels: GreyLevels | None = None) -> None:
+    def __init__(self, cfg: Config) -> None:
         self.cfg = cfg
-        self.levels = levels if cfg.match_levels else None
         self.T = cfg.timesteps
         self.eta = 1.0 if cfg.sampler == "ddpm" else cfg.eta
         self.alpha_bar = make_alpha_bar(cfg.schedule, self.T)
         self.alpha_bar_at = self.alpha_bar.tolist()  # floats, which are constants to torch.export
         self.snr = self.alpha_bar / (1 - self.alpha_bar)  # signal to noise; infinite at t = 0
-        self.log_snr = self.snr.log()
-        self.log_snr_at = self.log_snr.tolist()
+        self.log_snr_at = self.snr.log().tolist()
         self.loss_weight = self._make_loss_weight()
         self._tables: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
@@ -74,15 +67,12 @@ class Diffusion:
         weights the error of x_0 evenly, power 1 that of eps.
         """
         cfg, snr = self.cfg, self.snr[1:]
-        if cfg.loss_weighting == "uniform":
-            return torch.ones_like(self.snr)
-        if cfg.loss_weighting == "min_snr":
-            weight = snr.clamp(max=cfg.min_snr_gamma)
-        else:
+        if cfg.loss_weighting == "snr_power":
             snr = snr.clamp(0.01, 100)
-            weight = snr**cfg.snr_power
         # The squared error of the prediction over that of x_0
         ratio = {"x_0": torch.ones_like(snr), "eps": snr, "v": snr + 1}[cfg.prediction]
+        power, limited = snr**cfg.snr_power, snr.clamp(max=cfg.min_snr_gamma)
+        weight = {"uniform": ratio, "min_snr": limited, "snr_power": power}[cfg.loss_weighting]
         return torch.cat([torch.zeros(1), weight / ratio])
 
     def coefficients(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -217,40 +207,12 @@ class Diffusion:
         times = [(self.T * i + steps // 2) // steps for i in range(steps, -1, -1)]  # rounded
         return [first, *(t for t in times if t < first)]
 
-    def sample(
-        self,
-        denoiser: Denoiser,
-        y: Tensor,
-        noise: ImageNoise,
-        original: Tensor | None = None,
-        strength: float = 1.0,
-        known: Tensor | None = None,
-    ) -> Iterator[Tensor]:
-        """Yield every state x_t (B, C, H, W) on the way from noise to images of the labels y.
-
-        With an original, (C, H, W) or one for each label, the first state is the original noised
-        to strength · T (SDEdit, Meng et al. 2022). If a part of it is `known`, bool (H, W), the
-        first state is noise alone (so strength must be 1), and the rest is drawn to fit that part.
-        """
-        times = self.sampling_times(strength)
-        x = noise.draw()  # x_T, or the noise to add to the original
-        if known is not None:
-            denoiser = keep_known(denoiser, original, known)
-        elif original is not None:
-            x = self.add_noise(original.expand_as(x), torch.full_like(y, times[0]), x)
-        for t, state in zip(times, self.trajectory(denoiser, x, y, times, noise), strict=True):
-            if t == 0 and self.levels:
-                state = self.levels.match(state, noise.uniform())
-                if known is not None:
-                    state = torch.where(known, original, state)
-            yield state
-
     @torch.no_grad()
-    def trajectory(
+    def sample(
         self, denoiser: Denoiser, x: Tensor, y: Tensor, times: list[int], noise: ImageNoise | None
     ) -> Iterator[Tensor]:
-        """Yield the states at falling `times`, of which x (B, C, H, W) is the first; `noise` is for
-        an eta above 0.
+        """Yield the states x_t (B, C, H, W) at falling `times`, of which x is the first; `noise` is
+        for an eta above 0.
 
         The samplers are "ddpm" (Ho et al. 2020, eq. 6 and 7) and, with a fraction `eta` of its
         noise, "ddim" (Song et al. 2021, eq. 12) and "dpmpp" (DPM-Solver++ 2M, Lu et al. 2022,
@@ -281,39 +243,3 @@ class Diffusion:
         kept = math.sqrt(max(1 - a_s - variance, 0) / (1 - a_t))
         x_s = kept * x + (math.sqrt(a_s) - kept * math.sqrt(a_t)) * x_0_hat
         return x_s + math.sqrt(variance) * noise.draw() if variance > 0 else x_s
-
-    def draw(
-        self,
-        denoiser: Denoiser,
-        y: Tensor,
-        on_state: Callable[[int, Tensor], object] = lambda number, x: None,
-        batches: slice = slice(None),
-        **start: Any,
-    ) -> Tensor:
-        """Draw an image for each label in y int64 (N,), or only those of some `batches`:
-        (N, C, H, W), within [-1, 1] if `clip_x_0`. `start` goes to `sample` for each batch, so an
-        original must be a single image.
-
-        Image i is the same picture, up to rounding, for any N, batch size and device. Every state
-        of every batch, with its number, is passed to `on_state`.
-        """
-        cfg = self.cfg
-        shape = (cfg.img_channels, cfg.img_size, cfg.img_size)
-        images = [torch.empty(0, *shape, device=y.device)]  # for a process without a batch
-        for first in range(0, len(y), cfg.sample_batch_size)[batches]:
-            batch = y[first : first + cfg.sample_batch_size]
-            noise = ImageNoise(cfg.seed, range(first, first + len(batch)), shape, device=y.device)
-            for number, x in enumerate(self.sample(denoiser, batch, noise, **start)):
-                on_state(number, x)
-            images.append(x)
-        return torch.cat(images)
-
-    def batch_count(self, count: int) -> int:
-        """How many batches it takes to draw `count` images."""
-        return -(-count // self.cfg.sample_batch_size)
-
-
-def keep_known(denoiser: Denoiser, x_0: Tensor, known: Tensor) -> Denoiser:
-    """A denoiser that knows a part of the image: x_0 (C, H, W) where `known` (H, W). RePaint
-    (Lugmayr et al. 2022) puts the known part into x_t instead, noised, and repeats steps."""
-    return lambda x, t, y: torch.where(known, x_0, denoiser(x, t, y))

@@ -73,9 +73,11 @@ def kept_images(cfg: Config) -> int:
 
 
 def batch_of_step(step: int, cfg: Config) -> int:
-    """The number of the batch that a `step` of an epoch takes, both from 0. The first ones, usually
-    32 batches of 128, serve REPEATS times in turn, then the next, and so on. So a long epoch
-    sees about a third of the images."""
+    """The number of the batch that a `step` of an epoch takes, both from 0. They are the same, but
+    for a student. There the first batches, usually 32 of 128 images, serve REPEATS times in turn,
+    then the next, and so on. So a long epoch sees about a third of the images."""
+    if not cfg.is_student:
+        return step
     in_turn = max(1, kept_images(cfg) // cfg.batch_size)
     return step // (REPEATS * in_turn) * in_turn + step % in_turn
 
@@ -138,7 +140,7 @@ class Distillation:
         """The x_0_hat with which one step of the student takes x_t (B, C, H, W) to where the
         teacher, starting at x_t, gets by time s."""
         times = [each for each in self.teacher.sampling_times() if s <= each <= t]
-        *_, x_s = self.teacher.trajectory(self.denoiser, x_t, y, times, None)
+        *_, x_s = self.teacher.sample(self.denoiser, x_t, y, times, None)
         goal = x_0_between(self.student, x_t, x_s, t, s)
         # clip_loss asks whether a pixel is exactly black or white
         return torch.where((goal.abs() - 1).abs() < ROUNDING, goal.sign(), goal)

@@ -19,7 +19,6 @@ from tqdm import tqdm
 from checkpoint import LoadedModel, load_model
 from config import Config
 from data import fingerprint, load_split, to_uint8
-from diffusion import Diffusion
 from evaluation import classifier, denoiser, plots, results
 from evaluation.evaluator import MAX_MEASURED, Evaluator, shuffled
 from evaluation.results import Result
@@ -28,6 +27,7 @@ from interface.flags import evaluate_flags
 from interface.picture import image_grid, read_npz, save_png
 from interface.settings import check_guidance, settings_for_drawing
 from interface.terminal import sampling_bar
+from pipeline import Pipeline
 from system import distributed
 from system.files import first_line, make_folder, sha256
 from system.machine import pick_device, pick_precision
@@ -41,15 +41,15 @@ def sample(
     batches of them. Returns the images, their labels, and what training and sampling
     have cost."""
     labels = draw_labels(count, cfg.seed, label_counts).to(loaded.device)
-    diffusion = Diffusion(cfg, loaded.levels)
-    batches = range(diffusion.batch_count(count))
+    pipeline = Pipeline(cfg, loaded.model, loaded.guide, loaded.levels)
+    batches = range(pipeline.batch_count(count))
     [mine] = distributed.my_parts(len(batches))
     began = time.perf_counter()
     with sampling_bar(cfg.steps, len(batches[mine])) as on_state:
-        x_0 = diffusion.draw(diffusion.guided(loaded.model, loaded.guide), labels, on_state, mine)
+        x_0 = pipeline.draw(labels, on_state, mine)
     images = distributed.gather([to_uint8(x_0)])  # which waits until a GPU is done
     seconds = time.perf_counter() - began
-    cost = {"calls": diffusion.network_calls(), "seconds": seconds}
+    cost = {"calls": pipeline.diffusion.network_calls(), "seconds": seconds}
     cost["images_per_second"] = count / seconds
     trained = {"minutes": loaded.progress.seconds / 60, "steps": loaded.progress.step}
     return images.to(loaded.device), labels, {"sampling": cost, "training": trained}

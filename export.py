@@ -52,7 +52,8 @@ class Sampler(nn.Module):
 
     def forward(self, noise: Tensor, y: Tensor) -> Tensor:
         denoiser = self.diffusion.guided(self.model, self.guide)
-        *_, x_0 = self.diffusion.sample(denoiser, y, GivenNoise(noise))
+        given, times = GivenNoise(noise), self.diffusion.sampling_times()
+        *_, x_0 = self.diffusion.sample(denoiser, given.draw(), y, times, given)
         return x_0
 
     def example(self, B: int) -> dict[str, Tensor]:

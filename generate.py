@@ -15,12 +15,12 @@ import checkpoint
 from checkpoint import LoadedModel
 from config import Config
 from data import to_uint8
-from diffusion import Diffusion
 from interface import cli, models, original, picture, provenance, requests
 from interface.flags import generate_flags
 from interface.requests import Request
 from interface.settings import settings_for_drawing
 from interface.terminal import log, sampling_bar, show
+from pipeline import Pipeline
 from system import distributed
 from system.machine import pick_device
 from system.values import counted
@@ -56,11 +56,10 @@ def draw(loaded: LoadedModel, request: Request, together: bool) -> list[Tensor]:
     """The images of a request, uint8 (N, C, H, W) on the CPU: for an animation one such tensor for
     each kept state, from noise to the images, otherwise a single one. With `together` all processes
     draw them, each some of the batches."""
-    diffusion, y = Diffusion(request.cfg, loaded.levels), request.labels.to(loaded.device)
-    denoiser = diffusion.guided(loaded.model, loaded.guide)
-    start = request.original.start(loaded.device) if request.original else {}
-    steps = len(diffusion.sampling_times(start.get("strength", 1.0))) - 1
-    batches = range(diffusion.batch_count(len(y)))
+    pipeline = Pipeline(request.cfg, loaded.model, loaded.guide, loaded.levels)
+    y, start = request.labels.to(loaded.device), request.start(loaded.device)
+    steps = len(pipeline.diffusion.sampling_times(start.strength)) - 1
+    batches = range(pipeline.batch_count(len(y)))
     [mine] = distributed.my_parts(len(batches)) if together else [slice(None)]
     states: dict[int, list[Tensor]] = {number: [] for number in request.kept_states(steps)}
     with sampling_bar(steps, len(batches[mine])) as advance:
@@ -70,7 +69,7 @@ def draw(loaded: LoadedModel, request: Request, together: bool) -> list[Tensor]:
             if number in states:
                 states[number].append(to_uint8(x).cpu())
 
-        diffusion.draw(denoiser, y, on_state, mine, **start)
+        pipeline.draw(y, on_state, mine, start)
     return [distributed.gather(x) if together else torch.cat(x) for x in states.values()]
 
 

@@ -33,8 +33,8 @@ with modules_of_this_folder():
     from checkpoint import PRETRAINED, STUDENT, LoadedModel, load_model
     from config import Config
     from data import to_uint8
-    from diffusion import Diffusion
     from interface.settings import check_guidance, settings_for_drawing
+    from pipeline import Pipeline
     from system.values import parse_labels
 
 dependencies = ["torch", "numpy", "PIL", "tqdm"]  # which torch.hub looks for
@@ -60,8 +60,7 @@ class Sampler(torch.nn.Module):
         check_guidance(self.cfg, cfg, has_guide=self.guide is not None)
         labels = parse_labels(digits, cfg.label_names)
         y = torch.tensor(labels, device=next(self.network.parameters()).device)
-        diffusion = Diffusion(cfg, self.levels)
-        return to_uint8(diffusion.draw(diffusion.guided(self.network, self.guide), y))
+        return to_uint8(Pipeline(cfg, self.network, self.guide, self.levels).draw(y))
 
 
 def mnist_diffusion(path: str = PRETRAINED, device: str = "cpu") -> Sampler:

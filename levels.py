@@ -55,11 +55,13 @@ class GreyLevels:
         the last sampling steps decide grey levels, so a few images are noised and drawn again from
         there: originals and copies then differ in little else, and it usually takes no longer than
         a few training steps."""
-        number, T = max(1, REDRAWN // images[0].numel()), diffusion.T
+        number, times = max(1, REDRAWN // images[0].numel()), diffusion.sampling_times()
         few, y = images[:number], labels[:number]
-        start = min(t for t in diffusion.sampling_times() if t >= REDRAWN_FROM * T) / T
+        start = min(t for t in times if t >= REDRAWN_FROM * diffusion.T)
+        times = [t for t in times if t <= start]
         noise = ImageNoise(diffusion.cfg.seed, range(len(few)), few.shape[1:], device=few.device)
-        *_, drawn = diffusion.sample(denoiser, y, noise, to_model_range(few), strength=start)
+        x = diffusion.add_noise(to_model_range(few), torch.full_like(y, start), noise.draw())
+        *_, drawn = diffusion.sample(denoiser, x, y, times, noise)
         return cls.measure(images, few, drawn)
 
     @classmethod

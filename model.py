@@ -5,9 +5,9 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from config import Config
+from system.machine import SkipInitialization
 
 is_exporting = getattr(torch.compiler, "is_exporting", bool)  # absent in torch 2.6; bool() is False
 MAX_PARAMETERS = 40_000_000  # twice those of --model_size large
@@ -92,16 +92,6 @@ def without_weights(cfg: Config) -> UNet:
         remedy = "reduce widths, blocks, dense_size, embedding_size or img_size"
         raise ValueError(f"U-Net: {size:,} parameters; at most {MAX_PARAMETERS:,}; {remedy}")
     return network
-
-
-class SkipInitialization(TorchFunctionMode):
-    """Leaves weights as they are allocated. Without memory there is nothing to initialize, but
-    torch would import its compiler for it, which takes more than a second."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if getattr(func, "__module__", "") != "torch.nn.init":
-            return func(*args, **(kwargs or {}))
-        return None
 
 
 class ResidualBlock(nn.Module):

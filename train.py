@@ -114,15 +114,9 @@ def prepare(plan: Plan, data: dict[str, Any], device: torch.device) -> tuple[Tra
 def batch(cfg: Config, images: Tensor, labels: Tensor, progress: Progress) -> tuple[Tensor, Tensor]:
     """The next x_0 (B, C, H, W) in [-1, 1] and labels (B,), in the epoch's random order."""
     order = epoch_order(cfg.seed, progress.epoch, len(images), images.device)
-    first = batch_number(cfg, progress) * cfg.batch_size
+    first = batch_of_step(progress.images // cfg.batch_size, cfg) * cfg.batch_size
     index = order[first : first + cfg.batch_size]
     return to_model_range(images[index]), labels[index]
-
-
-def batch_number(cfg: Config, progress: Progress) -> int:
-    """Which batch of the epoch the next step takes; a student takes each one several times."""
-    step = progress.images // cfg.batch_size
-    return batch_of_step(step, cfg) if cfg.is_student else step
 
 
 @functools.lru_cache(maxsize=1)
@@ -145,8 +139,8 @@ def training_step(
     state.model.zero_grad()
     total = torch.zeros((), device=x_0.device)
     random_labels = state.guide is None and cfg.guide_fraction > 0
-    before = progress.step - progress.images // cfg.batch_size  # steps of earlier epochs
-    key = cfg.seed, NOISE_STREAM, before + batch_number(cfg, progress)  # one for each batch
+    step = progress.images // cfg.batch_size  # of this epoch
+    key = cfg.seed, NOISE_STREAM, progress.step - step + batch_of_step(step, cfg)
     for part in distributed.my_parts(B, cfg.accumulate):
         generator = seeded_generator(*key, device=x_0.device)
         labels = randomize_labels(y, cfg, generator) if random_labels else y

@@ -14,6 +14,7 @@ from config import Config
 from data import to_model_range
 from interface.picture import GAP, without_frame
 from other_data import open_picture, to_pixels
+from pipeline import Start
 from system.files import first_line
 
 KEEP = ("top", "bottom", "left", "right")
@@ -27,11 +28,10 @@ class Original:
     known: Tensor | None = None  # bool (H, W): which pixels to keep exactly; None: none
     strength: float = 1.0  # how far it is turned into noise, as a fraction of all timesteps
 
-    def start(self, device: torch.device) -> dict[str, Any]:
-        """How drawing begins with it: arguments of Diffusion.sample."""
+    def start(self, device: torch.device) -> Start:
+        """How drawing begins with it."""
         known = None if self.known is None else self.known.to(device)
-        x_0 = to_model_range(self.pixels).to(device)
-        return {"original": x_0, "known": known, "strength": self.strength}
+        return Start(to_model_range(self.pixels).to(device), known, self.strength)
 
     def record(self) -> dict[str, Any]:
         """Plain values from which from_record makes it again."""

@@ -9,11 +9,11 @@ from tqdm import tqdm
 import checkpoint
 from checkpoint import TrainState
 from data import to_uint8
-from diffusion import Diffusion
 from interface import folder
 from interface.picture import image_grid, name_rows, save_png
 from interface.runs import Run
 from interface.terminal import sampling_bar
+from pipeline import Pipeline
 from system import distributed
 from system.values import parse_labels
 
@@ -28,16 +28,16 @@ def draw_preview(run: Run, state: TrainState) -> None:
     labels = list(range(min(10, cfg.num_classes)))  # what "all" means here, to keep the grid short
     if cfg.preview_digits != "all":
         labels = parse_labels(cfg.preview_digits, cfg.label_names)
-    diffusion = Diffusion(cfg, state.levels)
+    pipeline = Pipeline(cfg, state.ema, state.guide, state.levels)
     y = torch.tensor(labels).repeat_interleave(cfg.preview_columns).to(state.totals.device)
-    with run.side_output(path), sampling_bar(cfg.steps, diffusion.batch_count(len(y))) as advance:
+    with run.side_output(path), sampling_bar(cfg.steps, pipeline.batch_count(len(y))) as advance:
 
         def on_state(number: int, x: Tensor) -> None:
             advance(number, x)
             if run.signals:
                 raise InterruptedError("stopped by a signal")
 
-        x_0 = diffusion.draw(diffusion.guided(state.ema, state.guide), y, on_state)
+        x_0 = pipeline.draw(y, on_state)
         path.parent.mkdir(exist_ok=True)
         grid = image_grid(to_uint8(x_0), cfg.preview_columns)
         if cfg.class_names:

@@ -12,16 +12,19 @@ import torch
 from torch import Tensor
 
 from checkpoint import LoadedModel
-from config import FAST, Config
+from config import Config
 from interface import original
 from interface.original import Original
 from interface.picture import ANIMATIONS, ENDINGS, MAX_FRAMES, most_images
 from interface.settings import check_effects, check_guidance, is_guided
 from interface.terminal import ask, log, whole_number
+from pipeline import FROM_NOISE, Start
 from system.files import check_writable, make_folder
 from system.randomness import draw_labels
 from system.values import counted, parse_labels, shortened
 
+# How --fast draws with a model that has a guide: in 6 network calls, not 19
+FAST = {"steps": 5, "eta": 0.3, "guidance": 4.2, "guidance_low": 0.5, "guidance_high": 0.7}
 # How often each digit occurs in MNIST's training split
 MNIST_COUNTS = (5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949)
 TAKEN = "exists already; choose another folder or --seed"
@@ -96,6 +99,10 @@ class Request:
         acts = cfg.guidance == 1 or is_guided(cfg, strength)
         guidance = f"guidance {cfg.guidance:g}" + ("" if acts else " (at no time)")
         return f"{cfg.sampler}{eta}, {counted(cfg.steps, 'step')}, {guidance}, seed {cfg.seed}"
+
+    def start(self, device: torch.device) -> Start:
+        """What drawing begins with."""
+        return self.original.start(device) if self.original else FROM_NOISE
 
     @property
     def row_names(self) -> list[str]:

@@ -10,6 +10,7 @@ from contextlib import suppress
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from config import Config
 from system import distributed
@@ -58,6 +59,16 @@ def check_step(cfg: Config, device: torch.device) -> None:
         limit = f"a step needs {step / 1e9:.0f} GB; at most {most / 1e9:.0f}"
         remedy = "choose a smaller one, or a larger --accumulate"
         raise ValueError(f"batch_size = {cfg.batch_size}: {limit}; {remedy}")
+
+
+class SkipInitialization(TorchFunctionMode):
+    """A `with` block in which weights stay as they are allocated. On the meta device there is
+    nothing to initialize, but torch would import its compiler for it, which takes over a second."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__module__", "") != "torch.nn.init":
+            return func(*args, **(kwargs or {}))
+        return None
 
 
 def compile_network(network: nn.Module, *, graphs: bool = True) -> None:

@@ -7,7 +7,8 @@ import pytest
 import torch
 from conftest import REPO, copy_program, start_script
 
-from config import ALIASES, BEFORE, FAST, Config
+from config import ALIASES, BEFORE, Config
+from interface.requests import FAST
 from model import UNet
 from system.values import parse_duration, parse_labels
 

@@ -34,7 +34,8 @@ def test_same_noise_same_pictures(monkeypatch, sampler, schedule):
     own = {"sampler": sampler, "schedule": schedule, "eta": 0.0, "guidance": 1.0}
     process = Diffusion(Config(steps=STEPS, precision="float32", img_size=8, **own))
     noise, y = Recorded((3, 1, 8, 8)), torch.arange(3)
-    *_, ours = process.sample(process.guided(network), y, noise)
+    times, x_T = process.sampling_times(), noise.draw()
+    *_, ours = process.sample(process.guided(network), x_T, y, times, noise)
 
     # Theirs count timesteps from 0, ours from 1; their last step has to end at x_0 as well
     beta = 1 - process.alpha_bar[1:] / process.alpha_bar[:-1]

@@ -8,6 +8,7 @@ import torch
 
 from config import Config
 from diffusion import Diffusion, make_alpha_bar
+from pipeline import Pipeline
 from system.randomness import ImageNoise, seeded_generator
 
 SCHEDULES = ("linear", "cosine", "sigmoid")
@@ -66,11 +67,12 @@ def path(process: Diffusion, model, y: torch.Tensor, guide=None) -> torch.Tensor
     """All states from noise to image, (steps + 1, N, C, H, W), in float64."""
     size = process.cfg.img_size
     noise = ImageNoise(process.cfg.seed, range(len(y)), (1, size, size), dtype=torch.float64)
-    return torch.stack(list(process.sample(process.guided(model, guide), y, noise)))
+    times, denoiser = process.sampling_times(), process.guided(model, guide)
+    return torch.stack(list(process.sample(denoiser, noise.draw(), y, times, noise)))
 
 
-def draw(process: Diffusion, model, y: torch.Tensor) -> torch.Tensor:
-    return process.draw(process.guided(model), y)
+def draw(process: Diffusion, model, y: torch.Tensor, guide=None) -> torch.Tensor:
+    return Pipeline(process.cfg, model, guide).draw(y)
 
 
 # ---- schedules
@@ -116,7 +118,8 @@ def test_every_schedule_falls_from_clean_to_nearly_pure_noise_in_float64(schedul
     assert 0 < process.alpha_bar[T] < 5e-5
     beta = 1 - process.alpha_bar[1:] / process.alpha_bar[:-1]
     assert ((beta > 0) & (beta < 1)).all()
-    torch.testing.assert_close(process.log_snr[1:].sigmoid(), process.alpha_bar[1:])
+    log_snr = torch.tensor(process.log_snr_at[1:], dtype=torch.float64)
+    torch.testing.assert_close(log_snr.sigmoid(), process.alpha_bar[1:])
 
 
 # ---- forward process, predictions, loss
@@ -288,35 +291,6 @@ def test_sampling_times_fall_from_T_to_0_in_even_steps(steps):
     assert gaps.max() - gaps.min() <= 1
 
 
-def test_sample_is_a_generator_of_the_states_from_noise_to_image():
-    process, y = diffusion(steps=4), torch.arange(5)
-    model = GaussianData(process)
-    noise = ImageNoise(0, range(5), (1, 8, 8))
-    states = process.sample(process.guided(model), y, noise)
-    first = next(states)
-    assert model.calls == []  # the network is called only when the next state is asked for
-    assert torch.equal(first, ImageNoise(0, range(5), (1, 8, 8)).draw())
-    rest = []
-    for x in states:
-        rest.append(x)
-        assert len(model.calls) == len(rest)
-    assert len(rest) == 4
-    assert torch.equal(draw(process, model, y), rest[-1])
-
-
-def test_draw_passes_every_state_of_every_batch_on():
-    process, y = diffusion(steps=4, sample_batch_size=2), torch.arange(5)
-    denoiser, seen = process.guided(GaussianData(process)), []
-    images = process.draw(denoiser, y, lambda *each: seen.append(each))
-    numbers, seen = [number for number, _ in seen], [x for _, x in seen]
-    assert numbers == list(range(5)) * 3
-    assert [len(x) for x in seen] == [2] * 5 + [2] * 5 + [1] * 5
-    states = torch.stack([torch.cat(seen[i::5]) for i in range(5)])
-    together = ImageNoise(0, range(5), (1, 8, 8))
-    assert torch.equal(states, torch.stack(list(process.sample(denoiser, y, together))))
-    assert torch.equal(states[-1], images)
-
-
 def path_error(process: Diffusion) -> float:
     """Root mean square distance from the exact end of the probability flow."""
     model, y = GaussianData(process), torch.arange(4)
@@ -484,7 +458,7 @@ def test_guidance_leads_away_from_the_guide(sampler):
         process = diffusion(sampler=sampler, steps=5, clip_x_0=False, guidance=w)
         model, guide = GaussianData(process), GaussianData(process)
         guide.mean = guide.mean - 0.1  # errs by as much for every label
-        sampled[w] = process.draw(process.guided(model, guide), y)
+        sampled[w] = draw(process, model, y, guide)
         assert model.calls == [3] * 5
         assert guide.calls == ([3] * 5 if w == 2 else [])
         if w == 1:
@@ -517,27 +491,3 @@ def test_guidance_acts_and_costs_only_within_its_interval(sampler):
     assert torch.equal(nowhere, plain)
     # A guidance of 0 ignores the label everywhere
     assert torch.equal(guided_path(0.0, 0.2, 0.8)[0], guided_path(0.0)[0])
-
-
-# ---- random numbers
-
-
-@pytest.mark.parametrize("sampler", SAMPLERS)
-def test_an_image_is_the_same_in_any_batch(sampler):
-    def drawn(count=5, seed=3, **settings):
-        process = diffusion(sampler=sampler, steps=4, seed=seed, **settings)
-        return draw(process, GaussianData(process), torch.arange(count))
-
-    whole = drawn()
-    for batch_size in (1, 2, 4):
-        assert torch.equal(drawn(sample_batch_size=batch_size), whole)
-    assert torch.equal(drawn(count=2), whole[:2])
-    assert not torch.allclose(drawn(seed=4), whole)
-    assert not torch.allclose(whole[0] - whole[0].mean(), whole[1] - whole[1].mean())
-
-
-def test_sampling_leaves_the_global_random_state_alone():
-    process = diffusion(sampler="ddpm", steps=5)
-    state = torch.get_rng_state()
-    draw(process, GaussianData(process), torch.arange(2))
-    assert torch.equal(torch.get_rng_state(), state)

@@ -23,6 +23,7 @@ from distill import (
     x_0_between,
 )
 from model import UNet
+from pipeline import Pipeline
 from system.randomness import seeded_generator
 
 CPU = torch.device("cpu")
@@ -101,7 +102,7 @@ def per_time(x, t, y):
 @pytest.mark.parametrize("student_steps", [1, 2, 4])
 def test_an_exact_student_draws_the_data_in_as_many_calls(student_steps):
     loss, y = distillation(student_steps), torch.full((2000,), 3)
-    x_0 = loss.student.draw(loss.student.guided(ExactStudent(loss.student)), y).double()
+    x_0 = Pipeline(loss.student.cfg, ExactStudent(loss.student)).draw(y).double()
     assert loss.student.network_calls() == student_steps
     assert x_0.mean().item() == pytest.approx(MEAN[3].item(), abs=0.01)
     assert x_0.std().item() == pytest.approx(STD, abs=0.01)
@@ -153,11 +154,12 @@ def batch_of(loss: Distillation) -> tuple[torch.Tensor, ...]:
 
 
 def test_batches_are_seen_three_times_in_turn():
-    numbers = [batch_of_step(step, Config()) for step in range(100)]
+    numbers = [batch_of_step(step, Config(teacher="a")) for step in range(100)]
     assert numbers[:96] == 3 * list(range(32))
     assert numbers[96:] == [32, 33, 34, 35]
-    large = Config(batch_size=10_000)
+    large = Config(teacher="a", batch_size=10_000)
     assert [batch_of_step(step, large) for step in range(7)] == [0, 0, 0, 1, 1, 1, 2]
+    assert [batch_of_step(step, Config()) for step in range(7)] == list(range(7))  # no student
 
 
 def test_a_batch_seen_again_needs_no_teacher_and_is_what_a_resumed_run_would_make(monkeypatch):
@@ -230,7 +232,7 @@ def test_examples_of_large_images_are_kept_within_bounds(monkeypatch):
     loss = distillation(4)
     monkeypatch.setattr("distill.KEPT_BYTES", 3 * 4 * 8 * 8 * 20)  # 20 images
     x_0, y = torch.zeros(8, 1, 8, 8), torch.arange(8)
-    cfg = replace(loss.student.cfg, batch_size=8)
+    cfg = replace(loss.student.cfg, batch_size=8, teacher="a")
     numbers = [batch_of_step(step, cfg) for step in range(60)]
     assert numbers[:9] == [0, 1, 0, 1, 0, 1, 2, 3, 2]
     taught, examples = [], loss.examples

@@ -77,7 +77,8 @@ def test_the_whole_sampler_as_a_graph(run, trained, tmp_path):
         noise = torch.randn(B, draws, 1, 28, 28)
         y = torch.arange(B) % 10
         denoiser = diffusion.guided(loaded.model, loaded.guide)
-        *_, expected = diffusion.sample(denoiser, y, Given(noise))
+        given, times = Given(noise), diffusion.sampling_times()
+        *_, expected = diffusion.sample(denoiser, given.draw(), y, times, given)
         found = session(out).run(None, {"noise": noise.numpy(), "y": y.numpy()})[0]
         np.testing.assert_allclose(found, expected.numpy(), atol=1e-4)
 

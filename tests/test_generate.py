@@ -27,13 +27,13 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 import checkpoint
-from config import FAST, Config
+from config import Config
 from diffusion import Diffusion
 from evaluation import classifier
 from interface import provenance
 from interface.models import list_checkpoints
 from interface.picture import read_npz, save_png
-from interface.requests import MNIST_COUNTS
+from interface.requests import FAST, MNIST_COUNTS
 from model import UNet
 from system import files
 

@@ -19,6 +19,7 @@ from config import MODEL_SIZES, Config
 from diffusion import Diffusion
 from distill import Distillation, student_settings
 from model import UNet
+from pipeline import Pipeline
 from system.machine import compile_network
 
 CPU = torch.device("cpu")
@@ -117,8 +118,7 @@ def test_a_compiled_network_is_saved_and_loaded_as_any_other(tmp_path, monkeypat
     compiled, plain = (
         checkpoint.load_model(tmp_path / "a.pth", CPU, compiled) for compiled in (True, False)
     )
-    diffusion, y = Diffusion(cfg), torch.arange(4)
-    drawn = [diffusion.draw(diffusion.guided(each.model), y) for each in (compiled, plain)]
+    drawn = [Pipeline(cfg, each.model).draw(torch.arange(4)) for each in (compiled, plain)]
     torch.testing.assert_close(*drawn)
 
 

@@ -7,15 +7,13 @@ import pytest
 import torch
 from conftest import REPO, assert_one_line
 from PIL import Image
-from test_diffusion import GaussianData
 
 from config import Config
 from data import load_split, to_model_range
-from diffusion import Diffusion, keep_known
 from interface.original import Original
 from interface.picture import image_grid, without_frame
 from interface.provenance import read
-from system.randomness import ImageNoise, seeded_generator
+from system.randomness import seeded_generator
 
 MODEL = {"model": REPO / "results" / "models" / "pretrained.pth", "device": "cpu", "count": 4}
 CPU = torch.device("cpu")
@@ -79,41 +77,6 @@ def test_an_edited_picture_is_nearer_to_the_original_the_weaker_the_noise(run, t
         distance[strength] = np.abs(tiles(out) - original).mean()
     assert distance[0.05] < distance[0.4] < distance[1.0]
     assert distance[0.05] < 3
-
-
-def test_at_full_strength_nothing_but_its_faintest_trace_is_left_of_the_original():
-    cfg = Config(img_size=8, guidance=1.0, eta=0.0, sampler="ddim", steps=10)
-    process, y = Diffusion(cfg), torch.arange(4)
-    denoiser = process.guided(GaussianData(process, 0.5))
-    noise = [ImageNoise(0, range(4), (1, 8, 8)) for _ in range(2)]
-    original = torch.rand(1, 8, 8, generator=seeded_generator(0)) * 2 - 1
-    *_, plain = process.sample(denoiser, y, noise[0])
-    *_, edited = process.sample(denoiser, y, noise[1], original, 1.0)
-    assert (plain - edited).abs().max() < 0.02  # sqrt(alpha_bar_T) is 0.0064
-
-
-def test_the_first_state_of_an_edit_is_the_noisy_original():
-    process, y = Diffusion(Config(img_size=8, steps=10, guidance=1.0)), torch.arange(3)
-    original = torch.full((1, 8, 8), 0.25)
-    noise, same = (ImageNoise(0, range(3), (1, 8, 8)) for _ in range(2))
-    states = process.sample(lambda x, t, y: x * 0, y, noise, original, 0.35)
-    assert process.sampling_times(0.35) == [350, 300, 200, 100, 0]
-    a = process.alpha_bar[350]
-    expected = a.sqrt() * original + (1 - a).sqrt() * same.draw()
-    torch.testing.assert_close(next(states), expected.float())
-
-
-def test_a_completion_of_gaussian_data_keeps_what_is_known_and_draws_the_rest():
-    """With pixels independent of each other, the rest is distributed as if nothing were known."""
-    cfg = Config(img_size=8, guidance=1.0, clip_x_0=False, sampler="ddpm", steps=100)
-    process, y = Diffusion(cfg), torch.full((300,), 3)
-    known = torch.zeros(8, 8, dtype=torch.bool)
-    known[:4] = True
-    plain = process.guided(GaussianData(process, 0.5))
-    drawn = process.draw(keep_known(plain, torch.full((1, 8, 8), 0.9), known), y)
-    free = process.draw(plain, y)
-    assert (drawn[:, :, :4] == 0.9).all()
-    torch.testing.assert_close(drawn[:, :, 4:], free[:, :, 4:])
 
 
 @pytest.mark.parametrize("kind", [{"complete": None, "keep": "left"}, {"edit": None}])

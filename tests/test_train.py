@@ -35,6 +35,7 @@ from data import load_split, to_model_range
 from diffusion import Diffusion
 from interface.folder import newest_of_run
 from interface.models import list_checkpoints
+from pipeline import Pipeline
 from system.randomness import seeded_generator
 
 if os.name != "nt":
@@ -411,7 +412,7 @@ def test_one_batch_is_overfitted():
         train.training_step(cfg, diffusion.loss, state, x_0.repeat(4, 1, 1, 1), y.repeat(4), 0.0)
         losses.append(float(state.totals[0]))
     assert losses[-1] < 0.02 * losses[0]
-    drawn = diffusion.draw(diffusion.guided(state.model.eval()), y)
+    drawn = Pipeline(cfg, state.model.eval()).draw(y)
     nearest = (drawn[:, None] - x_0[None]).square().mean(dim=(2, 3, 4)).argmin(dim=1)
     assert torch.equal(nearest, y)  # each label now draws its own image
 

@@ -1,0 +1,99 @@
+"""Drawing in batches, editing and completing, with perfect models of simple data sets."""
+
+import pytest
+import torch
+from test_diffusion import SAMPLERS, GaussianData, diffusion, draw
+
+from config import Config
+from pipeline import Pipeline, Start
+from system.randomness import ImageNoise, seeded_generator
+
+
+def gaussian_pipeline(**settings) -> Pipeline:
+    """Draws pixels of N(mean[y], 0.5²)."""
+    process = diffusion(**settings)
+    return Pipeline(process.cfg, GaussianData(process))
+
+
+def test_states_is_a_generator_from_noise_to_image():
+    process, y = diffusion(steps=4), torch.arange(5)
+    model = GaussianData(process)
+    states = Pipeline(process.cfg, model).states(y, ImageNoise(0, range(5), (1, 8, 8)))
+    first = next(states)
+    assert model.calls == []  # the network is called only when the next state is asked for
+    assert torch.equal(first, ImageNoise(0, range(5), (1, 8, 8)).draw())
+    rest = []
+    for x in states:
+        rest.append(x)
+        assert len(model.calls) == len(rest)
+    assert len(rest) == 4
+    assert torch.equal(draw(process, model, y), rest[-1])
+
+
+def test_draw_passes_every_state_of_every_batch_on():
+    pipeline, y, seen = gaussian_pipeline(steps=4, sample_batch_size=2), torch.arange(5), []
+    images = pipeline.draw(y, lambda *each: seen.append(each))
+    numbers, seen = [number for number, _ in seen], [x for _, x in seen]
+    assert numbers == list(range(5)) * 3
+    assert [len(x) for x in seen] == [2] * 5 + [2] * 5 + [1] * 5
+    states = torch.stack([torch.cat(seen[i::5]) for i in range(5)])
+    together = ImageNoise(0, range(5), (1, 8, 8))
+    assert torch.equal(states, torch.stack(list(pipeline.states(y, together))))
+    assert torch.equal(states[-1], images)
+
+
+# ---- from a picture
+
+
+def test_at_full_strength_nothing_but_its_faintest_trace_is_left_of_the_original():
+    pipeline, y = gaussian_pipeline(sampler="ddim", steps=10), torch.arange(4)
+    original = torch.rand(1, 8, 8, generator=seeded_generator(0)) * 2 - 1
+    plain, edited = pipeline.draw(y), pipeline.draw(y, start=Start(original))
+    assert (plain - edited).abs().max() < 0.02  # sqrt(alpha_bar_T) is 0.0064
+
+
+def test_the_first_state_of_an_edit_is_the_noisy_original():
+    cfg, y = Config(img_size=8, steps=10, guidance=1.0), torch.arange(3)
+    pipeline, original = Pipeline(cfg, lambda x, t, y: x * 0), torch.full((1, 8, 8), 0.25)
+    noise, same = (ImageNoise(0, range(3), (1, 8, 8)) for _ in range(2))
+    states = list(pipeline.states(y, noise, Start(original, strength=0.35)))
+    assert pipeline.diffusion.sampling_times(0.35) == [350, 300, 200, 100, 0]
+    assert len(states) == 5
+    a = pipeline.diffusion.alpha_bar[350]
+    expected = a.sqrt() * original + (1 - a).sqrt() * same.draw()
+    torch.testing.assert_close(states[0], expected.float())
+
+
+def test_a_completion_of_gaussian_data_keeps_what_is_known_and_draws_the_rest():
+    """With pixels independent of each other, the rest is distributed as if nothing were known."""
+    pipeline = gaussian_pipeline(clip_x_0=False, sampler="ddpm", steps=100)
+    y, known = torch.full((300,), 3), torch.zeros(8, 8, dtype=torch.bool)
+    known[:4] = True
+    drawn = pipeline.draw(y, start=Start(torch.full((1, 8, 8), 0.9), known))
+    free = pipeline.draw(y)
+    assert (drawn[:, :, :4] == 0.9).all()
+    torch.testing.assert_close(drawn[:, :, 4:], free[:, :, 4:])
+
+
+# ---- random numbers
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_an_image_is_the_same_in_any_batch(sampler):
+    def drawn(count=5, seed=3, **settings):
+        process = diffusion(sampler=sampler, steps=4, seed=seed, **settings)
+        return draw(process, GaussianData(process), torch.arange(count))
+
+    whole = drawn()
+    for batch_size in (1, 2, 4):
+        assert torch.equal(drawn(sample_batch_size=batch_size), whole)
+    assert torch.equal(drawn(count=2), whole[:2])
+    assert not torch.allclose(drawn(seed=4), whole)
+    assert not torch.allclose(whole[0] - whole[0].mean(), whole[1] - whole[1].mean())
+
+
+def test_sampling_leaves_the_global_random_state_alone():
+    process = diffusion(sampler="ddpm", steps=5)
+    state = torch.get_rng_state()
+    draw(process, GaussianData(process), torch.arange(2))
+    assert torch.equal(torch.get_rng_state(), state)
