@@ -1,6 +1,6 @@
 """Digits on a live page that draws, completes and morphs them: python app.py prints its address."""
 
-import interface  # noqa: F401  (first, so that errors are one line while importing, too)
+import interface  # noqa: F401  (first, so that import errors are one line, too)
 
 # isort: split
 import base64

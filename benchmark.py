@@ -3,7 +3,7 @@
 --gpu measures eager and compiled training and three short runs, --scaling estimates many GPUs.
 """
 
-import interface  # noqa: F401  (first, so that errors are one line while importing, too)
+import interface  # noqa: F401  (first, so that import errors are one line, too)
 
 # isort: split
 import copy

@@ -149,7 +149,7 @@ def load(path: str | Path, *, only_look: bool = False) -> dict[str, Any]:
             GreyLevels.from_dict(contents.get("levels"))
     except ValueError as error:
         raise ValueError(f"{path}: {first_line(error)}; choose another, or train one") from None
-    except Exception:  # contents of another program or of a stranger can be anything
+    except Exception:  # a file of another program or of a stranger can hold anything
         raise ValueError(f"{path}: not a checkpoint of this program; choose another") from None
     return contents
 

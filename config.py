@@ -97,7 +97,7 @@ class Config:
     preview_digits: str = training("0123456789", "labels in each sample grid; all: the first ten")
     preview_columns: int = training(10, "samples of each label in each grid", ge=1, le=100)
 
-    # Sampling, in the order in which pictures carry these settings
+    # Sampling. PNGs carry these settings in this order, which --reproduce compares too
     sampler: str = sampling("dpmpp", "sampling method", choices=("ddpm", "ddim", "dpmpp"))
     steps: int = sampling(13, "sampling steps, at most timesteps", ge=1)
     guidance: float = sampling(2.8, "guidance w (1: none; larger: clearer, more alike)", ge=-1000)
@@ -171,12 +171,11 @@ class Config:
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in known.items()})
 
 
-# {setting: the older one to read in a checkpoint that lacks it}. In format 3, clip_x_0 meant both
-# today's clip_x_0 and clip_loss
-ALIASES = {"guide_fraction": "guide_share", "clip_loss": "clip_x_0"}
+# {setting: its name in older checkpoints}. In format 3, clip_x_0 meant clip_loss as well
+ALIASES = {"clip_loss": "clip_x_0", "guide_fraction": "guide_share"}
 ALIASES["unsquared_snr"] = "absolute_snr"  # until version 1.8
 
-# What was in force before a setting existed, where its default differs or may be edited
+# Settings that a checkpoint may be older than, as they were in effect; if not listed, the default
 BEFORE = {"unsquared_snr": 0.0, "bypass": False, "teacher": ""}
 
 # train.py --model_size: 1.7, 6 and 20 million parameters. The default network has 1.3

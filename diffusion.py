@@ -59,7 +59,7 @@ class Diffusion:
         self._tables: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
     def _make_loss_weight(self) -> Tensor:
-        """Weight of the squared error of the prediction at t = 0…T; t = 0 is never trained.
+        """Weight of the error of the prediction at t = 0…T; t = 0 is never trained.
 
         "uniform" is 1 (for eps and `timestep_power` 1: Ho et al. 2020, eq. 14). The others weight
         the error of x_0, converted to the error of what is predicted: "min_snr" by min(snr, gamma)
@@ -139,7 +139,7 @@ class Diffusion:
         With `clip_loss` a pixel costs nothing where clamping x_0_hat to [-1, 1] gives x_0 exactly.
         With `clip_x_0` the sampler clamps as well, so a black pixel may be predicted as -1 or
         anything below, which is far easier to learn than exactly -1. The best clamped estimate
-        stays the same, because the mean of all x_0 that fit an x_t lies within [-1, 1].
+        stays the same: it is an average of the x_0 that fit x_t, so it lies within [-1, 1].
         """
         prediction = self.predict(model, x_t, t, y)
         error = (prediction - self.target(x_0, t, eps)).square()  # (B, C, H, W)
@@ -211,8 +211,8 @@ class Diffusion:
     def sample(
         self, denoiser: Denoiser, x: Tensor, y: Tensor, times: list[int], noise: ImageNoise | None
     ) -> Iterator[Tensor]:
-        """Yield the states x_t (B, C, H, W) at falling `times`, of which x is the first; `noise` is
-        for an eta above 0.
+        """Yield x (B, C, H, W), the state x_t at the first of the falling `times`, and then the
+        states at all the others. `noise` may be None if eta is 0.
 
         The samplers are "ddpm" (Ho et al. 2020, eq. 6 and 7) and, with a fraction `eta` of its
         noise, "ddim" (Song et al. 2021, eq. 12) and "dpmpp" (DPM-Solver++ 2M, Lu et al. 2022,
@@ -237,7 +237,7 @@ class Diffusion:
     ) -> Tensor:
         """x_s from x_t and x_0_hat. Song et al. 2021, eq. 12 and 16; with eta = 1 it is the
         posterior q(x_s | x_t, x_0) of Ho et al. 2020, eq. 6 and 7. At s = 0 no noise is added."""
-        # Eq. 12; a is alpha_bar, and eps_hat = (x - sqrt(a_t) x_0_hat) / sqrt(1 - a_t)
+        # Eq. 12 with eps_hat = (x - sqrt(a_t) x_0_hat) / sqrt(1 - a_t); a is alpha_bar
         a_t, a_s = self.alpha_bar_at[t], self.alpha_bar_at[s]
         variance = self.eta**2 * (1 - a_s) / (1 - a_t) * (1 - a_t / a_s)
         kept = math.sqrt(max(1 - a_s - variance, 0) / (1 - a_t))

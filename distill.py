@@ -73,9 +73,9 @@ def kept_images(cfg: Config) -> int:
 
 
 def batch_of_step(step: int, cfg: Config) -> int:
-    """The number of the batch that a `step` of an epoch takes, both from 0. They are the same, but
-    for a student. There the first batches, usually 32 of 128 images, serve REPEATS times in turn,
-    then the next, and so on. So a long epoch sees about a third of the images."""
+    """The number of the batch that a `step` of an epoch takes, both from 0: the same, except for a
+    student. Its first batches (32, if a batch has 128 images) serve REPEATS times in turn, then the
+    next ones, and so on. So a long epoch sees about a third of the images."""
     if not cfg.is_student:
         return step
     in_turn = max(1, kept_images(cfg) // cfg.batch_size)
@@ -93,8 +93,8 @@ class Distillation:
         if steps <= cfg.steps or steps % cfg.steps:
             wrong = f"draws in {steps} steps, not several times {cfg.steps}"
             raise ValueError(f"{teacher.path}: {wrong}; restore this student's own teacher")
-        how = replace(teacher_settings(teacher.cfg), precision=cfg.precision)
-        self.student, self.teacher = Diffusion(cfg), Diffusion(how)  # processes, not networks
+        drawing = replace(teacher_settings(teacher.cfg), precision=cfg.precision)
+        self.student, self.teacher = Diffusion(cfg), Diffusion(drawing)
         self.denoiser = self.teacher.guided(teacher.model, teacher.guide)
         self.segments = list(itertools.pairwise(self.student.sampling_times()))
         self.starts = torch.tensor([t for t, _ in self.segments], device=teacher.device)
@@ -108,8 +108,8 @@ class Distillation:
         C, H, W) in [-1, 1], y int64 (B,).
 
         The batch is divided among the segments, in order, and each image is noised to the start of
-        its segment. Noise from `generator` is drawn for the whole batch. Examples are kept by the
-        generator's seed, so the same seed must mean the same batch.
+        its segment. Noise from `generator` is drawn for the whole batch. Examples are kept under
+        the generator's seed, so the same seed must always come with the same batch.
         """
         key = generator.initial_seed(), part.start, part.stop
         if key not in self.recent:

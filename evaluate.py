@@ -1,6 +1,6 @@
 """Measure samples against real images: python evaluate.py measures the newest model."""
 
-import interface  # noqa: F401  (first, so that errors are one line while importing, too)
+import interface  # noqa: F401  (first, so that import errors are one line, too)
 
 # isort: split
 import itertools

@@ -1,6 +1,6 @@
 """Export a model: python export.py digits.onnx, digits.safetensors, or digits.pth (small)."""
 
-import interface  # noqa: F401  (first, so that errors are one line while importing, too)
+import interface  # noqa: F401  (first, so that import errors are one line, too)
 
 # isort: split
 import contextlib

@@ -1,6 +1,6 @@
 """Draw digits with a trained model: python generate.py asks; with --digits it asks nothing."""
 
-import interface  # noqa: F401  (first, so that errors are one line while importing, too)
+import interface  # noqa: F401  (first, so that import errors are one line, too)
 
 # isort: split
 import time

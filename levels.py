@@ -1,29 +1,27 @@
 """Grey levels: rising curves map those that a model draws to those of its training images.
 
-A network trained with a squared error predicts the mean of what is possible. So it draws faint
-halos around strokes, and its strokes lack the single grey that fills MNIST's: 253 in 43 % of the
-images, 254 in 28 %, 252 in 21 %, 255 in 5 %. The eye does not notice it; a classifier does.
+A network predicts an average of the images that fit what it sees. So it draws faint halos around
+strokes, and its strokes lack the single grey that fills MNIST's: 253 in 43 % of the images, 254 in
+28 %, 252 in 21 %, 255 in 5 %. The eye does not notice it; a classifier does.
 """
 
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from data import to_model_range
+from diffusion import Denoiser, Diffusion
 from system.randomness import ImageNoise
-
-if TYPE_CHECKING:
-    from diffusion import Denoiser, Diffusion
 
 FINE = 8  # steps of the curves per grey level
 LIGHT = 240  # from here on the levels depend on the white of an image
 WHITES = range(250, 256)  # each image's white is the most frequent of these
-REDRAWN = 256 * 28 * 28  # training pixels that the model draws again, to learn its levels
-REDRAWN_FROM = 0.2  # noised to at least this t / T
-LOOKED_AT = 8_000_000  # how many training pixels are counted: those of 10,000 MNIST images
+REDRAWN_PIXELS = 256 * 28 * 28  # of training images that the model draws again, from noise at a
+LEAST_NOISE = 0.2  # t / T of at least this
+COUNTED_PIXELS = 8_000_000  # of the training images: those of 10,000 MNIST images
 
 
 @dataclass(frozen=True)
@@ -36,11 +34,11 @@ class GreyLevels:
     def __post_init__(self) -> None:
         """Raises ValueError for tensors that are not such curves."""
         shapes = (len(WHITES),), (len(WHITES), 255 * FINE + 1)
-        kinds = self.share.dtype, self.curves.dtype
+        dtypes = self.share.dtype, self.curves.dtype
         fits = (self.share.shape, self.curves.shape) == shapes
         if (
             not fits
-            or kinds != (torch.float32, torch.uint8)
+            or dtypes != (torch.float32, torch.uint8)
             or not (self.share >= 0).all()
             or not 0.99 < float(self.share.sum()) < 1.01
         ):
@@ -49,18 +47,18 @@ class GreyLevels:
     @classmethod
     @torch.no_grad()
     def of_model(
-        cls, diffusion: "Diffusion", denoiser: "Denoiser", images: Tensor, labels: Tensor
+        cls, diffusion: Diffusion, denoiser: Denoiser, images: Tensor, labels: Tensor
     ) -> "GreyLevels | None":
         """The curves for what this denoiser draws of the training images, uint8 (N, C, H, W). Only
         the last sampling steps decide grey levels, so a few images are noised and drawn again from
         there: originals and copies then differ in little else, and it usually takes no longer than
         a few training steps."""
-        number, times = max(1, REDRAWN // images[0].numel()), diffusion.sampling_times()
+        number, times = max(1, REDRAWN_PIXELS // images[0].numel()), diffusion.sampling_times()
         few, y = images[:number], labels[:number]
-        start = min(t for t in times if t >= REDRAWN_FROM * diffusion.T)
-        times = [t for t in times if t <= start]
+        first = min(t for t in times if t >= LEAST_NOISE * diffusion.T)
+        times = [t for t in times if t <= first]
         noise = ImageNoise(diffusion.cfg.seed, range(len(few)), few.shape[1:], device=few.device)
-        x = diffusion.add_noise(to_model_range(few), torch.full_like(y, start), noise.draw())
+        x = diffusion.add_noise(to_model_range(few), torch.full_like(y, first), noise.draw())
         *_, drawn = diffusion.sample(denoiser, x, y, times, noise)
         return cls.measure(images, few, drawn)
 
@@ -73,7 +71,7 @@ class GreyLevels:
         is looked up in `few`, the uint8 images that `drawn` should look like, and from there in
         all `images`, because `few` is a small sample. Below LIGHT all curves are the same; from
         LIGHT on, each is that of the images with its own white."""
-        images = images[: max(1, LOOKED_AT // images[0].numel())].cpu().flatten(1)
+        images = images[: max(1, COUNTED_PIXELS // images[0].numel())].cpu().flatten(1)
         counts = torch.stack([(images == white).sum(dim=1) for white in WHITES])  # (6, M)
         white_of = torch.where(counts.sum(dim=0) > 0, counts.argmax(dim=0), -1)  # (M,), -1: none
         if (white_of < 0).all() or drawn.isnan().any():
@@ -119,7 +117,7 @@ def _codes(x: Tensor) -> Tensor:
     return ((x.clamp(-1, 1) + 1) * (127.5 * FINE)).round().long()
 
 
-def _shares(numbers: Tensor, kinds: int) -> np.ndarray:
-    """The fraction of whole `numbers` that is 0, 1, … kinds - 1: float64 (kinds,)."""
-    counts = np.bincount(numbers.flatten().cpu().numpy(), minlength=kinds)
+def _shares(numbers: Tensor, bins: int) -> np.ndarray:
+    """The fraction of whole `numbers` that is 0, 1, … bins - 1: float64 (bins,)."""
+    counts = np.bincount(numbers.flatten().cpu().numpy(), minlength=bins)
     return counts / numbers.numel()

@@ -1,4 +1,4 @@
-"""The optimizers: Muon for the large matrices of a U-Net, AdamW for everything else."""
+"""The optimizers: Muon for the inner convolutions and the dense layer, AdamW for the rest."""
 
 import torch
 from torch import Tensor, nn

@@ -1,5 +1,5 @@
 """Readers of other data sets, and the names of their labels: MNIST's relatives, by torchvision, and
-a folder of your own pictures."""
+a folder of your own pictures. Also how any picture becomes pixels of a model's size."""
 
 import math
 import string

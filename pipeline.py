@@ -14,7 +14,7 @@ from system.randomness import ImageNoise
 
 @dataclass(frozen=True)
 class Start:
-    """What drawing begins with, besides noise: by default nothing, else a picture x_0."""
+    """What drawing starts from: by default noise alone, else a picture x_0 too."""
 
     x_0: Tensor | None = None  # (C, H, W) in [-1, 1]
     known: Tensor | None = None  # bool (H, W): pixels of x_0 to keep exactly; None: x_0 is edited
@@ -41,8 +41,8 @@ class Pipeline:
 
     def states(self, y: Tensor, noise: ImageNoise, start: Start = FROM_NOISE) -> Iterator[Tensor]:
         """Yield every state x_t (B, C, H, W) on the way from noise to images of the labels y int64
-        (B,). An edit (SDEdit, Meng et al. 2022) begins with the noisy x_0. A completion begins with
-        noise alone, and what it draws fits the known part."""
+        (B,). An edit (SDEdit, Meng et al. 2022) begins with x_0 noised. A completion begins with
+        noise, and every estimate of the image contains the known part of x_0."""
         times, denoiser = self.diffusion.sampling_times(start.strength), self.denoiser
         x = noise.draw()  # x_T, or the noise to add to x_0
         if start.known is not None:

@@ -1,6 +1,6 @@
 """Train the conditional U-Net: python train.py --epochs 30, or --budget 10m."""
 
-import interface  # noqa: F401  (first, so that errors are one line while importing, too)
+import interface  # noqa: F401  (first, so that import errors are one line, too)
 
 # isort: split
 import copy
@@ -24,7 +24,7 @@ from interface.flags import train_flags
 from interface.models import find_teacher
 from interface.plan import Plan, planned
 from interface.previews import draw_missing_previews, draw_preview
-from interface.runs import Run, check_data
+from interface.runs import Run, record_data
 from system import distributed
 from system.machine import compile_network, pick_device
 from system.randomness import seeded_generator
@@ -47,7 +47,7 @@ def train(plan: Plan, began: float) -> int:
     images, labels = load_split(cfg, train=True, device=device)
     count = min(VALIDATION_IMAGES, max(1, len(images) // 60))
     test = load_split(cfg, train=False, device=device)
-    held_out = [x[:: max(1, len(x) // count)][:count] for x in test]  # spread, as it may be sorted
+    held_out = [x[:: max(1, len(x) // count)][:count] for x in test]  # spread: they may be sorted
     state, loss = prepare(plan, fingerprint(images, labels), device)
     run = Run(plan, state, len(images), began)
     if not run.open():
@@ -91,7 +91,7 @@ def prepare(plan: Plan, data: dict[str, Any], device: torch.device) -> tuple[Tra
     if plan.start:  # otherwise the run is new
         checkpoint.restore(plan.start, state)
         state.progress = plan.progress  # the same, but for `budget_from` where a budget is new
-    # A model to begin with the averaged weights of
+    # The model whose averaged weights this run begins with
     source = load_model(plan.weights, device) if plan.weights else None
     if cfg.is_student:
         # The SHA-256 of its teacher, where a checkpoint or a reduced model of the student has it
@@ -104,7 +104,7 @@ def prepare(plan: Plan, data: dict[str, Any], device: torch.device) -> tuple[Tra
     if source:
         for network in (state.model, state.ema):
             network.load_state_dict(source.model.state_dict())
-    check_data(plan, state, data)
+    record_data(plan, state, data)
     if cfg.compile:
         compile_network(state.model, graphs=cfg.accumulate == 1)
     distributed.barrier()  # until all have read what the first one will move aside
@@ -140,6 +140,7 @@ def training_step(
     total = torch.zeros((), device=x_0.device)
     random_labels = state.guide is None and cfg.guide_fraction > 0
     step = progress.images // cfg.batch_size  # of this epoch
+    # A student meets a batch several times, always with the same noise
     key = cfg.seed, NOISE_STREAM, progress.step - step + batch_of_step(step, cfg)
     for part in distributed.my_parts(B, cfg.accumulate):
         generator = seeded_generator(*key, device=x_0.device)
@@ -205,7 +206,7 @@ def ema_gamma(sigma_rel: float) -> float:
 @torch.no_grad()
 def validation_loss(cfg: Config, loss: Loss, model: Model, images: Tensor, labels: Tensor) -> float:
     """A model's loss on test images (N, C, H, W), always with the same noise and timesteps: it
-    rises when the model overfits."""
+    rises when the model overfits. It is only shown; nothing is chosen by it."""
     total = torch.zeros((), device=images.device)
     for first in range(0, len(images), cfg.batch_size):
         part = slice(first, first + cfg.batch_size)

@@ -264,7 +264,7 @@ class Run:
         return f"{minutes}m{seconds:02d}s left"
 
 
-def check_data(plan: Plan, state: TrainState, data: dict[str, Any]) -> None:
+def record_data(plan: Plan, state: TrainState, data: dict[str, Any]) -> None:
     """Record the training data in `state`, and say so if it changed. Raises ValueError if that was
     inside an epoch, because the epoch's order is that of the old data."""
     if state.data is not None and state.data != data:

@@ -32,7 +32,7 @@ def log(message: str) -> None:
 
 @contextmanager
 def sampling_bar(steps: int, batches: int) -> Iterator[Callable[[int, Tensor], object]]:
-    """A progress bar for Diffusion.draw, as its `on_state`; shows nothing without a terminal."""
+    """A progress bar for Pipeline.draw, as its `on_state`; shows nothing without a terminal."""
     with tqdm(
         total=batches * (steps + 1), desc="sampling", unit="step", leave=False, disable=None
     ) as bar:

@@ -72,8 +72,8 @@ class SkipInitialization(TorchFunctionMode):
 
 
 def compile_network(network: nn.Module, *, graphs: bool = True) -> None:
-    """Compile a network when it is first called; for a GPU into CUDA `graphs`, unless gradients of
-    several calls are added up: each graph would overwrite those of the last."""
+    """Compile a network when it is first called. On a GPU it becomes CUDA `graphs`; pass False if
+    gradients of several calls are added up, as each replay overwrites those of the last."""
     on_gpu = next(network.parameters()).device.type == "cuda"
     network.compile(mode="reduce-overhead" if on_gpu and graphs else None)
 
@@ -132,4 +132,4 @@ def bf16_is_faster() -> bool:
             began = time.perf_counter()
             x @ x
             times.append(time.perf_counter() - began)
-    return min(taken[0]) < 0.8 * min(taken[1])  # a tie must not fall out differently on resuming
+    return min(taken[0]) < 0.8 * min(taken[1])  # a near-tie must not change on resuming
