@@ -124,8 +124,8 @@ def save(path: Path, cfg: Config, state: TrainState) -> None:
 def load(path: str | Path, *, only_look: bool = False) -> dict[str, Any]:
     """Read a checkpoint: {format, config, progress, ema, guide, levels, data} (older ones lack the
     last two) and, unless export.slim reduced it, {model, optimizers, metrics}. Raises ValueError
-    with the path and the reason if it is damaged or no checkpoint, or if a tensor is not finite or
-    does not fit the settings. With `only_look`, tensors are not checked, nor read from a .pth.
+    with the path and the reason if it is damaged or not a checkpoint, or if a tensor is not finite
+    or does not fit the settings. With `only_look`, tensors are not checked, nor read from a .pth.
     """
     path = Path(path)
     if not path.is_file():
@@ -211,7 +211,7 @@ def load_model(path: str | Path, device: torch.device, compiled: bool = False) -
         defaults = Config().select("sampling")
         defaults |= {"steps": min(defaults["steps"], cfg.timesteps), "clip_x_0": cfg.clip_x_0}
         cfg = replace(cfg, **defaults)
-    # Without gradients, channels_last is faster or a tie in float32, and slower in bf16
+    # Without gradients, channels_last is as fast or faster in float32, and slower in bf16
     bf16 = pick_precision("auto", device) == "bf16"
     layout = torch.contiguous_format if bf16 else torch.channels_last
     ema = UNet(cfg).to(device, memory_format=layout).requires_grad_(False).eval()

@@ -22,6 +22,7 @@ def setting(default: Any, help: str, **metadata: Any) -> Any:
     return field(default=default, metadata={"help": help, **metadata})
 
 
+# A constructor for each group: model(28, "…") is a setting of the model, 28 by default
 machine = partial(setting, group="machine")  # belongs to this computer: never from a checkpoint
 model = partial(setting, group="model")  # cannot change once a model has been trained with it
 student = partial(setting, group="student")  # cannot change either
@@ -60,7 +61,7 @@ class Config:
     bypass: bool = model(True, "a linear path around the last norm, for exact grey levels")
     embedding_size: int = model(128, "width of the embeddings", ge=2, le=4096, multiple_of=2)
 
-    # Diffusion
+    # Diffusion (snr: signal-to-noise ratio; x_0_hat: an estimate of x_0)
     timesteps: int = model(1000, "number of timesteps T", ge=2, le=10_000)
     schedule: str = model("cosine", "noise schedule", choices=("linear", "cosine", "sigmoid"))
     prediction: str = model("x_0", "what the network predicts", choices=("eps", "v", "x_0"))
@@ -119,7 +120,7 @@ class Config:
         if self.img_size % factor:
             why = f"{factor}, which patch_size and the number of widths imply"
             raise ValueError(f"img_size = {self.img_size}: must be a multiple of {why}")
-        if self.img_size == factor and self.widths[-1] == 8:  # nothing to take a group norm of
+        if self.img_size == factor and self.widths[-1] == 8:  # a group norm of a single value
             why = "the last must be at least 16, as the coarsest level has a single pixel"
             raise ValueError(f"widths = {self.widths}: {why}")
         if self.steps > self.timesteps:
@@ -175,7 +176,7 @@ class Config:
 ALIASES = {"clip_loss": "clip_x_0", "guide_fraction": "guide_share"}
 ALIASES["unsquared_snr"] = "absolute_snr"  # until version 1.8
 
-# Settings that a checkpoint may be older than, as they were in effect; if not listed, the default
+# The values in effect before these settings existed; others that a checkpoint lacks: the default
 BEFORE = {"unsquared_snr": 0.0, "bypass": False, "teacher": ""}
 
 # train.py --model_size: 1.7, 6 and 20 million parameters. The default network has 1.3

@@ -61,10 +61,10 @@ class Diffusion:
     def _make_loss_weight(self) -> Tensor:
         """Weight of the error of the prediction at t = 0…T; t = 0 is never trained.
 
-        "uniform" is 1 (for eps and `timestep_power` 1: Ho et al. 2020, eq. 14). The others weight
-        the error of x_0, converted to the error of what is predicted: "min_snr" by min(snr, gamma)
-        (Hang et al. 2023), "snr_power" by snr^power, with snr limited to 0.01…100. Power 0
-        weights the error of x_0 evenly, power 1 that of eps.
+        "uniform" is 1 (Ho et al. 2020, eq. 14, if eps is predicted and `timestep_power` is 1). The
+        others weight the error of x_0, and are converted to weights of the prediction's error:
+        "min_snr" is min(snr, gamma) (Hang et al. 2023), "snr_power" is snr^power, with snr limited
+        to 0.01…100. Power 0 weights the error of x_0 evenly, power 1 that of eps.
         """
         cfg, snr = self.cfg, self.snr[1:]
         if cfg.loss_weighting == "snr_power":
@@ -112,9 +112,9 @@ class Diffusion:
         batch; x_0 (B, C, H, W) in [-1, 1], y int64 (B,).
 
         Random numbers, from `generator` on x_0's device, are drawn for the whole batch, so that any
-        division into parts gives the same loss. t is u^timestep_power · T, with u evenly spaced
-        over the batch (Kingma et al. 2021, appendix I). Each image loses its label with probability
-        `label_dropout` (Ho & Salimans 2022, algorithm 1).
+        division into parts gives the same loss. t is u^timestep_power · T, rounded up, with u
+        evenly spaced over the batch (Kingma et al. 2021, appendix I). Each image loses its label
+        with probability `label_dropout` (Ho & Salimans 2022, algorithm 1).
         """
         B, device, cfg = len(x_0), x_0.device, self.cfg
         shift = torch.rand(1, generator=generator, device=device)
@@ -130,7 +130,8 @@ class Diffusion:
     def prediction_loss(
         self, model: Model, x_t: Tensor, t: Tensor, y: Tensor, x_0: Tensor, eps: Tensor
     ) -> Tensor:
-        """The loss where x_0 and eps are the right answer for x_t (B, C, H, W); t int64 (B,).
+        """The loss of the prediction for x_t (B, C, H, W), whose right answer is x_0 and eps; t
+        int64 (B,).
 
         It is a weighted mean squared error. But where a network predicts x_0 and little noise is
         left (snr above `unsquared_snr`), errors count unsquared (pseudo-Huber): the squares of a
@@ -142,15 +143,15 @@ class Diffusion:
         stays the same: it is an average of the x_0 that fit x_t, so it lies within [-1, 1].
         """
         prediction = self.predict(model, x_t, t, y)
-        error = (prediction - self.target(x_0, t, eps)).square()  # (B, C, H, W)
+        cost = (prediction - self.target(x_0, t, eps)).square()  # (B, C, H, W)
         signal_scale, noise_scale, weight = self.coefficients(t, x_0)
         if self.cfg.unsquared_snr and self.cfg.prediction == "x_0":
             little_noise = signal_scale.square() > self.cfg.unsquared_snr * noise_scale.square()
-            error = torch.where(little_noise, (error + HUBER_DELTA**2).sqrt() - HUBER_DELTA, error)
+            cost = torch.where(little_noise, (cost + HUBER_DELTA**2).sqrt() - HUBER_DELTA, cost)
         if self.cfg.clip_loss:
             x_0_hat = self.x_0_from(prediction, x_t, t)
-            error = error.masked_fill(x_0_hat.clamp(-1, 1) == x_0, 0)
-        return (weight * error).mean()
+            cost = cost.masked_fill(x_0_hat.clamp(-1, 1) == x_0, 0)
+        return (weight * cost).mean()
 
     def predict(self, model: Model, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """The model's eps, v or x_0, in x_t's dtype, computed in the configured precision."""
@@ -172,10 +173,10 @@ class Diffusion:
         """The denoiser (x_t, t, y) -> x_0_hat that the samplers need, with guidance w:
         worse + w · (x_0_hat - worse), or for w = 0 the model without the label.
 
-        `worse` is the estimate of `guide`, a weaker model (autoguidance, Karras et al. 2024), or
-        without one the model's own without the label (classifier-free guidance, Ho & Salimans 2022,
-        eq. 6, whose w is ours minus 1). With `clip_x_0` both are clamped first, as a model trained
-        with `clip_loss` needs.
+        `worse` is the estimate of `guide`, a weaker model (autoguidance, Karras et al. 2024), or if
+        there is none the model's own for `null_class` (classifier-free guidance, Ho & Salimans
+        2022, eq. 6, whose w is ours minus 1). With `clip_x_0` both estimates are clamped first, as
+        a model trained with `clip_loss` needs, and then the result is.
         """
 
         def denoiser(x: Tensor, t: int, y: Tensor) -> Tensor:
@@ -201,8 +202,8 @@ class Diffusion:
         return sum(1 if self.guidance_at(t) in (0, 1) else 2 for t in self.sampling_times()[:-1])
 
     def sampling_times(self, strength: float = 1.0) -> list[int]:
-        """T = t_0 > t_1 > … > t_steps = 0, evenly spaced. With a strength below 1 the list begins
-        with strength · T and continues with the lower ones of these times."""
+        """`steps` + 1 times from T down to 0, evenly spaced. If `strength` is below 1, strength · T
+        comes first, and then those of these times that are below it."""
         steps, first = self.cfg.steps, max(1, round(strength * self.T))
         times = [(self.T * i + steps // 2) // steps for i in range(steps, -1, -1)]  # rounded
         return [first, *(t for t in times if t < first)]
@@ -211,8 +212,8 @@ class Diffusion:
     def sample(
         self, denoiser: Denoiser, x: Tensor, y: Tensor, times: list[int], noise: ImageNoise | None
     ) -> Iterator[Tensor]:
-        """Yield x (B, C, H, W), the state x_t at the first of the falling `times`, and then the
-        states at all the others. `noise` may be None if eta is 0.
+        """Yield x (B, C, H, W), the state x_t at the first of the descending `times`, and then the
+        states at all the others. `noise` may be None if `self.eta` is 0.
 
         The samplers are "ddpm" (Ho et al. 2020, eq. 6 and 7) and, with a fraction `eta` of its
         noise, "ddim" (Song et al. 2021, eq. 12) and "dpmpp" (DPM-Solver++ 2M, Lu et al. 2022,
@@ -223,8 +224,8 @@ class Diffusion:
         for t, s in itertools.pairwise(times):
             x_0_hat = estimate = denoiser(x, t, y)
             if self.cfg.sampler == "dpmpp" and t_before and s > 0:  # log_snr at 0 is infinite
-                # 2M is `step` on an extrapolated x_0_hat: by 1 / (2 r), where r is the length in
-                # log_snr of the step before over that of this one
+                # 2M is `step` on x_0_hat extrapolated by 1 / (2 r) of its last change, where r is
+                # the length in log_snr of the previous step over that of this one
                 before, now, after = (self.log_snr_at[each] for each in (t_before, t, s))
                 change = (after - now) / (now - before) / 2 * (x_0_hat - x_0_before)
                 estimate = x_0_hat + change

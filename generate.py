@@ -74,7 +74,7 @@ def draw(loaded: LoadedModel, request: Request, together: bool) -> list[Tensor]:
 
 
 def write(loaded: LoadedModel, request: Request, states: list[Tensor]) -> None:
-    """Write what was drawn, in the format that the output's ending says."""
+    """Write what was drawn, in the format that the output's extension names."""
     if request.output.suffix == ".npz":
         picture.write_npz(request.output, states[-1], request.labels)
         return

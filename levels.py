@@ -19,8 +19,8 @@ from system.randomness import ImageNoise
 FINE = 8  # steps of the curves per grey level
 LIGHT = 240  # from here on the levels depend on the white of an image
 WHITES = range(250, 256)  # each image's white is the most frequent of these
-REDRAWN_PIXELS = 256 * 28 * 28  # of training images that the model draws again, from noise at a
-LEAST_NOISE = 0.2  # t / T of at least this
+REDRAWN_PIXELS = 256 * 28 * 28  # of the training images that are noised and drawn again
+LEAST_NOISE = 0.2  # they are noised to at least this t / T
 COUNTED_PIXELS = 8_000_000  # of the training images: those of 10,000 MNIST images
 
 
@@ -28,7 +28,7 @@ COUNTED_PIXELS = 8_000_000  # of the training images: those of 10,000 MNIST imag
 class GreyLevels:
     """A curve for each of WHITES, from the levels that a model draws to real ones."""
 
-    share: Tensor  # float32 (6,): the fraction of the training images that has this white
+    share: Tensor  # float32 (6,): the fraction with this white, of the images that have one
     curves: Tensor  # uint8 (6, 255 · FINE + 1): the level for each level drawn
 
     def __post_init__(self) -> None:
@@ -49,10 +49,10 @@ class GreyLevels:
     def of_model(
         cls, diffusion: Diffusion, denoiser: Denoiser, images: Tensor, labels: Tensor
     ) -> "GreyLevels | None":
-        """The curves for what this denoiser draws of the training images, uint8 (N, C, H, W). Only
-        the last sampling steps decide grey levels, so a few images are noised and drawn again from
-        there: originals and copies then differ in little else, and it usually takes no longer than
-        a few training steps."""
+        """The curves from what this denoiser draws to the training images, uint8 (N, C, H, W).
+        Only the last sampling steps decide grey levels, so a few images are noised to where those
+        begin and drawn again: originals and copies then differ in little else, and it usually
+        takes no longer than a few training steps."""
         number, times = max(1, REDRAWN_PIXELS // images[0].numel()), diffusion.sampling_times()
         few, y = images[:number], labels[:number]
         first = min(t for t in times if t >= LEAST_NOISE * diffusion.T)
@@ -64,8 +64,8 @@ class GreyLevels:
 
     @classmethod
     def measure(cls, images: Tensor, few: Tensor, drawn: Tensor) -> "GreyLevels | None":
-        """The curves for the training images, uint8 (M, C, H, W), of which about the first 10,000
-        are counted. None if none of them has a white, or if `drawn` holds NaN.
+        """The curves for the training images, uint8 (M, C, H, W), of which the first are counted,
+        COUNTED_PIXELS in all. None if none of them has a white, or if `drawn` holds NaN.
 
         Levels are matched by rank. The rank of a level in `drawn`, float (N, C, H, W) in [-1, 1],
         is looked up in `few`, the uint8 images that `drawn` should look like, and from there in

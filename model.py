@@ -41,7 +41,7 @@ class UNet(nn.Module):
             self.down.append(nn.ModuleList(ResidualBlock(width, size) for _ in range(cfg.blocks)))
             self.up.append(nn.ModuleList(ResidualBlock(width, size) for _ in range(cfg.blocks)))
         side = cfg.img_size // (cfg.patch_size * 2 ** (len(widths) - 1))  # of the coarsest level
-        # A learned image of each label, added at the coarsest level
+        # A learned feature map for each label, added at the coarsest level
         self.label_picture = nn.Embedding(cfg.num_classes + 1, widths[-1] * side**2)
         nn.init.zeros_(self.label_picture.weight)
         self.middle = ResidualBlock(widths[-1], size)

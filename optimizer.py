@@ -72,8 +72,8 @@ def orthogonalize(matrices: Tensor) -> Tensor:
     """Bring the singular values of the matrices (N, rows, columns) to about 0.7 to 1.2 (tiny ones
     stay smaller), by five Newton-Schulz steps x <- (a + b x xᵀ + c (x xᵀ)²) x, Jordan et al. 2024.
 
-    Every iterate is a square matrix times the input, so only that `factor`, whose side is the
-    shorter one, is iterated. For these long, narrow matrices that halves the work or better.
+    Every iterate is a square matrix times the input, so only that `factor`, as wide as the input's
+    shorter side, is iterated. For these long, narrow matrices that at least halves the work.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     wide = matrices.shape[1] <= matrices.shape[2]

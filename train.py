@@ -112,7 +112,7 @@ def prepare(plan: Plan, data: dict[str, Any], device: torch.device) -> tuple[Tra
 
 
 def batch(cfg: Config, images: Tensor, labels: Tensor, progress: Progress) -> tuple[Tensor, Tensor]:
-    """The next x_0 (B, C, H, W) in [-1, 1] and labels (B,), in the epoch's random order."""
+    """The x_0 (B, C, H, W) in [-1, 1] and labels (B,) of this step, in the epoch's random order."""
     order = epoch_order(cfg.seed, progress.epoch, len(images), images.device)
     first = batch_of_step(progress.images // cfg.batch_size, cfg) * cfg.batch_size
     index = order[first : first + cfg.batch_size]
@@ -133,17 +133,17 @@ def training_step(
     `fraction` is how much of the run is done. Updates the weights, their average, the optimizers,
     the totals, and the counts of steps and images.
 
-    The batch is computed in parts, some by each process. All of them draw the random numbers of
-    the whole batch, so that the parts add up to the same step however many there are."""
+    The batch is computed in parts, some by each process. For each part the random numbers of the
+    whole batch are drawn, so that the parts add up to the same step however many there are."""
     B, progress = len(y), state.progress
     state.model.zero_grad()
     total = torch.zeros((), device=x_0.device)
     random_labels = state.guide is None and cfg.guide_fraction > 0
-    step = progress.images // cfg.batch_size  # of this epoch
-    # A student meets a batch several times, always with the same noise
-    key = cfg.seed, NOISE_STREAM, progress.step - step + batch_of_step(step, cfg)
+    in_epoch = progress.images // cfg.batch_size
+    # progress.step, except for a student, which meets a batch several times with the same noise
+    batch_key = progress.step - in_epoch + batch_of_step(in_epoch, cfg)
     for part in distributed.my_parts(B, cfg.accumulate):
-        generator = seeded_generator(*key, device=x_0.device)
+        generator = seeded_generator(cfg.seed, NOISE_STREAM, batch_key, device=x_0.device)
         labels = randomize_labels(y, cfg, generator) if random_labels else y
         value = (part.stop - part.start) / B * loss(state.model, x_0, labels, generator, part)
         value.backward()
@@ -151,7 +151,7 @@ def training_step(
     parameters = list(state.model.parameters())
     distributed.add_up([*(p.grad for p in parameters), total])
     grad_norm = nn.utils.clip_grad_norm_(parameters, cfg.grad_clip)
-    # From guide_fraction on the rate falls anew, even if the warm-up still delays the guide
+    # From guide_fraction on the rate starts over, even if the warm-up still delays the guide
     making_guide = state.guide is None and fraction < cfg.guide_fraction
     for optimizer in state.optimizers:
         for group in optimizer.param_groups:
@@ -166,8 +166,8 @@ def training_step(
 
 
 def learning_rate(cfg: Config, step: int, fraction: float, making_guide: bool = False) -> float:
-    """A short linear rise, then a linear fall to zero by the time the guide is made; then a second
-    linear fall, from the peak to zero at the end of the run."""
+    """A short linear rise, then a linear fall to zero at `guide_fraction`; from there, back at the
+    peak, a second one to zero at the end of the run. Without a guide there is a single fall."""
     start, end = (0.0, cfg.guide_fraction) if making_guide else (cfg.guide_fraction, 1.0)
     left = min(1.0, max(0.0, (end - fraction) / (end - start)))
     return cfg.learning_rate * warmup(cfg, step, fraction) * left
