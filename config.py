@@ -176,7 +176,7 @@ class Config:
 ALIASES = {"clip_loss": "clip_x_0", "guide_fraction": "guide_share"}
 ALIASES["unsquared_snr"] = "absolute_snr"  # until version 1.8
 
-# The values in effect before these settings existed; others that a checkpoint lacks: the default
+# Settings that older checkpoints lack, as they were in effect: the default differs or may be edited
 BEFORE = {"unsquared_snr": 0.0, "bypass": False, "teacher": ""}
 
 # train.py --model_size: 1.7, 6 and 20 million parameters. The default network has 1.3

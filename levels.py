@@ -1,8 +1,8 @@
 """Grey levels: rising curves map those that a model draws to those of its training images.
 
-A network predicts an average of the images that fit what it sees. So it draws faint halos around
-strokes, and its strokes lack the single grey that fills MNIST's: 253 in 43 % of the images, 254 in
-28 %, 252 in 21 %, 255 in 5 %. The eye does not notice it; a classifier does.
+A network tends to predict an average of the images that fit what it sees. So it draws faint halos
+around strokes, and its strokes lack the single grey that fills MNIST's: 253 in 43 % of the images,
+254 in 28 %, 252 in 21 %, 255 in 5 %. The eye does not notice it; a classifier does.
 """
 
 from dataclasses import asdict, dataclass

@@ -18,7 +18,7 @@ class Start:
 
     x_0: Tensor | None = None  # (C, H, W) in [-1, 1]
     known: Tensor | None = None  # bool (H, W): pixels of x_0 to keep exactly; None: x_0 is edited
-    strength: float = 1.0  # editing begins with x_0 noised to strength · T
+    strength: float = 1.0  # editing begins with x_0 noised to strength · T; 1 if x_0 is not edited
 
 
 FROM_NOISE = Start()

@@ -138,7 +138,7 @@ def labels_named(digits: str, names: list[str]) -> list[int]:
 
 
 def usual_count(digits: str, cfg: Config) -> int:
-    """How many variants to draw by default: 16 images in all, or for "all" 16 of each label; fewer
+    """How many variants to draw by default: about 16 images, or for "all" 16 of each label; fewer
     if a file cannot hold as many."""
     if digits == "mnist":
         return 16
@@ -177,8 +177,8 @@ def requests_from_flags(args: Namespace, cfg: Config) -> list[Request]:
     usual = usual_count(args.digits, cfg)
     count = usual if args.count is None else args.count
     output = Path(args.output) if args.output else free_name(cfg, args.digits)
-    if_taken, begun = "replace" if args.output else "renumber", original.from_flags(args, cfg)
-    whole = Request(args.digits, count, cfg, output, if_taken, begun)
+    if_taken, picture = "replace" if args.output else "renumber", original.from_flags(args, cfg)
+    whole = Request(args.digits, count, cfg, output, if_taken, picture)
     if not is_folder(args.output):
         check_writable(output)
         for used in filter(None, (args.complete, args.edit, args.mask)):
@@ -189,7 +189,7 @@ def requests_from_flags(args: Namespace, cfg: Config) -> list[Request]:
     for seed, label in enumerate(whole.labels.tolist(), cfg.seed):
         name = cfg.label_names[label]
         path = output / f"{name}_seed{seed}.png"
-        requests.append(Request(name, 1, replace(cfg, seed=seed), path, "refuse", begun))
+        requests.append(Request(name, 1, replace(cfg, seed=seed), path, "refuse", picture))
         if os.path.lexists(path):  # also a link to what is not there
             raise ValueError(f"{path}: {TAKEN}")
     make_folder(output)

@@ -61,6 +61,8 @@ DRAWING = {
     "all digits": "--digits all --count 2 --fast",
     "labels as in MNIST": "--digits mnist --count 20 --fast --output {folder}/set.npz",
     "animation": "--digits 26 --count 2 --steps 5 --output {folder}/moving.gif",
+    "completed": "--digits 7 --count 2 --complete {folder}/../seven.png --keep left",
+    "edited": "--digits 7 --count 2 --edit {folder}/../seven.png --strength 0.6",
     "folder": "--digits 72 --count 2 --seed 11 --fast --output {folder}/many/",
 }
 
@@ -186,6 +188,10 @@ def training_records(folder: Path, data_dir: str) -> dict[str, Any]:
 def drawing_records(folder: Path, model: Path) -> dict[str, Any]:
     """A record for each of DRAWING, drawn by `model`."""
     records = {}
+    rows, columns = np.mgrid[:28, :28]
+    stroke = np.where((abs(rows - 6) < 2) | (abs(rows + columns - 27) < 2), 253, 0)
+    folder.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(stroke.astype(np.uint8)).save(folder / "seven.png")
     for name, flags in DRAWING.items():
         where = folder / name.replace(" ", "_")
         where.mkdir(parents=True)
