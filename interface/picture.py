@@ -16,7 +16,7 @@ from torch import Tensor
 from system.files import atomic_write, check_sizes, first_line
 
 ANIMATIONS = (".gif", ".webp")
-ENDINGS = (".png", ".npz", *ANIMATIONS)
+ENDINGS = (".png", ".npz", *ANIMATIONS)  # generate.write writes each; most_images limits it
 MAX_FRAMES = 76  # of an animation: 1.5 s at 20 ms each
 MAX_IMAGES = 100_000
 MAX_PIXELS = 170_000_000  # of a PNG: Pillow does not open one of over 179 million

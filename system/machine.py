@@ -1,5 +1,5 @@
-"""What this computer can do: memory, the device and number type to compute with, compilation, and
-how large a batch may be."""
+"""What this computer can do: memory, the device and number type to compute with, compilation, how
+large a batch may be, and how to keep torch from work that is not needed."""
 
 import ctypes
 import functools
