@@ -257,7 +257,7 @@ def build(gr: ModuleType, studio: Studio) -> Any:
         gr.Textbox(some, label=label),
         gr.Textbox(label="Seed", **any_seed),
         gr.Checkbox(label="Nearest training images"),
-        gr.Number(guidance, label="Guidance", info="1: none; larger: clearer, more alike"),
+        gr.Number(guidance, label="Guidance", info="1: none; larger: clearer, less varied"),
         gr.Slider(1, most, min(cfg.steps, most), step=1, label="Steps"),
         gr.Radio(samplers, value=cfg.sampler, label="Sampler"),
     ]

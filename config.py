@@ -71,7 +71,9 @@ class Config:
     snr_power: float = training(0.25, "snr_power: x_0's error is weighted by snr^this", ge=0, le=1)
     min_snr_gamma: float = training(5.0, "min_snr: largest weight of x_0's error", gt=0)
     timestep_power: float = denoising(0.7, "t is T * u^this, u uniform (below 1: more noise)", gt=0)
-    unsquared_snr: float = training(10.0, "snr above which errors count unsquared (0: never)", ge=0)
+    unsquared_snr: float = training(
+        10.0, "snr above which the loss is pseudo-Huber, not squared (0: never)", ge=0
+    )
     clip_loss: bool = training(True, "no loss where clamping (clip_x_0) makes x_0_hat exact")
     label_dropout: float = denoising(0.1, "fraction of images trained without a label", ge=0, le=1)
 
@@ -90,7 +92,7 @@ class Config:
     ema_sigma_rel: float = training(
         0.1, "width of the weight average, relative to the steps so far", ge=1e-6, le=0.28
     )
-    guide_fraction: float = model(0.1, "part of the run spent on a guide (0: none)", ge=0, le=0.5)
+    guide_fraction: float = model(0.1, "how much of a run makes a guide (0: none)", ge=0, le=0.5)
     guide_label_noise: float = denoising(0.3, "share of random labels for the guide", ge=0, le=1)
     teacher: str = student("", "train a student of this model: path, name, number or newest")
     student_steps: int = student(4, "network calls of a student per image", ge=1, le=8)
@@ -98,10 +100,10 @@ class Config:
     preview_digits: str = training("0123456789", "labels in each sample grid; all: the first ten")
     preview_columns: int = training(10, "samples of each label in each grid", ge=1, le=100)
 
-    # Sampling. PNGs carry these settings in this order, which --reproduce compares too
+    # Sampling. PNGs record these settings in this order: another would change their bytes
     sampler: str = sampling("dpmpp", "sampling method", choices=("ddpm", "ddim", "dpmpp"))
     steps: int = sampling(13, "sampling steps, at most timesteps", ge=1)
-    guidance: float = sampling(2.8, "guidance w (1: none; larger: clearer, more alike)", ge=-1000)
+    guidance: float = sampling(2.8, "guidance w (1: none; larger: clearer, less varied)", ge=-1000)
     guidance_low: float = sampling(0.4, "guidance acts where t / timesteps > this", ge=0, le=1)
     guidance_high: float = sampling(0.9, "guidance acts where t / timesteps <= this", ge=0, le=1)
     eta: float = sampling(0.3, "noise added by ddim and dpmpp (0: none, 1: as ddpm)", ge=0, le=1)
@@ -176,7 +178,7 @@ class Config:
 ALIASES = {"clip_loss": "clip_x_0", "guide_fraction": "guide_share"}
 ALIASES["unsquared_snr"] = "absolute_snr"  # until version 1.8
 
-# Settings that older checkpoints lack, as they were in effect: the default differs or may be edited
+# What applied before these settings existed, where the default differs or may be edited
 BEFORE = {"unsquared_snr": 0.0, "bypass": False, "teacher": ""}
 
 # train.py --model_size: 1.7, 6 and 20 million parameters. The default network has 1.3

@@ -140,7 +140,7 @@ class Diffusion:
         With `clip_loss` a pixel costs nothing where clamping x_0_hat to [-1, 1] gives x_0 exactly.
         With `clip_x_0` the sampler clamps as well, so a black pixel may be predicted as -1 or
         anything below, which is far easier to learn than exactly -1. The best clamped estimate
-        stays the same: it is an average of the x_0 that fit x_t, so it lies within [-1, 1].
+        stays the same: the mean (unsquared: about the median) of the x_0 that fit is in [-1, 1].
         """
         prediction = self.predict(model, x_t, t, y)
         cost = (prediction - self.target(x_0, t, eps)).square()  # (B, C, H, W)
@@ -176,7 +176,7 @@ class Diffusion:
         `worse` is the estimate of `guide`, a weaker model (autoguidance, Karras et al. 2024), or if
         there is none the model's own for `null_class` (classifier-free guidance, Ho & Salimans
         2022, eq. 6, whose w is ours minus 1). With `clip_x_0` both estimates are clamped first, as
-        a model trained with `clip_loss` needs, and then the result is.
+        a model trained with `clip_loss` needs, and then the result is clamped, too.
         """
 
         def denoiser(x: Tensor, t: int, y: Tensor) -> Tensor:
@@ -203,7 +203,7 @@ class Diffusion:
 
     def sampling_times(self, strength: float = 1.0) -> list[int]:
         """`steps` + 1 times from T down to 0, evenly spaced. If `strength` is below 1, strength · T
-        comes first, and then those of these times that are below it."""
+        and those of these times that are below it."""
         steps, first = self.cfg.steps, max(1, round(strength * self.T))
         times = [(self.T * i + steps // 2) // steps for i in range(steps, -1, -1)]  # rounded
         return [first, *(t for t in times if t < first)]

@@ -67,15 +67,15 @@ def teacher_settings(cfg: Config) -> Config:
 
 
 def kept_images(cfg: Config) -> int:
-    """How many images serve in turn: KEPT_IMAGES, or fewer if they are large."""
+    """How many images such a group has: KEPT_IMAGES, or fewer if they are large."""
     example = 12 * cfg.img_channels * cfg.img_size**2  # bytes of x_t, x_0 and eps
     return min(KEPT_IMAGES, KEPT_BYTES // example)
 
 
 def batch_of_step(step: int, cfg: Config) -> int:
-    """The number of the batch that a `step` of an epoch takes, both from 0: the same, except for a
-    student. Its first batches (32, if a batch has 128 images) serve REPEATS times in turn, then the
-    next ones, and so on. So a long epoch sees about a third of the images."""
+    """Which batch of its epoch a `step` takes, both counted from 0. A student goes through a group
+    of batches (32, if a batch has 128 images) REPEATS times before it moves on to the next, so that
+    a long epoch sees about a third of the images. Otherwise each step takes the next batch."""
     if not cfg.is_student:
         return step
     in_turn = max(1, kept_images(cfg) // cfg.batch_size)
@@ -91,7 +91,7 @@ class Distillation:
             raise ValueError(f"batch_size = {cfg.batch_size}: choose at least {cfg.steps} (steps)")
         steps = teacher_settings(teacher.cfg).steps
         if steps <= cfg.steps or steps % cfg.steps:
-            wrong = f"draws in {steps} steps, not several times {cfg.steps}"
+            wrong = f"draws in {steps} steps, not a larger multiple of {cfg.steps}"
             raise ValueError(f"{teacher.path}: {wrong}; restore this student's own teacher")
         drawing = replace(teacher_settings(teacher.cfg), precision=cfg.precision)
         self.student, self.teacher = Diffusion(cfg), Diffusion(drawing)
@@ -104,8 +104,8 @@ class Distillation:
         self, model: Model, x_0: Tensor, y: Tensor, generator: Generator, part: slice = slice(None)
     ) -> Tensor:
         """The weighted loss (see Diffusion.prediction_loss) of a `part` of the batch, a scalar. The
-        right answer is the x_0 with which one step takes x_t to where the teacher arrives; x_0 (B,
-        C, H, W) in [-1, 1], y int64 (B,).
+        target is the x_0_hat with which one step goes from x_t to where the teacher arrives. x_0
+        (B, C, H, W), in [-1, 1], are training images, y int64 (B,) their labels.
 
         The batch is divided among the segments, in order, and each image is noised to the start of
         its segment. Noise from `generator` is drawn for the whole batch. Examples are kept under

@@ -1,8 +1,9 @@
 """Grey levels: rising curves map those that a model draws to those of its training images.
 
 A network tends to predict an average of the images that fit what it sees. So it draws faint halos
-around strokes, and its strokes lack the single grey that fills MNIST's: 253 in 43 % of the images,
-254 in 28 %, 252 in 21 %, 255 in 5 %. The eye does not notice it; a classifier does.
+around strokes. In MNIST a single grey fills the strokes of an image: 253 in 43 % of the images, 254
+in 28 %, 252 in 21 %, 255 in 5 %; in what is drawn it varies. An eye does not notice it; a
+classifier does.
 """
 
 from dataclasses import asdict, dataclass
@@ -16,7 +17,7 @@ from data import to_model_range
 from diffusion import Denoiser, Diffusion
 from system.randomness import ImageNoise
 
-FINE = 8  # steps of the curves per grey level
+FINE = 8  # entries of a curve per grey level
 LIGHT = 240  # from here on the levels depend on the white of an image
 WHITES = range(250, 256)  # each image's white is the most frequent of these
 REDRAWN_PIXELS = 256 * 28 * 28  # of the training images that are noised and drawn again

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from config import Config
 from system.machine import SkipInitialization
 
-is_exporting = getattr(torch.compiler, "is_exporting", bool)  # absent in torch 2.6; bool() is False
+is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # torch 2.6 lacks it
 MAX_PARAMETERS = 40_000_000  # twice those of --model_size large
 
 

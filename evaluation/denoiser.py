@@ -17,9 +17,9 @@ TIMES = [0.5 + 0.05 * i for i in range(9)]  # t / T: with less noise, any label 
 
 @torch.no_grad()
 def classify(loaded: LoadedModel, images: Tensor, labels: Tensor) -> Result:
-    """How often the best label is right, for uint8 images (N, C, H, W) with int64 labels (N,). That
-    is the one with the smallest error of x_0_hat, summed over TIMES and weighted by the root of
-    snr; all labels are tried with the same noise."""
+    """How often the best label is right, for uint8 images (N, C, H, W) with int64 labels (N,). The
+    best is the one with the smallest error of x_0_hat, summed over TIMES and weighted by the root
+    of snr; all labels are tried with the same noise."""
     cfg, began = loaded.cfg, time.perf_counter()
     diffusion, right = Diffusion(cfg), 0
     bar = tqdm(total=len(images), unit=" images", leave=False, disable=None)

@@ -44,7 +44,7 @@ def feature_metrics(features: Tensor, real: Tensor) -> dict[str, float]:
     from torch_fidelity.metric_prc import prc_features_to_metric
 
     features, real = features.cpu(), real.cpu()
-    subset = min(1000, min(len(features), len(real)) // 2)  # of all, there would be no spread
+    subset = min(1000, min(len(features), len(real)) // 2)  # subsets of all would have no spread
     kid = kid_features_to_metric(features, real, kid_subset_size=subset, verbose=False)
     prc = prc_features_to_metric(
         features, real, prc_neighborhood=3, prc_batch_size=1000, save_cpu_ram=True, verbose=False

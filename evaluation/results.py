@@ -34,7 +34,7 @@ ROWS = (
         for i, (low, high) in enumerate(itertools.pairwise(GREY_EDGES))
     ),
     ("nearest training image", lambda m: f"{m['nearest_median']:.2f} (median distance)"),
-    ("closer to training than any of as many test images", lambda m: f"{m['copies']}"),
+    ("nearer to training images than every test image", lambda m: f"{m['copies']}"),
 )
 
 MOST_LABELS = 20  # that have a row each

@@ -12,7 +12,7 @@ from system.files import optional
 
 PATH = {"type": expanded_path, "metavar": "PATH"}
 NUMBER = {"type": int, "metavar": "INT"}
-WHICH_MODEL = {"metavar": "TEXT", "help": "path, name, number or newest (default)"}
+WHICH_MODEL = {"metavar": "TEXT", "help": "path, name, number, or newest: most trained (default)"}
 
 
 def add_model_size(parser: Parser) -> None:
@@ -26,7 +26,7 @@ def train_flags() -> Namespace:
     parser = Parser(prog="train.py", description="Train a class-conditional DDPM.")
     start, length = (parser.add_mutually_exclusive_group() for _ in range(2))
     start.add_argument("--resume", action="store_true", help="continue the newest checkpoint")
-    load_help = "continue it for K more epochs or --budget; alone: say how far it is"
+    load_help = "checkpoint to train on with K more epochs or --budget; alone: describe it"
     start.add_argument("--load_checkpoint_path", **PATH, help=load_help)
     more_help = "train that checkpoint for K more epochs"
     options = {"type": int, "metavar": "K", "default": 0, "help": more_help}
@@ -56,14 +56,14 @@ def generate_flags() -> Namespace:
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--digits", metavar="TEXT", help="what to draw: 7, 2026, all or mnist")
     picture = PATH | {"metavar": "PNG"}
-    what.add_argument("--reproduce", **picture, help="draw a picture again, as it records")
+    what.add_argument("--reproduce", **picture, help="draw a picture again from its record")
     parser.add_argument(
         "--count", **NUMBER, help="variants (default: 16 images; for all, 16 of each)"
     )
     parser.add_argument("--model", **WHICH_MODEL)
     file = {"type": output_name, "metavar": "FILE"}
     parser.add_argument("--output", **file, help=".png, .npz, .gif, .webp, or a folder/")
-    fast_help = "4 network calls by the shipped student, otherwise about 6"
+    fast_help = "draw faster, less well: in about 6 network calls, or the shipped student's 4"
     parser.add_argument("--fast", action="store_true", help=fast_help)
     begin = parser.add_mutually_exclusive_group()
     picture = PATH | {"metavar": "PICTURE"}

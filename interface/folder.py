@@ -103,7 +103,7 @@ def is_complete(output_dir: str) -> bool:
 
 def newest_of_run(models: Path) -> Path | None:
     """The newest whole checkpoint of the run in a folder, or else the newest reduced one, or None.
-    Says why it passes over others. Raises ValueError if none can be read."""
+    Says why it skips others. Raises ValueError if none can be read."""
     listed = [path for path, _ in list_checkpoints(models, CHECKPOINTS)]
     unreadable = [path for path in models.glob(CHECKPOINTS) if path not in listed]
     paths, reduced = [*unreadable, *reversed(listed)], None
@@ -111,7 +111,7 @@ def newest_of_run(models: Path) -> Path | None:
         try:
             if "model" in checkpoint.load(path):
                 return path
-            print(f"passed over: {path}: holds only what drawing needs")
+            print(f"skipped: {path}: holds only what drawing needs")
             reduced = reduced or path
         except ValueError as error:
             print(passed_over(error))

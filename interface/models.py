@@ -44,7 +44,7 @@ def log_once(line: str) -> None:
 
 def passed_over(error: Exception) -> str:
     """A line on a checkpoint that is not used, without the remedy in its error."""
-    return f"passed over: {first_line(error).rpartition(';')[0] or first_line(error)}"
+    return f"skipped: {first_line(error).rpartition(';')[0] or first_line(error)}"
 
 
 def list_models(folder: Path) -> list[tuple[Path, Progress]]:

@@ -56,7 +56,7 @@ class Request:
     """One file to write: `count` variants of `digits`, which is a number such as 2026 or names of
     labels, "all" (every label) or "mnist" (`count` digits in total, in MNIST's proportions).
 
-    Raises ValueError if it cannot be drawn.
+    Raises ValueError if it cannot be drawn, and TypeError if `digits` is not text.
     """
 
     digits: str

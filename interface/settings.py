@@ -35,13 +35,13 @@ def check_effects(cfg: Config, given: dict[str, Any], strength: float = 1.0) -> 
     asked = given.keys() & {"guidance", "guidance_low", "guidance_high"}
     if asked and cfg.guidance != 1 and not is_guided(cfg, strength):
         between = f"in guidance_low = {cfg.guidance_low:g} to guidance_high = {cfg.guidance_high:g}"
-        start = f" from strength {strength:g} on" if strength < 1 else ""
+        start = f" up to strength {strength:g}" if strength < 1 else ""
         fault = f"no sampling time{start} (steps = {cfg.steps}) is {between}; change one of them"
         raise ValueError(f"guidance = {cfg.guidance:g}: {fault}")
 
 
 def is_guided(cfg: Config, strength: float = 1.0) -> bool:
-    """Whether guidance acts at any of the sampling times from strength · T on."""
+    """Whether guidance acts at any of the sampling times up to strength · T."""
     diffusion = Diffusion(cfg)
     return any(diffusion.guidance_at(t) != 1 for t in diffusion.sampling_times(strength)[:-1])
 

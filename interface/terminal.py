@@ -22,7 +22,7 @@ HELP = """  {one}  draws this alone
   {some}  draws these side by side, in as many variants as you ask for
   {all}  draws every label
   {question}  shows this help; q or quit ends; Enter takes the answer in brackets
-Guidance 1 draws what the model learned; larger values draw clearer pictures, more alike."""
+Guidance 1 draws what the model learned; larger values draw clearer, less varied pictures."""
 
 
 def log(message: str) -> None:

@@ -123,7 +123,7 @@ def bf16_is_faster() -> bool:
     AMD's run at twice the speed of float32, Intel's without AMX at half of it. A CPU that lacks
     them, and so is hundreds of times slower, is not measured."""
     probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # not in every torch
-    if not any(getattr(torch.cpu, probe, bool)() for probe in probes):  # bool() is False
+    if not any(getattr(torch.cpu, probe, lambda: False)() for probe in probes):
         return False
     matrices = [torch.ones(256, 256, dtype=dtype) for dtype in (torch.bfloat16, torch.float32)]
     taken: list[list[float]] = [[], []]

@@ -299,7 +299,7 @@ def test_resuming_passes_over_a_damaged_checkpoint(server, flags, finished, tmp_
     newest.write_bytes(damaged)
     outcome = server.run("train", flags | {"output_dir": out, "resume": True})
     assert outcome.code == 0, outcome
-    assert f"passed over: {newest}: damaged" in outcome.text
+    assert f"skipped: {newest}: damaged" in outcome.text
     assert_same_results(out, finished)
 
 

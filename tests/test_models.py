@@ -117,4 +117,4 @@ def test_what_cannot_be_read_is_passed_over_with_a_word(tmp_path, capsys):
     os.truncate(tmp_path / "model_epoch_6.pth", 1000)
     assert find_model("newest", tmp_path).stem == "model_epoch_5"
     [line] = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"passed over: {tmp_path / 'model_epoch_6.pth'}: ")
+    assert line.startswith(f"skipped: {tmp_path / 'model_epoch_6.pth'}: ")

@@ -130,7 +130,7 @@ def test_bad_originals_are_one_line(run, tmp_path, seven):
         ({"edit": seven, "strength": "nan"}, "strength = nan"),
         (
             {"edit": seven, "strength": 0.3, "guidance": 5},
-            "no sampling time from strength 0.3 on (steps = 13)",
+            "no sampling time up to strength 0.3 (steps = 13)",
         ),
         ({"edit": seven, "digits": 26}, "digits = '26'", "name the one label"),
         ({"edit": seven, "model": "student"}, "not a student"),

@@ -59,7 +59,7 @@ def test_the_table_has_the_samples_beside_the_real_images():
     assert row(shown, "pixel mean, std") == "33.3, 78.6 33.3, 78.6"
     assert row(shown, "pixels 1 to 63") == "5.00% 5.00%"
     assert row(shown, "pixels 255 to 255") == "1.00% 1.00%"
-    assert row(shown, "closer to training than any of as many test images") == "3 0"
+    assert row(shown, "nearer to training images than every test image") == "3 0"
     assert row(shown, "label agreement") == "99.50% 99.90%"
     assert row(shown, "  digit 9") == "90.00% 90.00%"
     assert row(shown, "  confusions") == "4 as 9: 7 4 as 9: 7"
