@@ -225,14 +225,15 @@ def evaluate_chosen_model(
         return
     for each in configs:
         check_guidance(loaded.cfg, each, has_guide=loaded.guide is not None)
-    faults = []
-    for each in configs:
-        try:
-            requests.check_flags(loaded, each, given)
-        except ValueError as fault:
-            faults.append(fault)
-    if len(faults) == len(configs):  # a flag that has an effect in a part of a sweep is fine
-        raise faults[0]
+    for name in [*given, *swept[0]]:
+        faults = []
+        for each, values in zip(configs, swept, strict=True):
+            try:
+                requests.check_flags(loaded, each, {name: (given | values)[name]})
+            except ValueError as fault:
+                faults.append(fault)
+        if len(faults) == len(configs):  # an effect in a part of a sweep is enough
+            raise faults[0]
     only: list[Evaluator] = []  # stays empty in all processes but the first
     distributed.from_first(lambda: only.append(Evaluator(cfg, device)))
     evaluator = only[0] if only else None

@@ -84,13 +84,7 @@ def write(loaded: LoadedModel, request: Request, states: list[Tensor]) -> None:
     if request.animated:
         picture.save_animation(grids, request.output)
         return
-    record, may_replace = provenance.record(loaded, request), request.if_taken == "replace"
-    while True:
-        try:
-            picture.save_png(grids[-1], request.output, record, replace=may_replace)
-            return
-        except FileExistsError:  # another process was faster
-            request.rename()
+    provenance.save(grids[-1], loaded, request)
 
 
 def reproduce(png: Path, args: Namespace, given: dict[str, Any]) -> None:
@@ -98,7 +92,7 @@ def reproduce(png: Path, args: Namespace, given: dict[str, Any]) -> None:
     if the bytes come out differently."""
     loaded, request = provenance.request_again(png, args.output, given)
     draw_all(loaded, [request], args.show)
-    provenance.check_same(png, request.output, loaded.device)
+    provenance.check_same(request, request.output.read_bytes(), loaded.device)
     log(f"the same bytes as {png}")
 
 

@@ -33,8 +33,9 @@ with modules_of_this_folder():
     from checkpoint import PRETRAINED, STUDENT, LoadedModel, load_model
     from config import Config
     from data import to_uint8
-    from interface.settings import check_guidance, settings_for_drawing
+    from interface.settings import check_effects, check_guidance, settings_for_drawing
     from pipeline import Pipeline
+    from system.machine import pick_device
     from system.values import parse_labels
 
 dependencies = ["torch", "numpy", "PIL", "tqdm"]  # which torch.hub looks for
@@ -52,12 +53,16 @@ class Sampler(torch.nn.Module):
     def sample(self, digits: str, **settings: object) -> torch.Tensor:
         """Draw uint8 images (N, C, H, W), one for each digit of "2026", or for each name of
         "cat,dog". `settings` are those of config.py, such as seed, steps or guidance. Raises
-        ValueError for unknown labels, and for settings that this model cannot have."""
+        ValueError for unknown labels, and for settings that this model cannot have or that have
+        no effect, TypeError if `digits` is not text."""
         possible = Config.names("sampling", "picture")
         if wrong := sorted(set(settings) - set(possible)):
             raise ValueError(f"{', '.join(wrong)}: no setting for drawing; choose from {possible}")
         cfg = settings_for_drawing(self.cfg, settings)
         check_guidance(self.cfg, cfg, has_guide=self.guide is not None)
+        check_effects(cfg, settings)
+        if not isinstance(digits, str):
+            raise TypeError(f"digits = {digits!r}: must be text, such as '2026'")
         labels = parse_labels(digits, cfg.label_names)
         y = torch.tensor(labels, device=next(self.network.parameters()).device)
         return to_uint8(Pipeline(cfg, self.network, self.guide, self.levels).draw(y))
@@ -66,7 +71,7 @@ class Sampler(torch.nn.Module):
 def mnist_diffusion(path: str = PRETRAINED, device: str = "cpu") -> Sampler:
     """The pretrained model, or the one in the checkpoint at `path`."""
     file = HERE / "results" / "models" / path if path in (PRETRAINED, STUDENT) else path
-    return Sampler(load_model(file, torch.device(device)))
+    return Sampler(load_model(file, pick_device(device)))
 
 
 def mnist_diffusion_student(device: str = "cpu") -> Sampler:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from config import Config
 from system import distributed
 from system.files import MAX_BYTES, first_line, from_torchvision, printable
-from system.values import shortened
+from system.values import is_control, shortened
 
 PICTURES = (".png", ".jpg", ".jpeg")
 OTHER_PICTURES = {".avif", ".bmp", ".gif", ".heic", ".tif", ".tiff", ".webp"}
@@ -32,15 +32,19 @@ def check_labels(cfg: Config) -> None:
         raise ValueError(f"img_channels = {cfg.img_channels}: {cfg.dataset} has 1; drop the flag")
     names = class_names(cfg)
     if names != cfg.label_names:
-        found, known = (shortened("/".join(each)) for each in (names, cfg.label_names))
+        found, known, differing = (
+            shortened("/".join(each))
+            for each in (names, cfg.label_names, sorted(set(names) ^ set(cfg.label_names)))
+        )
         remedy = "give it the data that it was trained on, or train a new model"
         where = f"dataset = {cfg.dataset!r}, {cfg.data_dir}"
-        raise ValueError(f"{where}: labels {found}, but the model knows {known}; {remedy}")
+        differ = f"labels {found}, but the model knows {known}, different in {differing}"
+        raise ValueError(f"{where}: {differ}; {remedy}")
 
 
 def class_names(cfg: Config) -> list[str]:
     """The names of the data set's labels; of a folder, those of its subfolders in order. Raises
-    ValueError if these cannot be labels."""
+    ValueError if these cannot be labels, or if output_dir would be one."""
     if cfg.dataset == "folder":
         root = Path(cfg.data_dir)
         found = sorted(p.name for p in root.glob("*") if p.is_dir() and not p.name.startswith("."))
@@ -50,7 +54,13 @@ def class_names(cfg: Config) -> list[str]:
         written_alike = [unicodedata.normalize("NFC", name) for name in found]
         if len(set(written_alike)) < len(found):
             raise ValueError(f"{root}: two labels differ only in their Unicode form; rename one")
+        out = Path(cfg.output_dir).resolve()
+        if out == root.resolve() or (out.parent == root.resolve() and out.name[0] != "."):
+            inside = f"is in data_dir = {cfg.data_dir!r}, whose folders are labels"
+            raise ValueError(f"output_dir = {cfg.output_dir!r}: {inside}; choose another")
         for name in found:
+            if any(map(is_control, name)):
+                raise ValueError(f"{str(root / name)!r}: has control characters; rename the folder")
             if name in ("all", "mnist") or "," in name or name != name.strip():
                 rule = "a label cannot be all or mnist, or have commas or outer spaces"
                 raise ValueError(f"{root / name}: {rule}; rename the folder")
@@ -63,15 +73,11 @@ def class_names(cfg: Config) -> list[str]:
 
 def with_classes(cfg: Config, given: dict[str, Any]) -> Config:
     """`cfg` with the settings that are `given`, and with the number and the names of its data set's
-    labels. Raises ValueError if output_dir would count as a label."""
+    labels."""
     defaults = Config()
     shown = given.get("preview_digits", cfg.preview_digits)
     cfg = replace(cfg, **given | {"preview_digits": "all"})  # until the labels are known
     names, own = class_names(cfg), defaults.select("classes")
-    root, out = (Path(folder).resolve() for folder in (cfg.data_dir, cfg.output_dir))
-    if cfg.dataset == "folder" and (out == root or (out.parent == root and out.name[0] != ".")):
-        inside = f"is in data_dir = {cfg.data_dir!r}, whose folders are labels"
-        raise ValueError(f"output_dir = {cfg.output_dir!r}: {inside}; choose another")
     if names != defaults.label_names:
         own = {"num_classes": len(names), "class_names": "/".join(names)}
         shown = "all" if shown == defaults.preview_digits else shown

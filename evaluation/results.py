@@ -6,6 +6,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,8 @@ def read_result(file: Path, identity: Result) -> Result | None:
         raise ValueError(f"{file}: damaged; delete it") from None
     try:
         table(known)
+        if "model" in identity:
+            sweep_table([known])
     except Exception:  # figures of an older version, or edited ones
         return None
     return known if all(known.get(k) == v for k, v in identity.items()) else None
@@ -156,5 +159,24 @@ def write_result(file: Path, result: Result) -> None:
     versions |= {"python": platform.python_version(), "date": time.strftime("%Y-%m-%d")}
     result["made_by"] = versions | {"machine": machine}
     file.parent.mkdir(parents=True, exist_ok=True)
+    _keep_other(file, result)
     with atomic_write(file) as opened:
         opened.write(json.dumps(result, indent=1).encode())
+
+
+def _keep_other(file: Path, result: Result) -> None:
+    """Rename an earlier result that another evaluator or other test images gave: `result` does not
+    replace that one."""
+    if not file.exists():
+        return
+    known: Result = {}
+    with suppress(Exception):  # it may have been edited
+        known = dict(json.loads(file.read_text("utf-8")))
+    compared = [str(known.get(k, "")) for k in ("evaluator", "test_sha256")]
+    if compared != [str(result.get(k, "")) for k in ("evaluator", "test_sha256")]:
+        by = "-".join(value[:8] for value in compared if value)
+        kept = file.with_name(f"{file.stem}-by-{by or 'unknown'}.json")
+        while kept.exists():
+            kept = kept.with_stem(f"{kept.stem}_")
+        file.rename(kept)
+        print(f"an earlier result is kept in {kept}")

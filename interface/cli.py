@@ -15,8 +15,9 @@ from typing import Any, TextIO
 
 from config import MODEL_SIZES, VERSION, Config
 from system import distributed
-from system.files import first_line
+from system.files import first_line, printable
 from system.machine import set_up_torch
+from system.values import is_control
 
 OUT_OF_MEMORY = ("allocate memory", "not enough memory", "out of memory")  # what torch says
 
@@ -57,7 +58,7 @@ class Parser(argparse.ArgumentParser):
         return args
 
     def error(self, message: str) -> None:
-        self.exit(2, f"{self.prog}: {message} (--help lists every flag)\n")
+        self.exit(2, f"{self.prog}: {printable(message)} (--help lists every flag)\n")
 
 
 def add_settings(parser: Any, names: Collection[str]) -> None:
@@ -92,6 +93,8 @@ def expanded_path(text: str) -> Path:
     """A flag's type: a path, with ~ for the home folder."""
     if not text:  # an unset variable
         raise argparse.ArgumentTypeError("is empty; give it a value, or drop it")
+    if any(map(is_control, text)):
+        raise argparse.ArgumentTypeError(f"{text!r} has control characters; rename the file")
     return Path(os.path.expanduser(text))  # which leaves ~ of an unknown user alone
 
 

@@ -25,6 +25,7 @@ CHECKPOINTS = "model_epoch_*.pth"
 VALIDATION = "validation_loss"  # which older versions did not measure
 METRICS = ("epoch", "step", "loss", VALIDATION, "learning_rate", "grad_norm")
 METRICS += ("images_per_second", "seconds")
+_locks: dict[str, tuple[int, int] | None] = {}  # of this process's own folders
 
 
 @contextmanager
@@ -32,10 +33,12 @@ def own_folder(output_dir: str) -> Iterator[None]:
     """Keep other runs out of a folder inside a `with` block; the lock dies with the process. Raises
     ValueError if another run is there, or if the folder cannot be made."""
     out = Path(output_dir)
-    lock, owner, is_new = FileLock(out / ".lock", timeout=0), out / ".owner", not out.exists()
+    lock, owner = FileLock(out / ".lock", timeout=0), out / ".owner"
+    new = [folder for folder in (out, *out.parents) if not folder.exists()]
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock.acquire()
+        _locks[output_dir] = _identity(out)
         with suppress(OSError):  # it only tells others who is here
             owner.write_text(f"process {os.getpid()} on {socket.gethostname()}", "utf-8")
     except Timeout:
@@ -51,13 +54,28 @@ def own_folder(output_dir: str) -> Iterator[None]:
     finally:
         with suppress(OSError):
             owner.unlink(missing_ok=True)
-            if is_new and os.listdir(out) == [".lock"]:  # a start that failed leaves nothing
+            if out in new and os.listdir(out) == [".lock"]:  # a start that failed leaves nothing
                 if os.name == "nt":
                     lock.release()  # and deletes the file, which Windows does not while it is open
                 else:
                     Path(out, ".lock").unlink()
-                out.rmdir()
+                for folder in new:
+                    folder.rmdir()
         lock.release()
+
+
+def is_ours(output_dir: str) -> bool:
+    """Whether a folder that own_folder has locked is still there: it may have been moved, and
+    another one put in its place."""
+    return output_dir not in _locks or _locks[output_dir] == _identity(Path(output_dir))
+
+
+def _identity(out: Path) -> tuple[int, int] | None:
+    """What the lock of a folder is known by, whatever it is called; None if there is none."""
+    with suppress(OSError):
+        lock = os.stat(out / ".lock")
+        return lock.st_dev, lock.st_ino
+    return None
 
 
 def checkpoint_path(output_dir: str, progress: Progress) -> Path:
@@ -160,8 +178,7 @@ def what_to_set_aside(
     models, images, metrics = out / "models", out / "images", out / "metrics.csv"
     files = [*models.glob(CHECKPOINTS), *images.glob("samples_epoch_*.png")]
     curves = images / "training.png"
-    found = start and start.resolve()
-    if not found or not found.match(CHECKPOINTS) or found.parent != models.resolve():
+    if not start or not is_in(start, models):
         return [*files, metrics, curves, out / "tensorboard"], [], []
     listed = list_checkpoints(models, CHECKPOINTS)
     # What to keep, as "epoch_5" of model_epoch_5.pth and samples_epoch_5.png
@@ -170,13 +187,22 @@ def what_to_set_aside(
     copied = [rewritten] if rewritten and rewritten not in moved else []
     try:
         rows = read_metrics(metrics)
+        is_edited = metrics.exists() and metrics.read_bytes() != csv_text(rows).encode()
     except (OSError, ValueError) as error:
         print(f"{metrics}: {first_line(error)}; it is set aside, and a new one begun")
         return [*moved, metrics, curves], copied, []
     kept_rows = [row for row in rows if int(row["step"]) <= step]
     if moved or copied or kept_rows != rows:
         moved, copied = [*moved, curves], [*copied, metrics]
+    elif is_edited:  # by hand, say with a column of notes, or by an older version
+        copied = [metrics]
     return moved, copied, kept_rows
+
+
+def is_in(start: Path, models: Path) -> bool:
+    """Whether a checkpoint is in this folder, be it as a link, or linked from elsewhere."""
+    paths = start.parent.resolve() / start.name, start.resolve()
+    return any(path.parent == models.resolve() and path.match(CHECKPOINTS) for path in paths)
 
 
 def set_aside(earlier: Path, moved: list[Path], copied: list[Path]) -> None:
@@ -209,9 +235,12 @@ def set_aside(earlier: Path, moved: list[Path], copied: list[Path]) -> None:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The rows of metrics.csv, without a last one whose end is torn off; none if the file is
     missing. Raises ValueError if it is not what write_metrics writes."""
-    text = path.read_text("utf-8") if path.exists() else ""
+    lines = path.read_text("utf-8").splitlines(keepends=True) if path.exists() else []
+    last, fields = "".join(lines[-1:]), "".join(lines[:1]).count(",")
+    if last[-1:] == "," or (last.count(",") < fields and not last.endswith("\n")):
+        lines.pop()
     with suppress(KeyError, TypeError, ValueError, csv.Error):
-        rows = list(csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1])))
+        rows = list(csv.DictReader(lines))
         steps = [int(row["step"]) for row in rows]
         expected = [(row, n) for row in rows for n in METRICS if n != VALIDATION or row.get(n)]
         figures = [float(row[name]) for row, name in expected]
@@ -220,10 +249,14 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     raise ValueError("it does not hold rows of figures")
 
 
-def write_metrics(path: Path, rows: list[dict[str, Any]]) -> None:
+def csv_text(rows: list[dict[str, Any]]) -> str:
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, METRICS, extrasaction="ignore")
     writer.writeheader()
     writer.writerows(rows)
+    return text.getvalue()
+
+
+def write_metrics(path: Path, rows: list[dict[str, Any]]) -> None:
     with atomic_write(path) as file:
-        file.write(text.getvalue().encode())
+        file.write(csv_text(rows).encode())

@@ -1,5 +1,6 @@
 """Picture files: grids, PNGs that can be reproduced, animations, and .npz sets of images."""
 
+import io
 import json
 import math
 import zipfile
@@ -95,11 +96,17 @@ def save_png(
 ) -> None:
     """Write a PNG with a text chunk, in JSON, for each entry of `provenance`. Raises what
     atomic_write raises."""
-    info = PngInfo()
+    with atomic_write(path, replace=replace) as file:
+        file.write(encode_png(grid, provenance))
+
+
+def encode_png(grid: Image.Image, provenance: Mapping[str, Any]) -> bytes:
+    """What save_png writes."""
+    info, encoded = PngInfo(), io.BytesIO()
     for name, value in provenance.items():
         info.add_text(name, json.dumps(value))
-    with atomic_write(path, replace=replace) as file:
-        grid.save(file, "PNG", pnginfo=info)
+    grid.save(encoded, "PNG", pnginfo=info)
+    return encoded.getvalue()
 
 
 def save_animation(grids: list[Image.Image], path: Path) -> None:
@@ -134,6 +141,9 @@ def read_npz(path: Path) -> tuple[Tensor, Tensor | None]:
     except Exception as error:  # a damaged or hostile file can make numpy raise almost anything
         raise ValueError(f"{path}: not a valid .npz: {first_line(error)}") from None
     images, labels = arrays.get("arr_0"), arrays.get("arr_1")
+    for name, found in arrays.items():
+        if not isinstance(found, np.ndarray):  # numpy returns the bytes of what is not a .npy file
+            raise ValueError(f"{path}: not a valid .npz: {name} is not an array")
     if images is None:
         raise ValueError(f"{path}: no arr_0; save with numpy.savez(file, images, labels)")
     fits = images.dtype == np.uint8 and images.shape[1:] in ((28, 28), (28, 28, 1))

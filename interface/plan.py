@@ -45,6 +45,8 @@ def planned(args: Namespace) -> Iterator[Plan]:
     given, more = given_settings(args), args.continue_training_epochs
     resume, load = args.resume, args.load_checkpoint_path
     if only_describes(given, load, more):
+        if args.tensorboard:
+            raise ValueError("--tensorboard needs --continue_training_epochs or --budget here")
         plan = make_plan(given, load=load)
         print(describe(plan))
         yield plan

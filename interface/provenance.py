@@ -16,6 +16,7 @@ from checkpoint import LoadedModel, load_model
 from config import Config
 from interface.models import model_with_hash
 from interface.original import Original
+from interface.picture import encode_png, save_png
 from interface.requests import Request, free_name
 from interface.settings import settings_for_drawing
 from system.files import check_writable
@@ -40,6 +41,20 @@ def record(loaded: LoadedModel, request: Request) -> dict[str, Any]:
     where = made_with(loaded.device) + (COMPILED if request.cfg.compile else "")
     all_ = what | how | start | {"made with": where, "threads": torch.get_num_threads()}
     return {k: v for k, v in all_.items() if request.recorded is None or k in request.recorded}
+
+
+def save(grid: Image.Image, loaded: LoadedModel, request: Request) -> None:
+    """Write a request's grid as a PNG with its record. Raises ValueError if another file would be
+    replaced by a picture that differs from the one it reproduces."""
+    entries = record(loaded, request)
+    if request.reproduces and request.output.exists():
+        check_same(request, encode_png(grid, entries), loaded.device)
+    while True:
+        try:
+            save_png(grid, request.output, entries, replace=request.if_taken == "replace")
+            return
+        except FileExistsError:  # another process was faster
+            request.rename()
 
 
 def made_with(device: torch.device) -> str:
@@ -83,8 +98,11 @@ def request_from_picture(
         cfg = settings_for_drawing(trained, given, known)
         start = Original.from_record(provenance, cfg)
         what = provenance["digits"], provenance["count"]
-        return Request(*what, cfg, picture, original=start, recorded=recorded)
+        return Request(*what, cfg, picture, original=start, reproduces=picture, recorded=recorded)
     except (LookupError, TypeError, ValueError):
+        if (version := provenance.get("version", VERSION)) != VERSION:
+            other = f"its record has version {shortened(version)}, not {VERSION}"
+            raise ValueError(f"{picture}: {other}; use the program that drew it") from None
         raise ValueError(f"{picture}: not a PNG that generate.py wrote") from None
 
 
@@ -94,6 +112,7 @@ def request_again(
     """What to draw, and with which model, so that a picture comes out again: on a device such as it
     was drawn on, unless one is `given`. Raises ValueError if it records nothing, or if its model is
     neither among the models nor among those of earlier runs."""
+    replace(Config(), **given)  # so that a wrong flag is not taken for a wrong picture
     recorded = read(picture)
     made, compiled, _ = str(recorded.get("made with")).partition(COMPILED)
     where = made.rpartition(" on ")[2]
@@ -120,9 +139,10 @@ def request_again(
     return loaded, request
 
 
-def check_same(picture: Path, output: Path, device: torch.device) -> None:
-    """Raise ValueError unless both files hold the same bytes."""
-    if output.read_bytes() != picture.read_bytes():
+def check_same(request: Request, made_here: bytes, device: torch.device) -> None:
+    """Raise ValueError unless these are the bytes of the picture that the request reproduces."""
+    picture = request.reproduces
+    if made_here != picture.read_bytes():
         said = shortened(read(picture).get("made with"))
         made = f"made with {said}; here: {made_with(device)}"
-        raise ValueError(f"{output}: its bytes differ from those of {picture}, {made}")
+        raise ValueError(f"{request.output}: its bytes differ from those of {picture}, {made}")

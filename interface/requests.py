@@ -15,7 +15,7 @@ from checkpoint import LoadedModel
 from config import Config
 from interface import original
 from interface.original import Original
-from interface.picture import ANIMATIONS, ENDINGS, MAX_FRAMES, most_images
+from interface.picture import ANIMATIONS, ENDINGS, MAX_FRAMES, MAX_PIXELS, most_images
 from interface.settings import check_effects, check_guidance, is_guided
 from interface.terminal import ask, log, whole_number
 from pipeline import FROM_NOISE, Start
@@ -65,6 +65,7 @@ class Request:
     output: Path
     if_taken: str = "replace"  # if `output` exists: "replace", "renumber" or "refuse"
     original: Original | None = None  # the picture to complete or to edit
+    reproduces: Path | None = None  # the picture that is drawn again
     recorded: Collection[str] | None = None  # the names in a PNG that is drawn again
 
     def __post_init__(self) -> None:
@@ -80,7 +81,9 @@ class Request:
             raise ValueError(f"count = {shortened(self.count)}: must be a whole number, at least 1")
         images = self.count * each
         largest = most_images(self.cfg.img_size, self.output.suffix)
-        if images > largest and self.recorded is None:
+        if self.reproduces:  # older versions allowed more, but Pillow opens no such picture
+            largest = 2 * MAX_PIXELS // self.cfg.img_size**2
+        if images > largest:
             most = f"{largest:,} in {self.output.suffix or 'a folder'}"
             asked = f"{images:,}" if images < 10**15 else "too many"
             raise ValueError(f"count = {shortened(self.count)}: {asked} images; at most {most}")

@@ -2,9 +2,11 @@
 
 import math
 import signal
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from interface.cli import train_command
 from interface.plan import Plan, fraction_done
 from levels import GreyLevels
 from system import distributed
-from system.files import first_line
+from system.files import first_line, make_folder
 from system.machine import pick_precision
 from system.values import parse_duration
 
@@ -153,12 +155,15 @@ class Run:
 
     @distributed.first_only
     def log_epoch(self, validation: float) -> None:
-        """Add the epoch, or the part of it that was trained, to metrics.csv and print it."""
+        """Add the epoch, or the part of it that was trained, to metrics.csv and print it. Raises
+        FloatingPointError for figures that are not finite."""
         self.close_bar()
         state, progress = self.state, self.state.progress
         loss, grad_norm = (state.totals * self.cfg.batch_size / progress.images).tolist()
         epoch = f"{round(progress.epoch + progress.images / self.images_per_epoch, 2):g}"
         rate, lr = progress.images / state.epoch_seconds, state.optimizers[0].param_groups[0]["lr"]
+        if not all(map(math.isfinite, (loss, grad_norm, validation))):
+            raise self.diverged("the loss is no longer finite")
         row = (epoch, progress.step, loss, validation, lr, grad_norm, rate, progress.seconds)
         self.rows.append(dict(zip(folder.METRICS, row, strict=True)))
         self.write_rows()
@@ -171,7 +176,7 @@ class Run:
     @distributed.first_only
     def write_rows(self) -> None:
         path = Path(self.cfg.output_dir, "metrics.csv")
-        if self.rows:
+        if self.rows and folder.is_ours(self.cfg.output_dir):
             with self.side_output(path):
                 folder.write_metrics(path, self.rows)
 
@@ -184,15 +189,24 @@ class Run:
     def save(self) -> None:
         """Write a checkpoint. Raises ValueError if it fails, FloatingPointError if training did."""
         self.close_bar()  # still open where a signal stops the run inside an epoch
-        path = folder.checkpoint_path(self.cfg.output_dir, self.state.progress)
+        out = self.cfg.output_dir
+        is_ours = folder.is_ours(out)
         try:
+            safe = out if is_ours else tempfile.mkdtemp("", f"{Path(out).name}_", Path(out).parent)
+            path = folder.checkpoint_path(safe, self.state.progress)
+            make_folder(path.parent)  # it may have been removed
             checkpoint.save(path, self.cfg, self.state)
-        except ValueError as error:
-            raise ValueError(f"{error}; last good checkpoint: {self.last_saved}") from None
+        except (OSError, ValueError) as error:
+            good = f"last good checkpoint: {self.last_saved or 'none yet'}"
+            raise ValueError(f"{first_line(error)}; {good}") from None
         except FloatingPointError as error:
             raise self.diverged(str(error)) from None
         self.last_saved = path
         tqdm.write(f"wrote {path}")
+        if not is_ours:
+            to_continue = train_command(replace(self.cfg, output_dir=safe), "--resume")
+            fault = "was moved or replaced during the run, which stops here"
+            raise ValueError(f"output_dir = {out!r}: {fault}; to continue: {to_continue}")
 
     @distributed.first_only
     def save_with_levels(self, images: Tensor, labels: Tensor) -> None:

@@ -394,3 +394,10 @@ def test_a_size_of_the_network_is_several_settings_and_their_own_flags_win(parse
     add_settings(parser, Config.names("model"))
     args = parse(parser, "--model_size base --blocks 1")
     assert given_settings(args) == MODEL_SIZES["base"] | {"blocks": 1}
+
+
+@pytest.mark.parametrize("word", ["foo\nbar\x1b[31m", "--load_checkpoint_path=/tmp/a\nb.pth"])
+def test_a_line_break_in_an_argument_neither_cuts_nor_splits_the_message(run, word):
+    result = run("train.py", word)
+    assert_one_line(result, "--help lists every flag")
+    assert "\x1b" not in result.err

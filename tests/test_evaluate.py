@@ -208,6 +208,11 @@ def test_a_bad_file_is_one_line(ready, run, tmp_path, fault, words):
             {"model": PRETRAINED, "guidance": 0, "guidance_high": 0.5},
             ("guidance_high = 0.5", "no effect with guidance = 0"),
         ),
+        ({"model": PRETRAINED, "sampler": "ddpm", "sweep": "eta=0,1"}, ("eta = 0", "no effect")),
+        (
+            {"model": PRETRAINED, "guidance": 1, "sweep": "guidance_low=0.1,0.2"},
+            ("guidance_low = 0.1", "no effect"),
+        ),
         ({"model": STUDENT, "sweep": "steps=2"}, ("steps = 2", "a student learned 4")),
         ({"sweep": "steps=4", "c2st": True}, ("--sweep", "drop --c2st")),
         ({"images": "a.npz", "train_evaluator": True}, ("--train_evaluator", "--images")),

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import unix
 from test_plan import IN_AN_EPOCH, plan_of, save
 
 import export
@@ -53,6 +54,27 @@ def test_a_start_that_fails_leaves_no_folder_behind(tmp_path):
     with pytest.raises(ValueError, match="no such data"):
         fail()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_start_that_fails_leaves_no_folder_above_either(tmp_path):
+    (tmp_path / "a").mkdir()
+    with pytest.raises(ValueError, match="bad"), own_folder(str(tmp_path / "a" / "b" / "out")):
+        raise ValueError("bad")
+    assert list(tmp_path.rglob("*")) == [tmp_path / "a"]
+
+
+def test_a_folder_that_was_moved_or_replaced_is_no_longer_ours(tmp_path):
+    out = tmp_path / "out"
+    with own_folder(str(out)):
+        assert run_folder.is_ours(str(out))
+        out.rename(tmp_path / "moved")
+        assert not run_folder.is_ours(str(out))
+        with own_folder(str(tmp_path / "other")):
+            pass
+        out.mkdir()
+        (out / ".lock").touch()
+        assert not run_folder.is_ours(str(out))
+    assert run_folder.is_ours(str(tmp_path / "never locked"))
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):
@@ -130,6 +152,13 @@ def test_a_row_that_a_power_cut_left_incomplete_is_dropped(tmp_path, kept):
     with open(path, "a") as file:
         file.write(kept)
     assert read_metrics(path) == as_text([row(10)])
+
+
+def test_a_last_row_without_its_line_end_is_kept(tmp_path):
+    path = tmp_path / "metrics.csv"
+    write_metrics(path, [row(10), row(20)])
+    path.write_text(path.read_text().rstrip())
+    assert read_metrics(path) == as_text([row(10), row(20)])
 
 
 def test_an_empty_file_has_no_rows(tmp_path):
@@ -227,6 +256,28 @@ def test_figures_that_cannot_be_read_are_set_aside_and_begun_anew(finished, kind
     assert "metrics.csv" in {each.name for each in (finished / "earlier").glob("*/*")}
     assert not path.exists()
     assert (finished / "models" / "model_epoch_4.pth").exists()
+
+
+def test_columns_that_a_person_added_are_kept_aside(finished):
+    path = finished / "metrics.csv"
+    lines = path.read_text().splitlines()
+    edited = "\n".join([lines[0] + ",note", *(line + ",good" for line in lines[1:])])
+    path.write_text(edited)
+    rows = prepare(plan_of(finished, resume=True, epochs=4))
+    assert len(rows) == len(lines) - 1
+    assert aside(finished) == {"metrics.csv"}
+    (folder,) = (finished / "earlier").iterdir()
+    assert (folder / "metrics.csv").read_text() == edited
+
+
+@unix
+def test_a_checkpoint_that_is_a_link_belongs_to_the_run(finished):
+    path, store = finished / "models" / "model_epoch_4.pth", finished / "store.pth"
+    path.rename(store)
+    path.symlink_to(Path("..", "store.pth"))
+    before = files(finished)
+    prepare(plan_of(finished, resume=True, epochs=6))
+    assert files(finished) == before
 
 
 def test_a_renamed_checkpoint_does_not_replace_another_of_its_epoch(finished):

@@ -572,6 +572,41 @@ def test_a_reproduction_that_differs_says_so(draw):
     assert re.search(words, result.err.splitlines()[-1])
 
 
+def test_a_reproduction_that_differs_leaves_an_existing_file_alone(draw, tmp_path):
+    made = Path(draw(digits=7).out.strip())
+    other, output = tmp_path / "other.png", tmp_path / "again.png"
+    with Image.open(made) as image:
+        save_png(image, other, provenance.read(made) | {"seed": 5})
+    output.write_text("precious")
+    result = draw(reproduce=other, output=output)
+    assert_one_line(result, f"{output}: its bytes differ")
+    assert result.out == ""
+    assert output.read_text() == "precious"
+    assert draw(reproduce=made, output=output).code == 0
+    assert output.read_bytes() == made.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"count": 10**19}, "not a PNG that generate.py wrote"),
+        ({"count": 10**9}, "not a PNG that generate.py wrote"),
+        ({"version": "9.9", "sampler": "new"}, "its record has version '9.9', not 1.0"),
+    ],
+)
+def test_a_record_that_cannot_be_followed_is_refused_at_once(draw, tmp_path, change, words):
+    made, edited = Path(draw(digits=7, count=1).out.strip()), tmp_path / "edited.png"
+    with Image.open(made) as image:
+        save_png(image, edited, provenance.read(made) | change)
+    assert_one_line(draw(reproduce=edited), str(edited), words)
+
+
+def test_a_wrong_flag_is_not_blamed_on_the_picture(draw, run):
+    made = Path(draw(digits=7, count=1).out.strip())
+    result = run("generate.py", reproduce=made, output_dir="a\nb")
+    assert_one_line(result, "output_dir = 'a\\nb'", "control")
+
+
 @pytest.mark.parametrize("ending", ["gif", "webp"])
 def test_an_animation_runs_from_noise_to_the_digits(draw, pixels, tmp_path, ending):
     out = tmp_path / f"moving.{ending}"

@@ -3,6 +3,7 @@
 import json
 import os
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -389,3 +390,30 @@ def test_a_single_label_cannot_be_judged(run, tmp_path):
         result = run("evaluate.py", **here, device="cpu", **flags)
         assert result.code == 2
         assert "has one label, nothing to tell apart" in result.err
+
+
+@unix
+def test_a_label_with_a_control_character_is_named(tmp_path):
+    for name in ("cat", "zebra\u200f"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(ValueError, match=r"zebra\\u200f': has control characters; rename"):
+        class_names(Config(dataset="folder", data_dir=str(tmp_path)))
+
+
+def test_an_output_folder_among_the_labels_is_named_on_resuming_too(tmp_path):
+    for name in ("cat", "dog", "more"):
+        (tmp_path / name).mkdir()
+    cfg = Config(dataset="folder", data_dir=str(tmp_path), preview_digits="all", num_classes=2)
+    cfg = replace(cfg, class_names="cat/dog")
+    with pytest.raises(ValueError, match=r"output_dir = .*more': is in data_dir"):
+        load_split(replace(cfg, output_dir=str(tmp_path / "more")), True, torch.device("cpu"))
+
+
+def test_labels_that_differ_are_named_among_many(tmp_path):
+    known = [f"label{number:02}" for number in range(26)]
+    for name in (*known[:13], "label13b", *known[14:]):
+        (tmp_path / name).mkdir()
+    cfg = Config(dataset="folder", data_dir=str(tmp_path), num_classes=26)
+    cfg = replace(cfg, class_names="/".join(known), preview_digits="all")
+    with pytest.raises(ValueError, match="different in 'label13/label13b'"):
+        load_split(cfg, True, torch.device("cpu"))

@@ -1,5 +1,7 @@
 """Picture files: how digits lie on a grid, animations and sets of images."""
 
+import zipfile
+
 import numpy as np
 import pytest
 import torch
@@ -161,4 +163,14 @@ def test_what_is_not_a_set_of_images_is_named(tmp_path, kind):
             np.save(file, noise)
     reason = "no such file" if kind == "missing" else "not a valid"
     with pytest.raises(ValueError, match=rf"bad\.npz: {reason}"):
+        read_npz(path)
+
+
+@pytest.mark.parametrize("name", ["arr_0", "arr_1"])
+def test_a_member_that_is_no_array_is_named(tmp_path, name):
+    path = tmp_path / "raw.npz"
+    np.savez(path, np.zeros((2, 28, 28), np.uint8))
+    with zipfile.ZipFile(path, "w" if name == "arr_0" else "a") as archive:
+        archive.writestr(name, b"hello")
+    with pytest.raises(ValueError, match=rf"raw\.npz: not a valid \.npz: {name} is not an array"):
         read_npz(path)

@@ -177,3 +177,36 @@ def test_a_damaged_result_is_named(tmp_path, text):
 def test_a_result_is_plain_json(tmp_path):
     results.write_result(tmp_path / "a.json", result())
     assert json.loads((tmp_path / "a.json").read_text())["samples"]["fd"] == 0.5
+
+
+def test_a_result_of_another_evaluator_is_kept_aside(tmp_path, capsys):
+    file = tmp_path / "a.json"
+    results.write_result(file, result())
+    results.write_result(file, result() | {"images": 256})  # of the same: replaced
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+    for evaluator in ("fedcba9876543210", "0123456789abcdef", "fedcba9876543210"):
+        results.write_result(file, result() | {"evaluator": evaluator})
+    kept = {path.name: json.loads(path.read_text()) for path in tmp_path.iterdir()}
+    first, second = "0123456789abcdef", "fedcba9876543210"
+    made_by = {name: each["evaluator"] for name, each in kept.items()}
+    assert made_by == {
+        "a.json": second,
+        "a-by-01234567.json": first,
+        "a-by-01234567_.json": first,
+        "a-by-fedcba98.json": second,
+    }
+    assert kept["a-by-01234567.json"]["images"] == 256
+    assert (
+        f"an earlier result is kept in {tmp_path / 'a-by-fedcba98.json'}" in capsys.readouterr().out
+    )
+
+
+@pytest.mark.parametrize("lost", ["sampling", "samples"])
+def test_a_models_result_that_no_sweep_could_show_is_measured_again(tmp_path, lost):
+    incomplete = result() | {"model": "m"}
+    if lost == "sampling":
+        del incomplete["sampling"]
+    else:
+        del incomplete["samples"]["agreement"]
+    results.write_result(tmp_path / "a.json", incomplete)
+    assert results.read_result(tmp_path / "a.json", {"model": "m"}) is None

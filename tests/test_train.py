@@ -21,6 +21,7 @@ from conftest import (
     TINY_MODEL,
     assert_one_line,
     assert_same,
+    run_quietly,
     start_script,
     unix,
 )
@@ -35,6 +36,7 @@ from data import load_split, to_model_range
 from diffusion import Diffusion
 from interface.folder import newest_of_run
 from interface.models import list_checkpoints
+from interface.runs import Run
 from pipeline import Pipeline
 from system.randomness import seeded_generator
 
@@ -182,6 +184,7 @@ def test_a_checkpoint_alone_is_described_and_not_trained(whole, run):
     for words in ("epoch 2", "step 20", "4 epochs planned", *going_on):
         assert words in result.out
     assert "training from" not in result.out
+    assert_one_line(run("train.py", load_checkpoint_path=path, tensorboard=True), "--tensorboard")
 
 
 def test_what_to_type_next_bears_a_folder_with_a_space(run, tmp_path):
@@ -279,6 +282,51 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_last_good_checkpo
     assert str(tmp_path / "models" / "model_epoch_2.pth") in message
     assert "--lr" in message
     assert [p.name for p in (tmp_path / "models").iterdir()] == ["model_epoch_2.pth"]
+
+
+def test_figures_that_are_not_finite_are_not_written(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("train.validation_loss", lambda *_: math.inf)
+    result = run("train.py", **TINY, epochs=1, output_dir=tmp_path)
+    assert result.code == 1
+    assert "no longer finite at step 10; last good checkpoint: none yet" in result.err
+    assert not (tmp_path / "metrics.csv").exists()
+
+
+@pytest.mark.parametrize("kind", ["models removed", "folder moved", "folder replaced"])
+def test_a_folder_that_changes_during_a_run_costs_no_weights(run, tmp_path, monkeypatch, kind):
+    out, other = tmp_path / "out", tmp_path / "other"
+    run_quietly("train.py", TINY | {"epochs": 1, "seed": 1, "output_dir": other})
+    theirs = {path: path.read_bytes() for path in other.rglob("*") if path.is_file()}
+    log_epoch = Run.log_epoch
+
+    def disturb(self: Run, validation: float) -> None:
+        if self.state.progress.epoch == 0:
+            if kind == "models removed":
+                shutil.rmtree(out / "models")
+            else:
+                out.rename(tmp_path / "moved")
+            if kind == "folder replaced":
+                shutil.copytree(other, out)
+        log_epoch(self, validation)
+
+    monkeypatch.setattr(Run, "log_epoch", disturb)
+    result = run("train.py", **TINY, epochs=2, save_every=1, output_dir=out)
+    if kind == "models removed":
+        assert result.code == 0, result
+        assert (out / "models" / "model_epoch_2.pth").exists()
+        return
+    assert result.code == 2, result
+    assert f"output_dir = '{out}': was moved or replaced during the run" in result.err
+    (saved,) = tmp_path.glob("out_*/models/model_epoch_1.pth")
+    command = shlex.split(result.err.strip().splitlines()[-1].partition("to continue: ")[2])
+    assert command[:2] == ["python", "train.py"]
+    if kind == "folder replaced":
+        assert {out / p.relative_to(other): b for p, b in theirs.items()} == {
+            path: path.read_bytes() for path in out.rglob("*") if path.is_file()
+        }
+    monkeypatch.undo()
+    assert run("train.py", *command[2:]).code == 0
+    assert saved.with_name("model_epoch_2.pth").exists()
 
 
 @unix
