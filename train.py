@@ -31,7 +31,7 @@ from system.randomness import seeded_generator
 
 # Every random number of training depends on (seed, stream, epoch or batch) alone: a resumed run
 # draws what an uninterrupted one would have drawn, and previews cannot disturb training.
-ORDER_STREAM, NOISE_STREAM, VALIDATION_STREAM = 1, 2, 3
+ORDER_STREAM, NOISE_STREAM, VALIDATION_STREAM, TRIAL_STREAM = 1, 2, 3, 4
 LONGEST_WARMUP = 0.1  # of the epochs; with a budget there is no such limit
 VALIDATION_IMAGES = 1000  # 0.6 % of an epoch's work; at most a sixtieth of the training images
 
@@ -50,6 +50,12 @@ def train(plan: Plan, began: float) -> int:
     held_out = [x[:: max(1, len(x) // count)][:count] for x in test]  # spread: they may be sorted
     state, loss = prepare(plan, fingerprint(images, labels), device)
     run = Run(plan, state, len(images), began)
+    if cfg.compile:  # now, as it may fail: before anything is set aside
+        compile_network(state.model, graphs=cfg.accumulate == 1)
+        x_0, y = batch(cfg, images, labels, state.progress)
+        part, *_ = distributed.my_parts(len(y), cfg.accumulate)
+        generator = seeded_generator(cfg.seed, TRIAL_STREAM, device=device)
+        loss(state.model, x_0, y, generator, part).backward()
     if not run.open():
         return 0
 
@@ -105,8 +111,6 @@ def prepare(plan: Plan, data: dict[str, Any], device: torch.device) -> tuple[Tra
         for network in (state.model, state.ema):
             network.load_state_dict(source.model.state_dict())
     record_data(plan, state, data)
-    if cfg.compile:
-        compile_network(state.model, graphs=cfg.accumulate == 1)
     distributed.barrier()  # until all have read what the first one will move aside
     return state, loss
 

@@ -284,6 +284,21 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_last_good_checkpo
     assert [p.name for p in (tmp_path / "models").iterdir()] == ["model_epoch_2.pth"]
 
 
+def test_a_network_that_cannot_be_compiled_sets_nothing_aside(run, tmp_path, monkeypatch):
+    assert run("train.py", **TINY, epochs=1, output_dir=tmp_path).code == 0
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
+
+    def fail(*_: object) -> None:
+        raise ValueError("no compiler here")
+
+    monkeypatch.setattr(
+        "train.compile_network", lambda network, graphs: network.register_forward_hook(fail)
+    )
+    result = run("train.py", **TINY, epochs=1, compile=True, output_dir=tmp_path)
+    assert_one_line(result, "no compiler here")
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.*")} == before
+
+
 def test_figures_that_are_not_finite_are_not_written(run, tmp_path, monkeypatch):
     monkeypatch.setattr("train.validation_loss", lambda *_: math.inf)
     result = run("train.py", **TINY, epochs=1, output_dir=tmp_path)
