@@ -18,7 +18,7 @@ class Start:
 
     x_0: Tensor | None = None  # (C, H, W) in [-1, 1]
     known: Tensor | None = None  # bool (H, W): pixels of x_0 to keep exactly; None: x_0 is edited
-    strength: float = 1.0  # editing begins with x_0 noised to strength · T; 1 if x_0 is not edited
+    strength: float = 1.0  # editing begins with x_0 noised to strength · T
 
 
 FROM_NOISE = Start()
@@ -47,7 +47,7 @@ class Pipeline:
         x = noise.draw()  # x_T, or the noise to add to x_0
         if start.known is not None:
             denoiser = keep_known(denoiser, start.x_0, start.known)
-        elif start.x_0 is not None:
+        if start.x_0 is not None and (start.known is None or start.strength < 1):
             t = torch.full_like(y, times[0])
             x = self.diffusion.add_noise(start.x_0.expand_as(x), t, x)
         states = self.diffusion.sample(denoiser, x, y, times, noise)

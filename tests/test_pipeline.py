@@ -75,6 +75,19 @@ def test_a_completion_of_gaussian_data_keeps_what_is_known_and_draws_the_rest():
     torch.testing.assert_close(drawn[:, :, 4:], free[:, :, 4:])
 
 
+def test_an_edit_can_keep_pixels_too():
+    cfg, y = Config(img_size=8, steps=10, guidance=1.0), torch.arange(3)
+    pipeline, known = Pipeline(cfg, lambda x, t, y: x * 0), torch.zeros(8, 8, dtype=torch.bool)
+    known[:4] = True
+    start = Start(torch.full((1, 8, 8), 0.25), known, strength=0.35)
+    noise, same = (ImageNoise(0, range(3), (1, 8, 8)) for _ in range(2))
+    first, *_, last = pipeline.states(y, noise, start)
+    edited = Start(start.x_0, strength=0.35)
+    assert torch.equal(first, next(pipeline.states(y, same, edited)))
+    assert (last[:, :, :4] == 0.25).all()
+    assert (last[:, :, 4:] == 0).all()
+
+
 # ---- random numbers
 
 
