@@ -71,9 +71,7 @@ class Config:
     snr_power: float = training(0.25, "snr_power: x_0's error is weighted by snr^this", ge=0, le=1)
     min_snr_gamma: float = training(5.0, "min_snr: largest weight of x_0's error", gt=0)
     timestep_power: float = denoising(0.7, "t is T * u^this, u uniform (below 1: more noise)", gt=0)
-    unsquared_snr: float = training(
-        10.0, "snr above which the loss is pseudo-Huber, not squared (0: never)", ge=0
-    )
+    unsquared_snr: float = training(10.0, "pseudo-Huber loss above this snr (0: nowhere)", ge=0)
     clip_loss: bool = training(True, "no loss where clamping (clip_x_0) makes x_0_hat exact")
     label_dropout: float = denoising(0.1, "fraction of images trained without a label", ge=0, le=1)
 

@@ -35,7 +35,7 @@ with modules_of_this_folder():
     from data import to_uint8
     from interface.settings import check_effects, check_guidance, settings_for_drawing
     from pipeline import Pipeline
-    from system.machine import pick_device
+    from system.machine import usable_device
     from system.values import parse_labels
 
 dependencies = ["torch", "numpy", "PIL", "tqdm"]  # which torch.hub looks for
@@ -61,6 +61,8 @@ class Sampler(torch.nn.Module):
         cfg = settings_for_drawing(self.cfg, settings)
         check_guidance(self.cfg, cfg, has_guide=self.guide is not None)
         check_effects(cfg, settings)
+        if settings.get("match_levels") and not self.levels:
+            raise ValueError("match_levels = True: this model has no grey levels; leave it out")
         if not isinstance(digits, str):
             raise TypeError(f"digits = {digits!r}: must be text, such as '2026'")
         labels = parse_labels(digits, cfg.label_names)
@@ -71,7 +73,7 @@ class Sampler(torch.nn.Module):
 def mnist_diffusion(path: str = PRETRAINED, device: str = "cpu") -> Sampler:
     """The pretrained model, or the one in the checkpoint at `path`."""
     file = HERE / "results" / "models" / path if path in (PRETRAINED, STUDENT) else path
-    return Sampler(load_model(file, pick_device(device)))
+    return Sampler(load_model(file, usable_device(device)))
 
 
 def mnist_diffusion_student(device: str = "cpu") -> Sampler:

@@ -38,7 +38,9 @@ def check_labels(cfg: Config) -> None:
         )
         remedy = "give it the data that it was trained on, or train a new model"
         where = f"dataset = {cfg.dataset!r}, {cfg.data_dir}"
-        differ = f"labels {found}, but the model knows {known}, different in {differing}"
+        differ = f"labels {found}, but the model knows {known}"
+        if "…" in found + known:  # where the difference may be
+            differ += f", different in {differing}"
         raise ValueError(f"{where}: {differ}; {remedy}")
 
 

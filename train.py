@@ -50,12 +50,10 @@ def train(plan: Plan, began: float) -> int:
     held_out = [x[:: max(1, len(x) // count)][:count] for x in test]  # spread: they may be sorted
     state, loss = prepare(plan, fingerprint(images, labels), device)
     run = Run(plan, state, len(images), began)
-    if cfg.compile:  # now, as it may fail: before anything is set aside
-        compile_network(state.model, graphs=cfg.accumulate == 1)
-        x_0, y = batch(cfg, images, labels, state.progress)
-        part, *_ = distributed.my_parts(len(y), cfg.accumulate)
-        generator = seeded_generator(cfg.seed, TRIAL_STREAM, device=device)
-        loss(state.model, x_0, y, generator, part).backward()
+    if cfg.compile and not run.done:
+        compile_model(cfg, loss, state, *batch(cfg, images, labels, state.progress))
+        run.update_clock()
+    distributed.barrier()  # until all have read what the first one will move aside
     if not run.open():
         return 0
 
@@ -111,8 +109,14 @@ def prepare(plan: Plan, data: dict[str, Any], device: torch.device) -> tuple[Tra
         for network in (state.model, state.ema):
             network.load_state_dict(source.model.state_dict())
     record_data(plan, state, data)
-    distributed.barrier()  # until all have read what the first one will move aside
     return state, loss
+
+
+def compile_model(cfg: Config, loss: Loss, state: TrainState, x_0: Tensor, y: Tensor) -> None:
+    """Compile the network and try it, so that it fails before anything is set aside, if it does."""
+    compile_network(state.model, graphs=cfg.accumulate == 1)
+    generator = seeded_generator(cfg.seed, TRIAL_STREAM, device=x_0.device)
+    loss(state.model, x_0, y, generator, distributed.my_parts(len(y), cfg.accumulate)[0]).backward()
 
 
 def batch(cfg: Config, images: Tensor, labels: Tensor, progress: Progress) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import platform
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from checkpoint import LoadedModel
 from config import Config
@@ -20,6 +22,7 @@ from system.files import atomic_write
 from system.machine import pick_precision
 
 Result = dict[str, Any]
+JUDGED_BY = ("evaluator", "test_sha256")  # what else a result depends on
 
 # The rows of the table: each shows a metric of the samples and the same of real test images
 ROWS = (
@@ -165,18 +168,18 @@ def write_result(file: Path, result: Result) -> None:
 
 
 def _keep_other(file: Path, result: Result) -> None:
-    """Rename an earlier result that another evaluator or other test images gave: `result` does not
-    replace that one."""
+    """Copy an earlier result that `result` should not replace: another evaluator or other test
+    images gave it, or it has costly figures that `result` lacks."""
     if not file.exists():
         return
     known: Result = {}
     with suppress(Exception):  # it may have been edited
         known = dict(json.loads(file.read_text("utf-8")))
-    compared = [str(known.get(k, "")) for k in ("evaluator", "test_sha256")]
-    if compared != [str(result.get(k, "")) for k in ("evaluator", "test_sha256")]:
+    compared, here = ([str(x.get(k, "")) for k in JUDGED_BY] for x in (known, result))
+    if compared != here or any(k in known and k not in result for k in ("cas", "c2st")):
         by = "-".join(value[:8] for value in compared if value)
-        kept = file.with_name(f"{file.stem}-by-{by or 'unknown'}.json")
+        kept = file.with_name(f"{file.stem[:200]}-by-{by or 'unknown'}.json")
         while kept.exists():
             kept = kept.with_stem(f"{kept.stem}_")
-        file.rename(kept)
-        print(f"an earlier result is kept in {kept}")
+        shutil.copy2(file, kept)
+        tqdm.write(f"an earlier result is kept in {kept}")

@@ -94,7 +94,7 @@ def expanded_path(text: str) -> Path:
     if not text:  # an unset variable
         raise argparse.ArgumentTypeError("is empty; give it a value, or drop it")
     if any(map(is_control, text)):
-        raise argparse.ArgumentTypeError(f"{text!r} has control characters; rename the file")
+        raise argparse.ArgumentTypeError(f"{text!r} has control characters; rename it")
     return Path(os.path.expanduser(text))  # which leaves ~ of an unknown user alone
 
 

@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import socket
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -34,8 +35,9 @@ def own_folder(output_dir: str) -> Iterator[None]:
     ValueError if another run is there, or if the folder cannot be made."""
     out = Path(output_dir)
     lock, owner = FileLock(out / ".lock", timeout=0), out / ".owner"
-    new = [folder for folder in (out, *out.parents) if not folder.exists()]
+    new: list[Path] = []
     try:
+        new += [folder for folder in (out, *out.parents) if not folder.exists()]
         out.mkdir(parents=True, exist_ok=True)
         lock.acquire()
         _locks[output_dir] = _identity(out)
@@ -48,26 +50,49 @@ def own_folder(output_dir: str) -> Iterator[None]:
         fault = f"{who} is training there; wait for it, or choose another --output_dir"
         raise ValueError(f"output_dir = {output_dir!r}: {fault}") from None
     except OSError as error:
+        _remove(new)
         raise ValueError(f"output_dir = {output_dir!r}: {cannot_write(error)}") from None
     try:
         yield
     finally:
         with suppress(OSError):
-            owner.unlink(missing_ok=True)
-            if out in new and os.listdir(out) == [".lock"]:  # a start that failed leaves nothing
-                if os.name == "nt":
-                    lock.release()  # and deletes the file, which Windows does not while it is open
-                else:
-                    Path(out, ".lock").unlink()
-                for folder in new:
-                    folder.rmdir()
+            if is_ours(output_dir):
+                owner.unlink(missing_ok=True)
+                if out in new and os.listdir(out) == [
+                    ".lock"
+                ]:  # a start that failed leaves nothing
+                    if os.name == "nt":
+                        lock.release()  # deletes the file, which Windows does not while it is open
+                    else:
+                        Path(out, ".lock").unlink()
+                    _remove(new)
         lock.release()
+        del _locks[output_dir]
+
+
+def _remove(new: list[Path]) -> None:
+    """Remove empty folders, the innermost first."""
+    with suppress(OSError):
+        for folder in new:
+            folder.rmdir()
 
 
 def is_ours(output_dir: str) -> bool:
     """Whether a folder that own_folder has locked is still there: it may have been moved, and
     another one put in its place."""
     return output_dir not in _locks or _locks[output_dir] == _identity(Path(output_dir))
+
+
+def another(output_dir: str) -> str:
+    """A new name for a folder that is no longer ours: beside it, or if nothing can be written
+    there, among the temporary files."""
+    out = Path(output_dir)
+    name = f"{out.name}_{time.strftime('%Y-%m-%d_%H%M%S')}"
+    parents = [p for p in (out.parent, Path(tempfile.gettempdir())) if os.access(p, os.W_OK)]
+    folder = (parents or [out.parent])[0] / name
+    while folder.exists():
+        folder = folder.with_name(folder.name + "_")
+    return str(folder)
 
 
 def _identity(out: Path) -> tuple[int, int] | None:
@@ -220,7 +245,11 @@ def set_aside(earlier: Path, moved: list[Path], copied: list[Path]) -> None:
             partial = folder / f".{path.name}.partial"
             os.replace(shutil.copy2(path, partial), folder / path.name)
         for path in moves:
-            shutil.move(path, folder / path.name)
+            if path.is_symlink() and path.is_file():  # a relative link would lead nowhere
+                shutil.copy2(path, folder / path.name)
+                path.unlink()
+            else:
+                shutil.move(path, folder / path.name)
             done.append(path)
     except OSError as error:  # such as a file that another program has open on Windows
         for path in done:
@@ -235,12 +264,9 @@ def set_aside(earlier: Path, moved: list[Path], copied: list[Path]) -> None:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The rows of metrics.csv, without a last one whose end is torn off; none if the file is
     missing. Raises ValueError if it is not what write_metrics writes."""
-    lines = path.read_text("utf-8").splitlines(keepends=True) if path.exists() else []
-    last, fields = "".join(lines[-1:]), "".join(lines[:1]).count(",")
-    if last[-1:] == "," or (last.count(",") < fields and not last.endswith("\n")):
-        lines.pop()
+    text = path.read_text("utf-8-sig") if path.exists() else ""
     with suppress(KeyError, TypeError, ValueError, csv.Error):
-        rows = list(csv.DictReader(lines))
+        rows = list(csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1])))
         steps = [int(row["step"]) for row in rows]
         expected = [(row, n) for row in rows for n in METRICS if n != VALIDATION or row.get(n)]
         figures = [float(row[name]) for row, name in expected]

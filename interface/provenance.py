@@ -47,8 +47,10 @@ def save(grid: Image.Image, loaded: LoadedModel, request: Request) -> None:
     """Write a request's grid as a PNG with its record. Raises ValueError if another file would be
     replaced by a picture that differs from the one it reproduces."""
     entries = record(loaded, request)
-    if request.reproduces and request.output.exists():
-        check_same(request, encode_png(grid, entries), loaded.device)
+    if request.reproduces and request.if_taken == "replace" and request.output.exists():
+        made_here = encode_png(grid, entries)
+        if fault := difference(request.reproduces, made_here, loaded.device):
+            raise ValueError(f"{request.output}: left as it is, as the new picture's {fault}")
     while True:
         try:
             save_png(grid, request.output, entries, replace=request.if_taken == "replace")
@@ -139,10 +141,15 @@ def request_again(
     return loaded, request
 
 
-def check_same(request: Request, made_here: bytes, device: torch.device) -> None:
-    """Raise ValueError unless these are the bytes of the picture that the request reproduces."""
-    picture = request.reproduces
-    if made_here != picture.read_bytes():
-        said = shortened(read(picture).get("made with"))
-        made = f"made with {said}; here: {made_with(device)}"
-        raise ValueError(f"{request.output}: its bytes differ from those of {picture}, {made}")
+def check_same(request: Request, device: torch.device) -> None:
+    """Raise ValueError unless the picture that a request reproduces has been drawn again."""
+    if fault := difference(request.reproduces, request.output.read_bytes(), device):
+        raise ValueError(f"{request.output}: its {fault}")
+
+
+def difference(picture: Path, made_here: bytes, device: torch.device) -> str:
+    """In which way these bytes are not those of a picture; empty if they are."""
+    if made_here == picture.read_bytes():
+        return ""
+    said = shortened(read(picture).get("made with"))
+    return f"bytes differ from those of {picture}, made with {said}; here: {made_with(device)}"

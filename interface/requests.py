@@ -15,13 +15,13 @@ from checkpoint import LoadedModel
 from config import Config
 from interface import original
 from interface.original import Original
-from interface.picture import ANIMATIONS, ENDINGS, MAX_FRAMES, MAX_PIXELS, most_images
+from interface.picture import ANIMATIONS, ENDINGS, MAX_FRAMES, OPENED_PIXELS, most_images
 from interface.settings import check_effects, check_guidance, is_guided
 from interface.terminal import ask, log, whole_number
 from pipeline import FROM_NOISE, Start
 from system.files import check_writable, make_folder
 from system.randomness import draw_labels
-from system.values import counted, parse_labels, shortened
+from system.values import counted, is_control, parse_labels, shortened
 
 # How --fast draws with a model that has a guide: in 6 network calls, not 19
 FAST = {"steps": 5, "eta": 0.3, "guidance": 4.2, "guidance_low": 0.5, "guidance_high": 0.7}
@@ -81,8 +81,8 @@ class Request:
             raise ValueError(f"count = {shortened(self.count)}: must be a whole number, at least 1")
         images = self.count * each
         largest = most_images(self.cfg.img_size, self.output.suffix)
-        if self.reproduces:  # older versions allowed more, but Pillow opens no such picture
-            largest = 2 * MAX_PIXELS // self.cfg.img_size**2
+        if self.reproduces:  # older versions allowed more
+            largest = OPENED_PIXELS // self.cfg.img_size**2
         if images > largest:
             most = f"{largest:,} in {self.output.suffix or 'a folder'}"
             asked = f"{images:,}" if images < 10**15 else "too many"
@@ -167,6 +167,8 @@ def is_folder(output: str | None) -> bool:
 def output_name(text: str) -> str:
     """A name that --output accepts. Raises ArgumentTypeError for another."""
     text = os.path.expanduser(text)
+    if any(map(is_control, text)):
+        raise ArgumentTypeError(f"{text!r} has control characters; choose another name")
     if not is_folder(text) and Path(text).suffix not in ENDINGS:
         raise ArgumentTypeError(f"{text!r} must end in {', '.join(ENDINGS)}, or / (a folder)")
     if not Path(text).parent.is_dir():

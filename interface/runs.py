@@ -2,7 +2,6 @@
 
 import math
 import signal
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -174,9 +173,9 @@ class Run:
         tqdm.write(f"epoch {epoch}: {losses}, {rate:.0f} images/s, {self.time_left()}")
 
     @distributed.first_only
-    def write_rows(self) -> None:
-        path = Path(self.cfg.output_dir, "metrics.csv")
-        if self.rows and folder.is_ours(self.cfg.output_dir):
+    def write_rows(self, elsewhere: str = "") -> None:
+        path = Path(elsewhere or self.cfg.output_dir, "metrics.csv")
+        if self.rows and (elsewhere or folder.is_ours(self.cfg.output_dir)):
             with self.side_output(path):
                 folder.write_metrics(path, self.rows)
 
@@ -192,21 +191,21 @@ class Run:
         out = self.cfg.output_dir
         is_ours = folder.is_ours(out)
         try:
-            safe = out if is_ours else tempfile.mkdtemp("", f"{Path(out).name}_", Path(out).parent)
+            safe = out if is_ours else folder.another(out)
             path = folder.checkpoint_path(safe, self.state.progress)
             make_folder(path.parent)  # it may have been removed
             checkpoint.save(path, self.cfg, self.state)
-        except (OSError, ValueError) as error:
+        except ValueError as error:
             good = f"last good checkpoint: {self.last_saved or 'none yet'}"
-            raise ValueError(f"{first_line(error)}; {good}") from None
+            raise ValueError(f"{error}; {good}") from None
         except FloatingPointError as error:
             raise self.diverged(str(error)) from None
         self.last_saved = path
         tqdm.write(f"wrote {path}")
         if not is_ours:
-            to_continue = train_command(replace(self.cfg, output_dir=safe), "--resume")
-            fault = "was moved or replaced during the run, which stops here"
-            raise ValueError(f"output_dir = {out!r}: {fault}; to continue: {to_continue}")
+            self.write_rows(safe)
+            fault = "was moved, removed or replaced during the run, which stops here"
+            raise ValueError(f"output_dir = {out!r}: {fault}; {self.to_continue(safe)}")
 
     @distributed.first_only
     def save_with_levels(self, images: Tensor, labels: Tensor) -> None:
@@ -234,7 +233,7 @@ class Run:
     def draw_curves(self) -> None:
         """Plot the rows of metrics.csv, if there is one, as images/training.png."""
         path = Path(self.cfg.output_dir, "images", "training.png")
-        if not self.rows:
+        if not self.rows or not folder.is_ours(self.cfg.output_dir):
             return
         with self.side_output(path):
             from evaluation.plots import plot_training  # here, because matplotlib is slow to import
@@ -258,10 +257,14 @@ class Run:
 
     def report_stop(self) -> int:
         """Say how to continue a run that a signal stopped. Returns the exit code, 128 + signal."""
-        flags = ["--resume"] + (["--tensorboard"] if self.plan.tensorboard else [])
-        to_continue = train_command(self.cfg, *flags)
-        print(f"stopped at {self.state.progress}; to continue: {to_continue}")
+        print(f"stopped at {self.state.progress}; {self.to_continue(self.cfg.output_dir)}")
         return 128 + self.stopped_by
+
+    def to_continue(self, output_dir: str) -> str:
+        """How to go on with the run from its last checkpoint in a folder."""
+        flags = ["--resume"] + (["--tensorboard"] if self.plan.tensorboard else [])
+        command = train_command(replace(self.cfg, output_dir=output_dir), *flags)
+        return f"to continue: {command}"
 
     def diverged(self, fault: str) -> FloatingPointError:
         self.close_bar()

@@ -95,6 +95,11 @@ def pick_device(name: str) -> torch.device:
             reason = f"{here} processes on this machine, but {GPUs} GPUs"
             raise ValueError(f"device = 'cuda': {reason}; start fewer, or use --device cpu")
         name = f"cuda:{distributed.from_torchrun('LOCAL_RANK', 0)}"
+    return usable_device(name, remedy)
+
+
+def usable_device(name: str, remedy: str = "try cpu") -> torch.device:
+    """The device of this name. Raises ValueError if it cannot be used here."""
     try:
         one = torch.ones(1, device=name)
         if one.item() == 1:  # raises on "meta"

@@ -579,7 +579,7 @@ def test_a_reproduction_that_differs_leaves_an_existing_file_alone(draw, tmp_pat
         save_png(image, other, provenance.read(made) | {"seed": 5})
     output.write_text("precious")
     result = draw(reproduce=other, output=output)
-    assert_one_line(result, f"{output}: its bytes differ")
+    assert_one_line(result, f"{output}: left as it is, as the new picture's bytes differ")
     assert result.out == ""
     assert output.read_text() == "precious"
     assert draw(reproduce=made, output=output).code == 0

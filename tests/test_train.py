@@ -307,7 +307,8 @@ def test_figures_that_are_not_finite_are_not_written(run, tmp_path, monkeypatch)
     assert not (tmp_path / "metrics.csv").exists()
 
 
-@pytest.mark.parametrize("kind", ["models removed", "folder moved", "folder replaced"])
+@unix
+@pytest.mark.parametrize("kind", ["models removed", "removed", "moved", "replaced"])
 def test_a_folder_that_changes_during_a_run_costs_no_weights(run, tmp_path, monkeypatch, kind):
     out, other = tmp_path / "out", tmp_path / "other"
     run_quietly("train.py", TINY | {"epochs": 1, "seed": 1, "output_dir": other})
@@ -318,9 +319,11 @@ def test_a_folder_that_changes_during_a_run_costs_no_weights(run, tmp_path, monk
         if self.state.progress.epoch == 0:
             if kind == "models removed":
                 shutil.rmtree(out / "models")
+            elif kind == "removed":
+                shutil.rmtree(out)
             else:
                 out.rename(tmp_path / "moved")
-            if kind == "folder replaced":
+            if kind == "replaced":
                 shutil.copytree(other, out)
         log_epoch(self, validation)
 
@@ -331,17 +334,18 @@ def test_a_folder_that_changes_during_a_run_costs_no_weights(run, tmp_path, monk
         assert (out / "models" / "model_epoch_2.pth").exists()
         return
     assert result.code == 2, result
-    assert f"output_dir = '{out}': was moved or replaced during the run" in result.err
+    assert f"output_dir = '{out}': was moved, removed or replaced during the run" in result.err
     (saved,) = tmp_path.glob("out_*/models/model_epoch_1.pth")
     command = shlex.split(result.err.strip().splitlines()[-1].partition("to continue: ")[2])
     assert command[:2] == ["python", "train.py"]
-    if kind == "folder replaced":
+    if kind == "replaced":
         assert {out / p.relative_to(other): b for p, b in theirs.items()} == {
             path: path.read_bytes() for path in out.rglob("*") if path.is_file()
         }
     monkeypatch.undo()
     assert run("train.py", *command[2:]).code == 0
     assert saved.with_name("model_epoch_2.pth").exists()
+    assert [row["epoch"] for row in metrics(saved.parents[1])] == ["1", "2"]
 
 
 @unix
