@@ -32,8 +32,8 @@ from evaluation.metrics import nearest
 from interface import cli, models, original, picture
 from interface.flags import app_flags
 from interface.original import KEEP, Original
-from interface.requests import Request
-from interface.settings import check_guidance, settings_for_drawing
+from interface.requests import Request, labels_named
+from interface.settings import check_effects, check_guidance, settings_for_drawing
 from pipeline import Pipeline
 from system.files import first_line, optional
 from system.machine import pick_device
@@ -98,9 +98,12 @@ class Studio:
         usual = {} if own.is_student else {"steps": min(own.steps, MOST_STEPS)}
         usual |= {"guidance": 1.0} if self.is_unguided else {}
         cfg, digits = settings_for_drawing(own, self.given | usual | settings), digits.strip()
-        if len(parse_labels(digits, cfg.label_names)) > MOST_LABELS:
+        parse_labels(digits, cfg.label_names)  # here "all" is no more than the letters a, l, l
+        if len(labels_named(digits, cfg.label_names)) > MOST_LABELS:
             raise ValueError(f"digits = {shortened(digits)}: too many; draw at most {MOST_LABELS}")
         check_guidance(own, cfg, has_guide=self.loaded.guide is not None)
+        if settings.get("guidance", own.guidance) != own.guidance:
+            check_effects(cfg, {"guidance": cfg.guidance})
         if cfg.steps > MOST_STEPS:
             raise ValueError(f"steps = {cfg.steps}: too many; choose at most {MOST_STEPS}")
         output = Path(f"{digits[:20]}_seed{cfg.seed}.png")
@@ -167,6 +170,8 @@ class Studio:
         """Completions of half a sketch, a PNG as a data: URL."""
         if not sketch:
             raise ValueError("sketch: nothing there; draw one half first")
+        if keep not in KEEP:
+            raise ValueError(f"half to keep = {shortened(keep)}: choose one of {', '.join(KEEP)}")
         if len(sketch) > MOST_SKETCHED:
             raise ValueError("sketch: too large a file; clear it and draw again")
         with tempfile.TemporaryDirectory() as folder:
@@ -202,7 +207,7 @@ class Studio:
 
 def seed_from(text: str) -> int:
     """The seed that a user writes; a new one for an empty text."""
-    if text.strip() and not text.strip().isdecimal():
+    if text.strip() and not (text.strip().isdecimal() and len(text) < 100):
         raise ValueError(f"seed = {shortened(text)}: write a whole number, or nothing for any")
     return int(text) if text.strip() else secrets.randbelow(2**31)
 
@@ -305,6 +310,9 @@ def in_one_line(gr: ModuleType, work: Callable[..., Iterator[str]]) -> Callable[
             yield from work(*values)
         except (ValueError, OSError) as error:
             raise gr.Error(html.escape(first_line(error)), print_exception=False) from None
+        except (AttributeError, TypeError):
+            fault = "a value is missing; fill in every field"
+            raise gr.Error(fault, print_exception=False) from None
 
     return handler
 
@@ -315,7 +323,7 @@ def check_address(host: str, port: int | None) -> None:
         raise ValueError(f"port = {port}: choose one from 1 to 65535, or none")
     try:
         socket.create_server((host, port or 0)).close()
-    except (OSError, OverflowError) as error:
+    except (OSError, OverflowError, TypeError, ValueError) as error:  # also of a host's characters
         where = f"host = {shortened(host)}, port = {port or 'any'}"
         raise ValueError(f"{where}: {first_line(error)}; choose others") from None
 
@@ -328,7 +336,11 @@ def serve(gr: ModuleType, args: Namespace) -> None:
     loaded = load_model(file, pick_device(here["device"]), here["compile"])
     for name in {"SIGTERM", "SIGHUP"} & set(dir(signal)):  # end it as Ctrl-C does, which tidies up
         signal.signal(getattr(signal, name), signal.default_int_handler)
-    blocks = build(gr, Studio(loaded, given))
+    studio = Studio(loaded, given)
+    if here["compile"]:  # now, as it may fail
+        for _ in studio.states(studio.request(loaded.cfg.label_names[0])):
+            pass
+    blocks = build(gr, studio)
     theme = gr.themes.Monochrome(font=["system-ui", "sans-serif"], font_mono=["monospace"])
     where = {"server_name": args.host, "server_port": args.port, "max_file_size": "1kb"}
     look = {"theme": theme, "css": LOOK, "footer_links": []}

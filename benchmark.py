@@ -34,7 +34,7 @@ from evaluation.evaluator import MAX_MEASURED
 from evaluation.results import aligned
 from interface.cli import as_flags, given_settings, run_script
 from interface.flags import benchmark_flags
-from interface.settings import check_effects
+from interface.settings import check_effects, check_guidance
 from model import UNet, without_weights
 from pipeline import Pipeline
 from system.files import atomic_write, check_writable
@@ -309,8 +309,17 @@ def main() -> int:
     if args.json:
         check_writable(args.json)
     device = pick_device(cfg.device)
+    on_gpu = device.type == "cuda"
+    if args.gpu:
+        check_guidance(cfg, cfg, has_guide=cfg.guide_fraction > 0)
+        if 0 < cfg.max_images < SAMPLES:
+            reason = f"--gpu compares {SAMPLES} images with as many of them"
+            raise ValueError(f"max_images = {cfg.max_images}: {reason}; choose at least that")
+        if not on_gpu and "device" not in given:
+            raise ValueError(f"device = 'auto': no CUDA GPU here; drop --gpu, or say {device.type}")
     if args.scaling:
-        on_gpu = device.type == "cuda"
+        if not on_gpu and "data_dir" in given:
+            raise ValueError(f"data_dir = {cfg.data_dir!r}: has no effect without a GPU; drop it")
         print(scaling.report(measured_cluster(cfg, device) if on_gpu else scaling.Cluster()))
         return 0
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()

@@ -21,6 +21,7 @@ from config import Config
 from diffusion import Diffusion
 from interface import cli, models, requests
 from interface.flags import export_flags
+from interface.folder import CHECKPOINTS
 from interface.settings import settings_for_drawing
 from system.files import (
     atomic_write,
@@ -166,6 +167,9 @@ def main() -> int:
     taken = f"{path}: exists already; choose another name"
     if path.exists():  # it could be a model that pictures or training need
         raise ValueError(taken)
+    if path.match(CHECKPOINTS):
+        reason = "is a name of train.py's own checkpoints, which --resume goes on with"
+        raise ValueError(f"{path}: {reason}; choose another")
     check_writable(path)
     file = models.find_model(
         args.model, Path(given.get("output_dir", Config().output_dir), "models")

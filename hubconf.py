@@ -33,10 +33,10 @@ with modules_of_this_folder():
     from checkpoint import PRETRAINED, STUDENT, LoadedModel, load_model
     from config import Config
     from data import to_uint8
+    from interface.requests import labels_named
     from interface.settings import check_effects, check_guidance, settings_for_drawing
     from pipeline import Pipeline
     from system.machine import usable_device
-    from system.values import parse_labels
 
 dependencies = ["torch", "numpy", "PIL", "tqdm"]  # which torch.hub looks for
 
@@ -51,10 +51,10 @@ class Sampler(torch.nn.Module):
         self.network, self.guide = loaded.model, loaded.guide
 
     def sample(self, digits: str, **settings: object) -> torch.Tensor:
-        """Draw uint8 images (N, C, H, W), one for each digit of "2026", or for each name of
-        "cat,dog". `settings` are those of config.py, such as seed, steps or guidance. Raises
-        ValueError for unknown labels, and for settings that this model cannot have or that have
-        no effect, TypeError if `digits` is not text."""
+        """Draw uint8 images (N, C, H, W), one for each digit of "2026", for each name of "cat,dog",
+        or for each label ("all"). `settings` are those of config.py, such as seed, steps or
+        guidance. Raises ValueError for unknown labels, and for settings that this model cannot have
+        or that have no effect, TypeError if `digits` is not text."""
         possible = Config.names("sampling", "picture")
         if wrong := sorted(set(settings) - set(possible)):
             raise ValueError(f"{', '.join(wrong)}: no setting for drawing; choose from {possible}")
@@ -65,14 +65,15 @@ class Sampler(torch.nn.Module):
             raise ValueError("match_levels = True: this model has no grey levels; leave it out")
         if not isinstance(digits, str):
             raise TypeError(f"digits = {digits!r}: must be text, such as '2026'")
-        labels = parse_labels(digits, cfg.label_names)
+        labels = labels_named(digits, cfg.label_names)
         y = torch.tensor(labels, device=next(self.network.parameters()).device)
         return to_uint8(Pipeline(cfg, self.network, self.guide, self.levels).draw(y))
 
 
 def mnist_diffusion(path: str = PRETRAINED, device: str = "cpu") -> Sampler:
-    """The pretrained model, or the one in the checkpoint at `path`."""
-    file = HERE / "results" / "models" / path if path in (PRETRAINED, STUDENT) else path
+    """The pretrained model, its "student", or the model in the checkpoint at `path`."""
+    name = f"{str(path).removesuffix('.pth')}.pth"
+    file = HERE / "results" / "models" / name if name in (PRETRAINED, STUDENT) else path
     return Sampler(load_model(file, usable_device(device)))
 
 

@@ -60,14 +60,16 @@ def find_model(text: str, folder: Path) -> Path:
     """The model that a user means by a path, a name in `folder`, its number in the list of models
     there, or "newest": the last of that list. Raises ValueError if there is none."""
     for path in (Path(os.path.expanduser(text)), folder / text, folder / f"{text}.pth"):
-        if path.is_file():
+        if os.path.isfile(path):  # False also for a name that is too long
             return path
-    if text == "newest" or text.isdecimal():
+    if text == "newest" or (text.isdecimal() and len(text) < 10):
         found = list_models(folder)
         number = len(found) if text == "newest" else int(text)
         if 1 <= number <= len(found):
             return found[number - 1][0]
-    raise ValueError(f"model = {text!r}: no such checkpoint; look in {folder}, or train one first")
+    raise ValueError(
+        f"model = {text!r:.300}: no such checkpoint; look in {folder}, or train one first"
+    )
 
 
 def model_with_hash(expected: str, output_dir: Path) -> Path | None:

@@ -44,13 +44,11 @@ def record(loaded: LoadedModel, request: Request) -> dict[str, Any]:
 
 
 def save(grid: Image.Image, loaded: LoadedModel, request: Request) -> None:
-    """Write a request's grid as a PNG with its record. Raises ValueError if another file would be
-    replaced by a picture that differs from the one it reproduces."""
+    """Write a request's grid as a PNG with its record. Raises ValueError, and writes nothing, if it
+    should reproduce a picture but differs."""
     entries = record(loaded, request)
-    if request.reproduces and request.if_taken == "replace" and request.output.exists():
-        made_here = encode_png(grid, entries)
-        if fault := difference(request.reproduces, made_here, loaded.device):
-            raise ValueError(f"{request.output}: left as it is, as the new picture's {fault}")
+    if request.reproduces:
+        check_same(request.reproduces, encode_png(grid, entries), request.output, loaded.device)
     while True:
         try:
             save_png(grid, request.output, entries, replace=request.if_taken == "replace")
@@ -141,15 +139,9 @@ def request_again(
     return loaded, request
 
 
-def check_same(request: Request, device: torch.device) -> None:
-    """Raise ValueError unless the picture that a request reproduces has been drawn again."""
-    if fault := difference(request.reproduces, request.output.read_bytes(), device):
-        raise ValueError(f"{request.output}: its {fault}")
-
-
-def difference(picture: Path, made_here: bytes, device: torch.device) -> str:
-    """In which way these bytes are not those of a picture; empty if they are."""
-    if made_here == picture.read_bytes():
-        return ""
-    said = shortened(read(picture).get("made with"))
-    return f"bytes differ from those of {picture}, made with {said}; here: {made_with(device)}"
+def check_same(picture: Path, made_here: bytes, output: Path, device: torch.device) -> None:
+    """Raise ValueError unless these bytes, meant for `output`, are those of a picture."""
+    if made_here != picture.read_bytes():
+        said = shortened(read(picture).get("made with"))
+        differ = f"the bytes differ from those of {picture}, made with {said}"
+        raise ValueError(f"{output}: not written: {differ}; here: {made_with(device)}")

@@ -189,6 +189,8 @@ def test_labels_have_names(untrained):
         (("7", "0", False, 1.0, 0, "ddim"), "steps = 0: must be at least 1"),
         (("7", "0", False, 1.0, 101, "ddim"), "steps = 101: too many; choose at most 100"),
         (("7", "0", False, 1.0, 3, "euler"), "sampler = 'euler': choose one of ddpm, ddim"),
+        (("7", "0", False, 9.0, 1, "ddim"), "guidance = 9: no sampling time"),
+        (("7", "9" * 5000, False), "seed = '999"),
     ],
 )
 def test_wrong_input_is_named(untrained, values, said):
@@ -209,6 +211,26 @@ def test_what_cannot_be_drawn_is_named(student, tmp_path):
         with pytest.raises(ValueError, match=r"cannot be read as|too large a file; clear"):
             next(student.complete(hostile, "7", "top", "0"))
 
+    with pytest.raises(ValueError, match="half to keep = None: choose one of top, bottom"):
+        next(student.complete(sketch(tmp_path, np.s_[4:12, 12:16]), "7", None, "0"))
+
+
+def test_all_letters_are_too_many(untrained):
+    letters = {"num_classes": 12, "class_names": "/".join("abcdefghijkl")}
+    with pytest.raises(ValueError, match="digits = 'all': too many; draw at most 8"):
+        next(untrained(dataset="folder", **letters).draw("all", "0", False))
+
+
+def test_a_missing_value_is_a_message_too(student):
+    class Error(Exception):
+        def __init__(self, message: str, print_exception: bool) -> None:
+            super().__init__(message)
+
+    draw = app.in_one_line(types.SimpleNamespace(Error=Error), student.draw)
+    for values in ((None, "0", False), ("7", None, False)):
+        with pytest.raises(Error, match="a value is missing; fill in every field"):
+            next(draw(*values))
+
 
 def test_a_model_of_many_steps_draws_in_fewer(untrained):
     *states, _ = untrained(steps=500, sampler="ddim").morph("7", "0", "1", 3)
@@ -223,6 +245,7 @@ def test_the_page_needs_gradio_and_a_place(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", types.ModuleType("gradio"))
     assert_one_line(run("app.py", model="nothing"), "model = 'nothing'")
     assert_one_line(run("app.py", port=99999), "port = 99999")
+    assert_one_line(run("app.py", host="ü..x"), "host = 'ü..x', port = any", "choose others")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         assert_one_line(run("app.py", port=port), f"port = {port}", "choose others")

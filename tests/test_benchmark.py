@@ -159,5 +159,12 @@ def test_bad_input_is_one_line(run, tmp_path):
     assert_one_line(run("benchmark.py", batch_size=0), "batch_size = 0", "at least 1")
     large = {"widths": "1024,1024", "blocks": 16}
     assert_one_line(run("benchmark.py", **large), "parameters", "at most 40,000,000")
+    assert_one_line(run("benchmark.py", gpu=True, device="cpu", max_images=500), "max_images = 500")
+    unguided = {"gpu": True, "device": "cpu", "guide_fraction": 0, "label_dropout": 0}
+    assert_one_line(run("benchmark.py", **unguided), "guidance = 2.8")
+    if not torch.cuda.is_available():
+        assert_one_line(run("benchmark.py", gpu=True), "no CUDA GPU here; drop --gpu")
+        flags = {"scaling": True, "data_dir": "nowhere"}
+        assert_one_line(run("benchmark.py", **flags), "data_dir = 'nowhere': has no effect")
     flags = FLAGS | {"batch_size": 61_000}
     assert_one_line(run("benchmark.py", **flags), "batch_size = 61000", "60000")

@@ -170,6 +170,7 @@ def test_other_safetensors_are_refused_in_a_line(run, trained, tmp_path, fault):
         (["model.safetensors", "--network"], "drop the flag"),
         (["no/such/folder.onnx"], "make it first"),
         (["model.onnx", "--model", "none"], "no such checkpoint"),
+        (["model_epoch_9.pth"], "is a name of train.py's own checkpoints"),
     ],
 )
 def test_mistakes_are_one_line(run, tmp_path, monkeypatch, words, said):

@@ -563,11 +563,13 @@ def test_reproducing_without_the_model_names_it(results, draw):
     assert_one_line(draw(reproduce=made), str(made), model, "is not in")
 
 
-def test_a_reproduction_that_differs_says_so(draw):
+def test_a_reproduction_that_differs_says_so_and_is_not_written(draw):
     made = Path(draw(digits=7).out.strip())
     made.write_bytes(made.read_bytes() + b"more")
+    before = set(made.parent.iterdir())
     result = draw(reproduce=made)
-    assert result.code == 2
+    assert (result.code, result.out) == (2, "")
+    assert set(made.parent.iterdir()) == before
     words = rf"bytes differ from those of {re.escape(str(made))}.*torch .*Pillow"
     assert re.search(words, result.err.splitlines()[-1])
 
@@ -579,7 +581,7 @@ def test_a_reproduction_that_differs_leaves_an_existing_file_alone(draw, tmp_pat
         save_png(image, other, provenance.read(made) | {"seed": 5})
     output.write_text("precious")
     result = draw(reproduce=other, output=output)
-    assert_one_line(result, f"{output}: left as it is, as the new picture's bytes differ")
+    assert_one_line(result, f"{output}: not written: the bytes differ from those of {other}")
     assert result.out == ""
     assert output.read_text() == "precious"
     assert draw(reproduce=made, output=output).code == 0

@@ -90,7 +90,9 @@ def test_the_hub_refuses_what_generate_refuses(monkeypatch):
         model.sample(2026)
     with pytest.raises(ValueError, match="device = 'gpu': not usable here"):
         hubconf.mnist_diffusion(device="gpu")
-    assert hubconf.mnist_diffusion(device=torch.device("cpu")).sample("7").shape == (1, 1, 28, 28)
+    student = hubconf.mnist_diffusion("student", device=torch.device("cpu"))
+    assert student.cfg.is_student
+    assert student.sample("all").shape == (10, 1, 28, 28)
     model.levels = None
     with pytest.raises(ValueError, match="this model has no grey levels"):
         model.sample("7", match_levels=True)

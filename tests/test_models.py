@@ -77,10 +77,17 @@ def test_a_model_is_found_by_its_path_first(models, tmp_path, monkeypatch):
     assert find_model("2", models) == Path("2")
 
 
-@pytest.mark.parametrize("text", ["4", "0", "none.pth", "none", "-1", ""])
+@pytest.mark.parametrize("text", ["4", "0", "none.pth", "none", "-1", "", "n" * 290, "9" * 290])
 def test_a_model_that_does_not_exist_is_named(models, text):
     with pytest.raises(ValueError, match=f"model = '{text}': no such checkpoint.*{models}"):
         find_model(text, models)
+
+
+@pytest.mark.parametrize("text", ["n" * 5000, "9" * 5000])
+def test_a_name_that_no_file_can_have_is_named_in_short(models, text):
+    with pytest.raises(ValueError, match=f"model = '{text[:200]}.*no such checkpoint") as error:
+        find_model(text, models)
+    assert len(str(error.value)) < 1000
 
 
 def test_a_folder_without_a_model_says_how_to_train_one(tmp_path):
