@@ -58,9 +58,8 @@ def own_folder(output_dir: str) -> Iterator[None]:
         with suppress(OSError):
             if is_ours(output_dir):
                 owner.unlink(missing_ok=True)
-                if out in new and os.listdir(out) == [
-                    ".lock"
-                ]:  # a start that failed leaves nothing
+                is_empty = os.listdir(out) == [".lock"]
+                if out in new and is_empty:  # a start that failed leaves nothing
                     if os.name == "nt":
                         lock.release()  # deletes the file, which Windows does not while it is open
                     else:
