@@ -98,7 +98,7 @@ class Studio:
         usual = {} if own.is_student else {"steps": min(own.steps, MOST_STEPS)}
         usual |= {"guidance": 1.0} if self.is_unguided else {}
         cfg, digits = settings_for_drawing(own, self.given | usual | settings), digits.strip()
-        parse_labels(digits, cfg.label_names)  # here "all" is no more than the letters a, l, l
+        parse_labels(digits, cfg.label_names)  # refuses "all", unless a and l are labels
         if len(labels_named(digits, cfg.label_names)) > MOST_LABELS:
             raise ValueError(f"digits = {shortened(digits)}: too many; draw at most {MOST_LABELS}")
         check_guidance(own, cfg, has_guide=self.loaded.guide is not None)
@@ -207,7 +207,9 @@ class Studio:
 
 def seed_from(text: str) -> int:
     """The seed that a user writes; a new one for an empty text."""
-    if text.strip() and not (text.strip().isdecimal() and len(text) < 100):
+    if len(text) > 100:  # Python reads no number of thousands of digits
+        raise ValueError(f"seed = {shortened(text)}: must be at most {2**32 - 1}")
+    if text.strip() and not text.strip().isdecimal():
         raise ValueError(f"seed = {shortened(text)}: write a whole number, or nothing for any")
     return int(text) if text.strip() else secrets.randbelow(2**31)
 
@@ -311,6 +313,8 @@ def in_one_line(gr: ModuleType, work: Callable[..., Iterator[str]]) -> Callable[
         except (ValueError, OSError) as error:
             raise gr.Error(html.escape(first_line(error)), print_exception=False) from None
         except (AttributeError, TypeError):
+            if None not in values:
+                raise
             fault = "a value is missing; fill in every field"
             raise gr.Error(fault, print_exception=False) from None
 

@@ -313,10 +313,11 @@ def main() -> int:
     if args.gpu:
         check_guidance(cfg, cfg, has_guide=cfg.guide_fraction > 0)
         if 0 < cfg.max_images < SAMPLES:
-            reason = f"--gpu compares {SAMPLES} images with as many of them"
-            raise ValueError(f"max_images = {cfg.max_images}: {reason}; choose at least that")
-        if not on_gpu and "device" not in given:
-            raise ValueError(f"device = 'auto': no CUDA GPU here; drop --gpu, or say {device.type}")
+            needs = f"--gpu needs at least {SAMPLES} training images; choose more"
+            raise ValueError(f"max_images = {cfg.max_images}: {needs}")
+        if not on_gpu and cfg.device == "auto":
+            remedy = f"drop --gpu, or add --device {device.type}"
+            raise ValueError(f"device = 'auto': there is no CUDA GPU; {remedy}")
     if args.scaling:
         if not on_gpu and "data_dir" in given:
             raise ValueError(f"data_dir = {cfg.data_dir!r}: has no effect without a GPU; drop it")

@@ -34,7 +34,7 @@ with modules_of_this_folder():
     from config import Config
     from data import to_uint8
     from interface.requests import labels_named
-    from interface.settings import check_effects, check_guidance, settings_for_drawing
+    from interface.settings import check_guidance, settings_for_drawing
     from pipeline import Pipeline
     from system.machine import usable_device
 
@@ -53,14 +53,13 @@ class Sampler(torch.nn.Module):
     def sample(self, digits: str, **settings: object) -> torch.Tensor:
         """Draw uint8 images (N, C, H, W), one for each digit of "2026", for each name of "cat,dog",
         or for each label ("all"). `settings` are those of config.py, such as seed, steps or
-        guidance. Raises ValueError for unknown labels, and for settings that this model cannot have
-        or that have no effect, TypeError if `digits` is not text."""
+        guidance. Raises ValueError for unknown labels, and for settings that this model cannot
+        have, TypeError if `digits` is not text."""
         possible = Config.names("sampling", "picture")
         if wrong := sorted(set(settings) - set(possible)):
             raise ValueError(f"{', '.join(wrong)}: no setting for drawing; choose from {possible}")
         cfg = settings_for_drawing(self.cfg, settings)
         check_guidance(self.cfg, cfg, has_guide=self.guide is not None)
-        check_effects(cfg, settings)
         if settings.get("match_levels") and not self.levels:
             raise ValueError("match_levels = True: this model has no grey levels; leave it out")
         if not isinstance(digits, str):

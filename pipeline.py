@@ -42,7 +42,8 @@ class Pipeline:
     def states(self, y: Tensor, noise: ImageNoise, start: Start = FROM_NOISE) -> Iterator[Tensor]:
         """Yield every state x_t (B, C, H, W) on the way from noise to images of the labels y int64
         (B,). An edit (SDEdit, Meng et al. 2022) begins with x_0 noised. A completion begins with
-        noise, and every estimate of the image contains the known part of x_0."""
+        noise, unless its strength is below 1, and every estimate of the image contains the known
+        part of x_0."""
         times, denoiser = self.diffusion.sampling_times(start.strength), self.denoiser
         x = noise.draw()  # x_T, or the noise to add to x_0
         if start.known is not None:

@@ -52,7 +52,6 @@ def train(plan: Plan, began: float) -> int:
     run = Run(plan, state, len(images), began)
     if cfg.compile and not run.done:
         compile_model(cfg, loss, state, *batch(cfg, images, labels, state.progress))
-        run.update_clock()
     distributed.barrier()  # until all have read what the first one will move aside
     if not run.open():
         return 0

@@ -16,10 +16,10 @@ from checkpoint import LoadedModel, load_model
 from config import Config
 from interface.models import model_with_hash
 from interface.original import Original
-from interface.picture import encode_png, save_png
+from interface.picture import encode_png
 from interface.requests import Request, free_name
 from interface.settings import settings_for_drawing
-from system.files import check_writable
+from system.files import atomic_write, check_writable
 from system.machine import pick_device, pick_precision
 from system.values import shortened
 
@@ -46,12 +46,13 @@ def record(loaded: LoadedModel, request: Request) -> dict[str, Any]:
 def save(grid: Image.Image, loaded: LoadedModel, request: Request) -> None:
     """Write a request's grid as a PNG with its record. Raises ValueError, and writes nothing, if it
     should reproduce a picture but differs."""
-    entries = record(loaded, request)
+    encoded, may_replace = encode_png(grid, record(loaded, request)), request.if_taken == "replace"
     if request.reproduces:
-        check_same(request.reproduces, encode_png(grid, entries), request.output, loaded.device)
+        check_same(request.reproduces, encoded, request.output, loaded.device)
     while True:
         try:
-            save_png(grid, request.output, entries, replace=request.if_taken == "replace")
+            with atomic_write(request.output, replace=may_replace) as file:
+                file.write(encoded)
             return
         except FileExistsError:  # another process was faster
             request.rename()

@@ -231,6 +231,13 @@ def test_a_missing_value_is_a_message_too(student):
         with pytest.raises(Error, match="a value is missing; fill in every field"):
             next(draw(*values))
 
+    def buggy(*_: object) -> Iterator[str]:
+        raise TypeError("not the user's")
+        yield
+
+    with pytest.raises(TypeError, match="not the user's"):
+        next(app.in_one_line(types.SimpleNamespace(Error=Error), buggy)("7"))
+
 
 def test_a_model_of_many_steps_draws_in_fewer(untrained):
     *states, _ = untrained(steps=500, sampler="ddim").morph("7", "0", "1", 3)

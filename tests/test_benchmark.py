@@ -163,7 +163,7 @@ def test_bad_input_is_one_line(run, tmp_path):
     unguided = {"gpu": True, "device": "cpu", "guide_fraction": 0, "label_dropout": 0}
     assert_one_line(run("benchmark.py", **unguided), "guidance = 2.8")
     if not torch.cuda.is_available():
-        assert_one_line(run("benchmark.py", gpu=True), "no CUDA GPU here; drop --gpu")
+        assert_one_line(run("benchmark.py", gpu=True), "there is no CUDA GPU; drop --gpu")
         flags = {"scaling": True, "data_dir": "nowhere"}
         assert_one_line(run("benchmark.py", **flags), "data_dir = 'nowhere': has no effect")
     flags = FLAGS | {"batch_size": 61_000}
