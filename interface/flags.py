@@ -12,7 +12,7 @@ from system.files import optional
 
 PATH = {"type": expanded_path, "metavar": "PATH"}
 NUMBER = {"type": int, "metavar": "INT"}
-WHICH_MODEL = {"metavar": "TEXT", "help": "path, name, number, or newest: most trained (default)"}
+WHICH_MODEL = {"metavar": "TEXT", "help": "path, name, number or newest, the most trained (default)"}
 
 
 def add_model_size(parser: Parser) -> None:
@@ -63,7 +63,7 @@ def generate_flags() -> Namespace:
     parser.add_argument("--model", **WHICH_MODEL)
     file = {"type": output_name, "metavar": "FILE"}
     parser.add_argument("--output", **file, help=".png, .npz, .gif, .webp, or a folder/")
-    fast_help = "draw faster, less well: in about 6 network calls, or the shipped student's 4"
+    fast_help = "draw faster but less well: about 6 network calls (the shipped student: 4)"
     parser.add_argument("--fast", action="store_true", help=fast_help)
     begin = parser.add_mutually_exclusive_group()
     picture = PATH | {"metavar": "PICTURE"}
