@@ -12,7 +12,7 @@ from system.files import optional
 
 PATH = {"type": expanded_path, "metavar": "PATH"}
 NUMBER = {"type": int, "metavar": "INT"}
-WHICH_MODEL = {"metavar": "TEXT", "help": "path, name, number or newest, the most trained (default)"}
+WHICH_MODEL = {"metavar": "TEXT", "help": "path, name, number or newest: most trained (default)"}
 
 
 def add_model_size(parser: Parser) -> None:
