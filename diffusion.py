@@ -202,8 +202,8 @@ class Diffusion:
         return sum(1 if self.guidance_at(t) in (0, 1) else 2 for t in self.sampling_times()[:-1])
 
     def sampling_times(self, strength: float = 1.0) -> list[int]:
-        """`steps` + 1 times from T down to 0, evenly spaced. If `strength` is below 1, strength · T
-        and those of these times that are below it."""
+        """`steps` + 1 times from T down to 0, evenly spaced. With a `strength` below 1 they
+        begin with strength · T and go on with those below it."""
         steps, first = self.cfg.steps, max(1, round(strength * self.T))
         times = [(self.T * i + steps // 2) // steps for i in range(steps, -1, -1)]  # rounded
         return [first, *(t for t in times if t < first)]

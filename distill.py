@@ -67,7 +67,7 @@ def teacher_settings(cfg: Config) -> Config:
 
 
 def kept_images(cfg: Config) -> int:
-    """How many images such a group has: KEPT_IMAGES, or fewer if they are large."""
+    """How many images a group of batches has (see batch_of_step): fewer if they are large."""
     example = 12 * cfg.img_channels * cfg.img_size**2  # bytes of x_t, x_0 and eps
     return min(KEPT_IMAGES, KEPT_BYTES // example)
 

@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 
 import checkpoint
 from checkpoint import Progress
-from interface.models import list_checkpoints, passed_over
+from interface.models import list_checkpoints, skipped_line
 from system import distributed
 from system.files import atomic_write, cannot_write, first_line, make_folder, printable
 
@@ -82,9 +82,9 @@ def is_ours(output_dir: str) -> bool:
     return output_dir not in _locks or _locks[output_dir] == _identity(Path(output_dir))
 
 
-def another(output_dir: str) -> str:
-    """A new name for a folder that is no longer ours: beside it, or if nothing can be written
-    there, among the temporary files."""
+def spare_folder(output_dir: str) -> str:
+    """A free name for a folder in the place of one that is no longer ours: beside it, or if nothing
+    can be written there, among the temporary files."""
     out = Path(output_dir)
     name = f"{out.name}_{time.strftime('%Y-%m-%d_%H%M%S')}"
     parents = [p for p in (out.parent, Path(tempfile.gettempdir())) if os.access(p, os.W_OK)]
@@ -156,7 +156,7 @@ def newest_of_run(models: Path) -> Path | None:
             print(f"skipped: {path}: holds only what drawing needs")
             reduced = reduced or path
         except ValueError as error:
-            print(passed_over(error))
+            print(skipped_line(error))
     if paths and not reduced:
         raise ValueError(f"{models}: none of its checkpoints can be read; move them elsewhere")
     return reduced

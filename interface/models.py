@@ -33,7 +33,7 @@ def list_checkpoints(
             key = rank, progress.step, trainable, path.stat().st_mtime
             found.append((key, path, progress))
         except (ValueError, OSError) as error:  # some other file, or damaged, or just deleted
-            complain(passed_over(error))
+            complain(skipped_line(error))
     return [(path, progress) for _, path, progress in sorted(found, key=lambda item: item[0])]
 
 
@@ -42,7 +42,7 @@ def log_once(line: str) -> None:
     log(line)
 
 
-def passed_over(error: Exception) -> str:
+def skipped_line(error: Exception) -> str:
     """A line on a checkpoint that is not used, without the remedy in its error."""
     return f"skipped: {first_line(error).rpartition(';')[0] or first_line(error)}"
 

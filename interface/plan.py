@@ -21,6 +21,8 @@ from system import distributed
 from system.machine import pick_device
 from system.values import counted, parse_duration
 
+ONLY_TRAINING = "only affects training; add --continue_training_epochs or --budget"
+
 
 @dataclass
 class Plan:
@@ -46,7 +48,7 @@ def planned(args: Namespace) -> Iterator[Plan]:
     resume, load = args.resume, args.load_checkpoint_path
     if only_describes(given, load, more):
         if args.tensorboard:
-            raise ValueError("--tensorboard needs --continue_training_epochs or --budget here")
+            raise ValueError(f"--tensorboard {ONLY_TRAINING}")
         plan = make_plan(given, load=load)
         print(describe(plan))
         yield plan
@@ -76,8 +78,7 @@ def only_describes(given: dict[str, Any], load: Path | None, more_epochs: int) -
     if load is None or more_epochs or given.keys() & {"epochs", "budget"}:
         return False
     for name in given.keys() - set(Config.names("machine")):
-        needed = "only affects training; add --continue_training_epochs or --budget"
-        raise ValueError(f"{name} = {given[name]!r}: {needed}")
+        raise ValueError(f"{name} = {given[name]!r}: {ONLY_TRAINING}")
     return True
 
 

@@ -191,7 +191,7 @@ class Run:
         out = self.cfg.output_dir
         is_ours = folder.is_ours(out)
         try:
-            safe = out if is_ours else folder.another(out)
+            safe = out if is_ours else folder.spare_folder(out)
             path = folder.checkpoint_path(safe, self.state.progress)
             make_folder(path.parent)  # it may have been removed
             checkpoint.save(path, self.cfg, self.state)
