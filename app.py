@@ -46,7 +46,7 @@ ADJUSTABLE = ("guidance", "steps", "sampler")  # on the page, except for a stude
 MOST_SKETCHED = 100_000  # characters; a sketch takes about 5,000
 FORMING = 0.5  # seconds that a picture takes at least, for the eye to follow
 EMPTY = "<figure><figcaption>The picture forms here.</figcaption></figure>"
-CANVAS = """<p>Draw one half, where it belongs</p>
+CANVAS = """<p>Draw the half to keep, in its place</p>
 <canvas width=280 height=280></canvas><button>Clear</button>"""
 # Strokes are as wide as MNIST's, a twelfth of the image; the value is what was drawn, as a PNG
 PEN = """

@@ -30,6 +30,7 @@ def load_split(cfg: Config, train: bool, device: torch.device) -> tuple[Tensor, 
 
 
 def read_mnist(cfg: Config, train: bool) -> tuple[Tensor, Tensor]:
+    """A split of MNIST's own files: uint8 images (N, 1, H, W) and int64 labels (N,)."""
     name = "train" if train else "t10k"
     folder = Path(cfg.data_dir, "MNIST", "raw")
     images = read_idx(folder, f"{name}-images-idx3-ubyte", dimensions=3)[:, None]  # (N, 1, H, W)

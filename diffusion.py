@@ -140,7 +140,7 @@ class Diffusion:
         With `clip_loss` a pixel costs nothing where clamping x_0_hat to [-1, 1] gives x_0 exactly.
         With `clip_x_0` the sampler clamps as well, so a black pixel may be predicted as -1 or
         anything below, which is far easier to learn than exactly -1. The best clamped estimate
-        stays the same: the mean (unsquared: about the median) of the x_0 that fit is in [-1, 1].
+        stays the same: the mean (unsquared: about the median) of possible x_0 is in [-1, 1].
         """
         prediction = self.predict(model, x_t, t, y)
         cost = (prediction - self.target(x_0, t, eps)).square()  # (B, C, H, W)

@@ -70,12 +70,13 @@ class Sampler(torch.nn.Module):
 
 
 def mnist_diffusion(path: str = PRETRAINED, device: str = "cpu") -> Sampler:
-    """The pretrained model, its "student", or the model in the checkpoint at `path`."""
+    """The model "pretrained", its "student", or the checkpoint at `path`, on `device`. Raises
+    ValueError if it cannot be loaded."""
     name = f"{str(path).removesuffix('.pth')}.pth"
     file = HERE / "results" / "models" / name if name in (PRETRAINED, STUDENT) else path
     return Sampler(load_model(file, usable_device(device)))
 
 
 def mnist_diffusion_student(device: str = "cpu") -> Sampler:
-    """Its student, which draws in four network calls."""
+    """The pretrained model's student, which draws in four network calls."""
     return mnist_diffusion(STUDENT, device)

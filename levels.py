@@ -1,4 +1,4 @@
-"""Grey levels: rising curves map those that a model draws to those of its training images.
+"""Grey levels: histogram matching, from those that a model draws to those of its training images.
 
 A network tends to predict an average of the images that fit what it sees. So it draws faint halos
 around strokes. In MNIST a single grey fills the strokes of an image: 253 in 43 % of the images, 254

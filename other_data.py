@@ -87,7 +87,8 @@ def with_classes(cfg: Config, given: dict[str, Any]) -> Config:
 
 
 def read_by_torchvision(cfg: Config, train: bool) -> tuple[Tensor, Tensor]:
-    """A data set in MNIST's form, by torchvision, which downloads what is missing."""
+    """uint8 images (N, 1, H, W) and int64 labels (N,) from torchvision, which downloads what is
+    missing. Raises ValueError if that fails."""
     name, _, split = cfg.dataset.partition("-")
     options = {"split": split} if split else {}
     try:
@@ -110,7 +111,8 @@ def read_by_torchvision(cfg: Config, train: bool) -> tuple[Tensor, Tensor]:
 
 def read_folder(cfg: Config, train: bool, *, quiet: bool = False) -> tuple[Tensor, Tensor]:
     """The pictures of data_dir/LABEL/, cropped to squares and resized. Every tenth picture of a
-    label is set aside for testing, beginning with its second. Prints what cannot be read."""
+    label is set aside for testing, beginning with its second. Prints what cannot be read. Returns
+    uint8 images (N, C, img_size, img_size) and int64 labels (N,)."""
     everything = [
         (path, label)
         for label, name in enumerate(class_names(cfg))

@@ -173,8 +173,8 @@ def training_step(
 
 
 def learning_rate(cfg: Config, step: int, fraction: float, making_guide: bool = False) -> float:
-    """A short linear rise, then a linear fall to zero at `guide_fraction`; from there, back at the
-    peak, a second one to zero at the end of the run. Without a guide there is a single fall."""
+    """A linear warm-up, a linear fall to zero at `guide_fraction`, a jump back to the peak, and a
+    second fall to zero at the end of the run. Without a guide there is a single fall."""
     start, end = (0.0, cfg.guide_fraction) if making_guide else (cfg.guide_fraction, 1.0)
     left = min(1.0, max(0.0, (end - fraction) / (end - start)))
     return cfg.learning_rate * warmup(cfg, step, fraction) * left

@@ -124,4 +124,5 @@ class Evaluator:
 
 
 def shuffled(count: int, seed: int) -> Tensor:
+    """The numbers 0 … count - 1 in an order that `seed` fixes, int64 (count,)."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed))

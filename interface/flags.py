@@ -12,13 +12,13 @@ from system.files import optional
 
 PATH = {"type": expanded_path, "metavar": "PATH"}
 NUMBER = {"type": int, "metavar": "INT"}
-WHICH_MODEL = {"metavar": "TEXT", "help": "path, name, number or newest: most trained (default)"}
+WHICH_MODEL = {"metavar": "TEXT", "help": "path, name, number or newest (most steps; default)"}
 
 
 def add_model_size(parser: Parser) -> None:
     """Add a flag that stands for several settings of the network; each has a flag of its own too,
     which wins."""
-    sizes = "1.7, 6 or 20 million parameters, for a GPU (default: 1.3 million)"
+    sizes = "1.7, 6 or 20 million parameters (default: 1.3 million)"
     parser.add_argument("--model_size", choices=MODEL_SIZES, help=sizes)
 
 
@@ -26,7 +26,7 @@ def train_flags() -> Namespace:
     parser = Parser(prog="train.py", description="Train a class-conditional DDPM.")
     start, length = (parser.add_mutually_exclusive_group() for _ in range(2))
     start.add_argument("--resume", action="store_true", help="continue the newest checkpoint")
-    load_help = "checkpoint to train on with K more epochs or --budget; alone: describe it"
+    load_help = "checkpoint to continue for K epochs or a --budget; alone: describe it"
     start.add_argument("--load_checkpoint_path", **PATH, help=load_help)
     more_help = "train that checkpoint for K more epochs"
     options = {"type": int, "metavar": "K", "default": 0, "help": more_help}
@@ -103,7 +103,7 @@ def evaluate_flags() -> Namespace:
     images = PATH | {"metavar": "NPZ"}
     what.add_argument("--images", **images, help="measure the images in this file")
     what.add_argument("--sweep", nargs="+", metavar="NAME=A,B", help="evaluate all combinations")
-    what.add_argument("--classify", action="store_true", help="name test images by denoising them")
+    what.add_argument("--classify", action="store_true", help="classify test images by denoising")
     what.add_argument("--train_evaluator", action="store_true", help="train the classifier anew")
     parser.add_argument("--model", **WHICH_MODEL)
     number = "how many images to draw (default: 10000) or to --classify (default: 1000)"

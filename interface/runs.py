@@ -123,7 +123,7 @@ class Run:
         )
         self.write_rows()
         until = f"for a budget of {cfg.budget}" if cfg.budget else f"to epoch {cfg.epochs}"
-        print(f"training from {progress} {until}; results in {cfg.output_dir}", flush=True)
+        print(f"training from {progress} {until}; output folder: {cfg.output_dir}", flush=True)
         if saves_plan:
             self.save()
         if self.plan.tensorboard and distributed.rank() == 0:
