@@ -170,11 +170,11 @@ def holds_this_run(output_dir: str) -> bool:
 
 
 def prepare_folders(
-    output_dir: str, start: Path | None, step: int, rewritten: Path | None
+    output_dir: str, start: Path | None, progress: Progress, rewritten: Path | None
 ) -> list[dict[str, Any]]:
-    """Make the output folders, and see that a run from the checkpoint `start` at `step` overwrites
-    nothing. Returns the rows of metrics.csv that still hold. Raises ValueError if a folder cannot
-    be written.
+    """Make the output folders, and see that a run from the checkpoint `start` at `progress`
+    overwrites nothing. Returns the rows of metrics.csv that still hold. Raises ValueError if a
+    folder cannot be written.
 
     A run that continues a checkpoint of this folder keeps what led up to it. Whatever comes after
     that point, or all files of an unrelated earlier run, moves to output_dir/earlier. A checkpoint
@@ -186,7 +186,7 @@ def prepare_folders(
             make_folder(Path(out, folder))
         for path in leftovers(output_dir):
             path.unlink(missing_ok=True)  # generate.py may just have removed its own
-        moved, copied, rows = what_to_set_aside(out, start, step, rewritten)
+        moved, copied, rows = what_to_set_aside(out, start, progress, rewritten)
         set_aside(out / "earlier", moved, copied)
         if distributed.is_torchrun():
             Path(out, ".run").write_text(distributed.run_id(), "utf-8")
@@ -196,7 +196,7 @@ def prepare_folders(
 
 
 def what_to_set_aside(
-    out: Path, start: Path | None, step: int, rewritten: Path | None
+    out: Path, start: Path | None, progress: Progress, rewritten: Path | None
 ) -> tuple[list[Path], list[Path], list[dict[str, Any]]]:
     """The files to move and those to copy to output_dir/earlier, and the rows that still hold."""
     models, images, metrics = out / "models", out / "images", out / "metrics.csv"
@@ -206,7 +206,7 @@ def what_to_set_aside(
         return [*files, metrics, curves, out / "tensorboard"], [], []
     listed = list_checkpoints(models, CHECKPOINTS)
     # What to keep, as "epoch_5" of model_epoch_5.pth and samples_epoch_5.png
-    names = {path.stem.partition("_")[2] for path, now in listed if now.step <= step}
+    names = {path.stem.partition("_")[2] for path, now in listed if not is_after(now, progress)}
     moved = [path for path in files if path.stem.partition("_")[2] not in names]
     copied = [rewritten] if rewritten and rewritten not in moved else []
     try:
@@ -215,7 +215,9 @@ def what_to_set_aside(
     except (OSError, ValueError) as error:
         print(f"{metrics}: {first_line(error)}; it is set aside, and a new one begun")
         return [*moved, metrics, curves], copied, []
-    kept_rows = [row for row in rows if int(row["step"]) <= step]
+    begun = progress.epoch + (progress.images > 0)
+    is_before = [int(x["step"]) <= progress.step and float(x["epoch"]) <= begun for x in rows]
+    kept_rows = [row for row, kept in zip(rows, is_before, strict=True) if kept]
     if moved or copied or kept_rows != rows:
         moved, copied = [*moved, curves], [*copied, metrics]
     elif is_edited:  # by hand, say with a column of notes, or by an older version
@@ -223,10 +225,21 @@ def what_to_set_aside(
     return moved, copied, kept_rows
 
 
+def is_after(now: Progress, start: Progress) -> bool:
+    """Whether a checkpoint comes after `start`: in steps, or if it was copied here from a run with
+    larger batches, in epochs."""
+    return now.step > start.step or (now.epoch, now.images) > (start.epoch, start.images)
+
+
 def is_in(start: Path, models: Path) -> bool:
     """Whether a checkpoint is in this folder, be it as a link, or linked from elsewhere."""
     paths = start.parent.resolve() / start.name, start.resolve()
     return any(path.parent == models.resolve() and path.match(CHECKPOINTS) for path in paths)
+
+
+def make_way(path: Path) -> None:
+    """Set aside what is at `path`, models/NAME or images/NAME of a run folder."""
+    set_aside(path.parent.parent / "earlier", [path], [])
 
 
 def set_aside(earlier: Path, moved: list[Path], copied: list[Path]) -> None:

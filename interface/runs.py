@@ -22,7 +22,7 @@ from interface.cli import train_command
 from interface.plan import Plan, fraction_done
 from levels import GreyLevels
 from system import distributed
-from system.files import first_line, make_folder
+from system.files import cannot_write, first_line, make_folder
 from system.machine import pick_precision
 from system.values import parse_duration
 
@@ -48,6 +48,7 @@ class Run:
         self.rows: list[dict[str, Any]] = []  # of metrics.csv
         self.board: Board | None = None
         self.warned: set[str] = set()  # kinds of files that could not be written
+        self.own_files: set[Path] = set()  # checkpoints and grids that this run may write over
         self.signals: list[int] = []  # that this process has received
         self.stopped_by = 0  # the signal by which all processes stop
         # Reading the loss makes the CPU wait for a GPU, so that is done seldom
@@ -119,8 +120,9 @@ class Run:
         saves_plan = start is not None and (self.plan.changed or start.resolve() != path.resolve())
         rewritten = path if saves_plan else None
         self.rows = distributed.from_first(
-            lambda: folder.prepare_folders(cfg.output_dir, start, progress.step, rewritten)
+            lambda: folder.prepare_folders(cfg.output_dir, start, progress, rewritten)
         )
+        self.own_files.add(path)  # it is this run's, or has been copied
         self.write_rows()
         until = f"for a budget of {cfg.budget}" if cfg.budget else f"to epoch {cfg.epochs}"
         print(f"training from {progress} {until}; output folder: {cfg.output_dir}", flush=True)
@@ -194,6 +196,7 @@ class Run:
             safe = out if is_ours else folder.spare_folder(out)
             path = folder.checkpoint_path(safe, self.state.progress)
             make_folder(path.parent)  # it may have been removed
+            self.make_way(path)
             checkpoint.save(path, self.cfg, self.state)
         except ValueError as error:
             good = f"last good checkpoint: {self.last_saved or 'none yet'}"
@@ -206,6 +209,16 @@ class Run:
             self.write_rows(safe)
             fault = "was moved, removed or replaced during the run, which stops here"
             raise ValueError(f"output_dir = {out!r}: {fault}; {self.to_continue(safe)}")
+
+    def make_way(self, path: Path) -> None:
+        """Before a file is written: set aside one of that name which is not of this run, such as
+        another run's checkpoint that was copied here. Raises ValueError if that fails."""
+        if path not in self.own_files:
+            try:
+                folder.make_way(path)
+            except OSError as error:
+                raise ValueError(f"{path}: {cannot_write(error)}") from None
+        self.own_files.add(path)
 
     @distributed.first_only
     def save_with_levels(self, images: Tensor, labels: Tensor) -> None:

@@ -28,8 +28,8 @@ from interface.plan import Plan
 
 
 def prepare(plan: Plan, rewritten: Path | None = None) -> list[dict[str, Any]]:
-    out, step = plan.cfg.output_dir, plan.progress.step
-    return run_folder.prepare_folders(out, plan.start, step, rewritten)
+    out = plan.cfg.output_dir
+    return run_folder.prepare_folders(out, plan.start, plan.progress, rewritten)
 
 
 # ---- who owns it
@@ -293,6 +293,21 @@ def test_a_renamed_checkpoint_does_not_replace_another_of_its_epoch(finished):
     prepare(plan_of(finished, load=start, more_epochs=1), rewritten)
     (folder,) = (finished / "earlier").iterdir()
     assert (folder / "model_epoch_4.pth").read_bytes() == before
+
+
+def test_another_runs_checkpoint_with_fewer_steps_but_more_epochs_is_set_aside(finished):
+    other = save(finished / "other", progress=Progress(epoch=6, step=12))  # larger batches
+    theirs = other.rename(finished / "models" / other.name).read_bytes()
+    start = finished / "models" / "model_epoch_4.pth"
+    with open(finished / "metrics.csv", "a") as file:
+        file.write(
+            ",".join({"epoch": "6", "step": "12"}.get(name, "1.0") for name in METRICS) + "\n"
+        )
+    rows = prepare(plan_of(finished, load=start, more_epochs=4), start)
+    assert rows == as_text([row(step) for step in (10, 20, 30, 40)])
+    (folder,) = (finished / "earlier").iterdir()
+    assert (folder / other.name).read_bytes() == theirs
+    assert not (finished / "models" / other.name).exists()
 
 
 def test_files_that_export_is_writing_are_left_alone(tmp_path):

@@ -901,3 +901,34 @@ def test_a_signal_ends_a_preview_and_resuming_draws_it(run, tmp_path, monkeypatc
     result = run("train.py", **flags, resume=True)
     assert "training from epoch 1 " in result.out
     assert grid.exists()
+
+
+def test_a_file_under_a_name_that_a_run_comes_to_use_is_kept_aside(run, tmp_path):
+    """A copy of epoch 1 that is called model_epoch_2.pth, and its grid."""
+    flags = TINY | {"save_every": 1, "output_dir": tmp_path}
+    assert run("train.py", **flags, epochs=1).code == 0
+    kept = {}
+    for folder, name in (("models", "model_epoch_{}.pth"), ("images", "samples_epoch_{}.png")):
+        start, copy = (tmp_path / folder / name.format(epoch) for epoch in (1, 2))
+        kept[copy] = Path(shutil.copy(start, copy)).read_bytes()
+    flags |= {"load_checkpoint_path": tmp_path / "models" / "model_epoch_1.pth"}
+    result = run("train.py", **flags, continue_training_epochs=1)
+    assert result.code == 0, result
+    for path, before in kept.items():
+        assert path.read_bytes() != before
+        [aside] = tmp_path.glob(f"earlier/*/{path.name}")
+        assert aside.read_bytes() == before
+        assert f"is kept in {aside.parent}" in result.out
+
+
+def test_the_grid_of_another_runs_checkpoint_is_drawn_as_that_run_would(run, tmp_path):
+    flags = TINY | {"epochs": 2, "save_every": 2}
+    assert run("train.py", **flags, output_dir=tmp_path / "a").code == 0
+    other = flags | {"epochs": 1, "prediction": "eps", "widths": "16,16", "save_every": 1}
+    assert run("train.py", **other, output_dir=tmp_path / "b").code == 0
+    shutil.copy(tmp_path / "b" / "models" / "model_epoch_1.pth", tmp_path / "a" / "models")
+    again = flags | {"resume": True, "output_dir": tmp_path / "a"}
+    assert run("train.py", **again).code == 0
+    drawn, theirs = (tmp_path / each / "images" / "samples_epoch_1.png" for each in "ab")
+    assert drawn.read_bytes() == theirs.read_bytes()
+    assert "nothing left to do" in run("train.py", **again).out
