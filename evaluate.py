@@ -130,14 +130,17 @@ def measure(
     measured, pairs = evaluator.measure(images, labels)
     result |= measured
     pictures = {"nearest.png": image_grid(pairs, columns=4)}
-    if args.cas:
-        result["cas"] = evaluator.accuracy_score(images, labels)
-    if args.c2st:
-        result["c2st"], most_obvious = evaluator.two_sample_test(images)
-        pictures["two_sample.png"] = image_grid(most_obvious, columns=10)
-    if not args.sweep:
-        print(results.table(result))
     try:
+        # Ctrl-C may end these two, whose networks train for minutes: keep what there is before each
+        if args.cas:
+            results.write_result(file, result)
+            result["cas"] = evaluator.accuracy_score(images, labels)
+        if args.c2st:
+            results.write_result(file, result)
+            result["c2st"], most_obvious = evaluator.two_sample_test(images)
+            pictures["two_sample.png"] = image_grid(most_obvious, columns=10)
+        if not args.sweep:
+            print(results.table(result))
         results.write_result(file, result)
         tqdm.write(f"wrote {file}")
         for name, grid in pictures.items():
@@ -161,7 +164,7 @@ def parse_sweep(words: list[str]) -> list[dict[str, Any]]:
         try:
             if name not in names or name in values:
                 raise ValueError
-            values[name] = [kinds[name](value) for value in text.split(",")]
+            values[name] = list(dict.fromkeys(map(kinds[name], text.split(","))))
         except ValueError:
             raise ValueError(
                 f"sweep = {word!r}: write NAME=A,B, each NAME once, of {', '.join(names)}"
@@ -244,7 +247,10 @@ def evaluate_chosen_model(
     if args.samples > real:
         raise ValueError(f"samples = {args.samples}: choose at most {real} (the smaller split)")
     if args.sweep:
-        sweep(evaluator, loaded, configs, args)
+        alike = {
+            replace(each, eta=1.0) if each.sampler == "ddpm" else each: each for each in configs
+        }
+        sweep(evaluator, loaded, list(alike.values()), args)  # ddpm ignores eta
     else:
         evaluate_model(evaluator, loaded, cfg, args)
 

@@ -18,10 +18,11 @@ from tqdm import tqdm
 from config import Config
 from system import distributed
 from system.files import MAX_BYTES, first_line, from_torchvision, printable
-from system.values import is_control, shortened
+from system.values import counted, is_control, shortened
 
 PICTURES = (".png", ".jpg", ".jpeg")
-OTHER_PICTURES = {".avif", ".bmp", ".gif", ".heic", ".tif", ".tiff", ".webp"}
+OTHER_PICTURES = {".avif", ".bmp", ".gif", ".heic", ".jfif", ".pgm", ".ppm", ".tif", ".tiff"}
+OTHER_PICTURES |= {".webp"}
 MODES = {1: "L", 3: "RGB"}  # Pillow's, by the number of channels
 MAX_CLASSES = 1000
 
@@ -113,16 +114,7 @@ def read_folder(cfg: Config, train: bool, *, quiet: bool = False) -> tuple[Tenso
     """The pictures of data_dir/LABEL/, cropped to squares and resized. Every tenth picture of a
     label is set aside for testing, beginning with its second. Prints what cannot be read. Returns
     uint8 images (N, C, img_size, img_size) and int64 labels (N,)."""
-    everything = [
-        (path, label)
-        for label, name in enumerate(class_names(cfg))
-        for path in sorted(Path(cfg.data_dir, name).iterdir())
-    ]
-    files = [(path, label) for path, label in everything if path.suffix.lower() in PICTURES]
-    kinds = {path.suffix.lower() for path, _ in everything} & OTHER_PICTURES
-    if kinds and train and not quiet:
-        others = ", ".join(sorted(kinds))
-        print(f"left out all {others} in {cfg.data_dir}: make them .png or .jpg to train on them")
+    files = pictures_in(cfg, quiet=quiet or not train)
     images, labels, unread = [], [], []
     seen = [0] * cfg.num_classes
     for path, label in tqdm(files, desc="reading pictures", leave=False, disable=None):
@@ -143,15 +135,44 @@ def read_folder(cfg: Config, train: bool, *, quiet: bool = False) -> tuple[Tenso
         print(f"left out {len(unread)} of {len(files)} pictures, which cannot be read:")
         print(*unread[:5], *(["…"] if len(unread) > 5 else []), sep="\n")
     if train and 0 in seen:
-        empty = class_names(cfg)[seen.index(0)]
-        remedy = "no .png or .jpg that can be read; add some, or choose another --data_dir"
-        raise ValueError(f"{Path(cfg.data_dir, empty)}: {remedy}")
+        empty = Path(cfg.data_dir, class_names(cfg)[seen.index(0)])
+        remedy = "add some, or choose another --data_dir"
+        if any(path.is_dir() for path in empty.iterdir()):
+            remedy = f"if its folders are labels, give --data_dir {empty}"
+        raise ValueError(f"{empty}: no .png or .jpg that can be read; {remedy}")
     if not images:
         print(f"{cfg.data_dir}: too few pictures to set any aside; testing on training ones")
         return read_folder(cfg, train=True, quiet=True)
     # Shuffled, so that the first `max_images` have all labels
     order = torch.from_numpy(np.random.default_rng(0).permutation(len(images)))
     return torch.stack(images)[order], torch.tensor(labels)[order]
+
+
+def pictures_in(cfg: Config, *, quiet: bool) -> list[tuple[Path, int]]:
+    """The pictures of data_dir/LABEL/, each with the number of its label. Says what else looks as
+    if it should be trained on, unless `quiet`. Hidden files do not count."""
+    root = Path(cfg.data_dir)
+    found = [
+        (path, label)
+        for label, name in enumerate(class_names(cfg))
+        for path in sorted((root / name).iterdir())
+        if path.name[0] != "."
+    ]
+    files = [(path, label) for path, label in found if path.suffix.lower() in PICTURES]
+    if not quiet:
+        others = [path for path, _ in found if path.suffix.lower() not in PICTURES]
+        inside = [path for path in others if path.is_dir()]
+        kinds = {path.suffix.lower() for path in others} & OTHER_PICTURES
+        loose = [path for path in root.glob("[!.]*") if path.suffix.lower() in PICTURES]
+        if kinds:
+            which = ", ".join(sorted(kinds))
+            print(f"left out all {which} in {root}: make them .png or .jpg to train on them")
+        if inside:
+            first = printable(str(inside[0]))
+            print(f"left out {counted(len(inside), 'folder')} inside labels, such as {first}")
+        if loose:
+            print(f"left out {counted(len(loose), 'picture')} without a label, in {root} itself")
+    return files
 
 
 def resize(images: Tensor, cfg: Config, train: bool) -> Tensor:

@@ -164,17 +164,17 @@ def run_script(name: str, main: Callable[[], int]) -> None:
     """Run a script's main() and exit. A user's mistake becomes one line and exit code 2, training
     that diverged or a bug one line and 1, Ctrl-C 130. TRACEBACK=1 shows where an error arose."""
     set_up_torch()
-    devnull = open(os.devnull, "r+")  # noqa: SIM115 (stands in for streams that the shell closed)
-    sys.stdin = sys.stdin or devnull
-    errors = Output(sys.stderr or devnull)
-    is_silent = distributed.rank() > 0  # the first of several processes speaks for all
-    out = Output(devnull if is_silent else sys.stdout or devnull)
-    with redirect_stdout(out), redirect_stderr(Output(devnull) if is_silent else errors):
-        code = exit_code(name, main, errors)
-        out.flush()
-    if distributed.has_left:
-        errors.flush()
-        os._exit(code)  # torch's threads sometimes crash where Python ends in its usual way
+    with open(os.devnull, "r+") as devnull:  # stands in for streams that the shell closed
+        sys.stdin = sys.stdin or devnull
+        errors = Output(sys.stderr or devnull)
+        is_silent = distributed.rank() > 0  # the first of several processes speaks for all
+        out = Output(devnull if is_silent else sys.stdout or devnull)
+        with redirect_stdout(out), redirect_stderr(Output(devnull) if is_silent else errors):
+            code = exit_code(name, main, errors)
+            out.flush()
+        if distributed.has_left:
+            errors.flush()
+            os._exit(code)  # torch's threads sometimes crash where Python ends in its usual way
     sys.exit(code)
 
 

@@ -193,7 +193,7 @@ def requests_from_flags(args: Namespace, cfg: Config) -> list[Request]:
     requests = []
     for seed, label in enumerate(whole.labels.tolist(), cfg.seed):
         name = cfg.label_names[label]
-        path = output / f"{name}_seed{seed}.png"
+        path = output / f"{name[:50]}_seed{seed}.png"  # names of files must be short
         requests.append(Request(name, 1, replace(cfg, seed=seed), path, "refuse", picture))
         if os.path.lexists(path):  # also a link to what is not there
             raise ValueError(f"{path}: {TAKEN}")

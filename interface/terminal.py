@@ -21,7 +21,7 @@ RESET = "\x1b[0m"
 HELP = """  {one}  draws this alone
   {some}  draws these side by side, in as many variants as you ask for
   {all}  draws every label
-  {question}  shows this help; q or quit ends; Enter takes the answer in brackets
+  {question}  shows this help; {end} ends; Enter takes the answer in brackets
 Guidance 1 draws what the model learned; larger values draw clearer, less varied pictures."""
 
 
@@ -47,7 +47,8 @@ def help_on(names: Sequence[str]) -> str:
         some = mark.join((*names[:2], names[0]))
     shown = {"one": one, "some": some, "all": "all", "question": "?"}
     width = max(map(len, shown.values()))
-    return HELP.format(**{key: f"{text:<{width}}" for key, text in shown.items()})
+    padded = {key: f"{text:<{width}}" for key, text in shown.items()}
+    return HELP.format(**padded, end="quit" if "q" in names else "q or quit")
 
 
 def ask(
@@ -72,7 +73,7 @@ def ask(
                 raise ValueError(f"answers on stdin must be in {sys.stdin.encoding}") from None
         if answer.lower() in ("q", "quit") and answer not in names:
             raise EOFError
-        if answer == "?":
+        if answer == "?" and answer not in names:
             log(help_on(names))
         elif not answer and default is not None:
             return default
@@ -87,7 +88,7 @@ def whole_number(largest: int) -> Callable[[str], int]:
     """A parser of whole numbers from 1 to `largest`."""
 
     def parse(text: str) -> int:
-        if not text.isdecimal() or not 1 <= int(text) <= largest:
+        if not text.isdecimal() or len(text) > 9 or not 1 <= int(text) <= largest:
             raise ValueError(f"{text!r} is not a whole number from 1 to {largest}")
         return int(text)
 

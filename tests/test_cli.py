@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import assert_one_line, start_script, unix
+from conftest import REPO, assert_one_line, start_script, unix
 
 from config import MODEL_SIZES, Config
 from interface.cli import Parser, add_settings, expanded_path, given_settings, quote, run_script
@@ -386,6 +386,15 @@ def test_a_missing_package_is_one_line(tmp_path):
     text = process.communicate()[0]
     assert text == "train.py: no torch here; pip install -r requirement.txt\n"
     assert process.returncode == 1
+
+
+def test_a_script_leaves_nothing_for_python_to_warn_of():
+    shipped = {"load_checkpoint_path": Path(REPO, "results", "models", "student.pth")}
+    process = start_script("train.py", shipped, env=os.environ | {"PYTHONWARNINGS": "error"})
+    text = process.communicate()[0]
+    assert process.returncode == 0, text
+    assert "epochs planned" in text
+    assert "Warning" not in text
 
 
 def test_a_size_of_the_network_is_several_settings_and_their_own_flags_win(parse):

@@ -400,6 +400,33 @@ def test_what_took_training_is_kept_when_a_file_is_measured_again(
     assert len(json.loads(written.read_text())["cas"]["real"]) == 3
 
 
+def test_a_stop_during_the_last_test_loses_no_other_figure(ready, real, run, tmp_path, monkeypatch):
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(classifier, "fit", ClassMeans)
+    monkeypatch.setattr(two_sample, "two_sample_test", stopped)
+    file = save(tmp_path / "a.npz", real[0][:200], real[1][:200])
+    flags = {"images": file, "data_dir": MNIST, "output_dir": tmp_path, "cas": True, "c2st": True}
+    assert run("evaluate.py", **flags).code == 130
+    (written,) = tmp_path.glob("metrics/a-*.json")
+    found = json.loads(written.read_text())
+    assert found["samples"]["fd"] > 0
+    assert len(found["cas"]["real"]) == 3
+    assert "c2st" not in found
+
+
+def test_a_sweep_measures_what_draws_alike_only_once(ready, run, tmp_path):
+    cfg = Config(widths=(8, 8), embedding_size=8, steps=1, guidance=1.0)
+    path = tmp_path / "mine.pth"
+    checkpoint.save(path, cfg, checkpoint.TrainState.initial(cfg, CPU))
+    where = {"data_dir": MNIST, "output_dir": tmp_path, "device": "cpu", "samples": 128}
+    words = ["steps=2,2", "eta=0,0.5", "sampler=ddpm,ddim"]
+    assert run("evaluate.py", model=path, sweep=words, **where).code == 0
+    found = [json.loads(file.read_text())["settings"] for file in tmp_path.glob("metrics/*.json")]
+    assert sorted(each["sampler"] for each in found) == ["ddim", "ddim", "ddpm"]
+
+
 def test_a_result_that_cannot_be_written_ends_all_but_a_sweep(ready, run, tmp_path, monkeypatch):
     def fails(file: Path, result: dict) -> None:
         raise ValueError(f"{file}: cannot be written")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import struct
 from dataclasses import replace
 from pathlib import Path
@@ -264,6 +265,28 @@ def test_pictures_of_other_kinds_are_named(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "left out all .heic, .webp in" in said
     assert "txt" not in said
+
+
+def test_pictures_in_the_wrong_place_are_counted_and_hidden_ones_are_not(tmp_path, capsys):
+    root = make_folder(tmp_path, NAMES[:2])
+    picture = root / "cat" / "1.png"
+    (root / "cat" / "more").mkdir()
+    for copy in ("cat/more/1.png", "loose.png", "also.JPG", "cat/.hidden.png"):
+        shutil.copy(picture, root / copy)
+    images, _ = load_split(folder(root), True, CPU)
+    said = capsys.readouterr().out
+    assert len(images) == 20  # of 22, two are set aside for testing
+    assert f"left out 1 folder inside labels, such as {root / 'cat' / 'more'}" in said
+    assert f"left out 2 pictures without a label, in {root} itself" in said
+    load_split(folder(root), False, CPU)
+    assert "left out" not in capsys.readouterr().out
+
+
+def test_folders_of_labels_that_are_one_level_deeper_are_pointed_to(tmp_path):
+    for split in ("test", "train"):
+        make_folder(tmp_path / split, NAMES[:2])
+    with pytest.raises(ValueError, match=f"labels, give --data_dir {tmp_path / 'test'}$"):
+        load_split(folder(tmp_path), True, CPU)
 
 
 def test_too_few_pictures_to_set_any_aside_is_said(tmp_path, capsys):

@@ -155,6 +155,15 @@ def test_a_folder_takes_a_file_for_each_image_each_with_its_own_seed(tmp_path):
     assert [int(r.digits) for r in by_flags(cfg, "mnist", 5, tmp_path / "many")] == labels
 
 
+def test_a_label_too_long_for_a_file_name_is_cut(tmp_path):
+    names = ["犬" * 250, "猫" * 80]
+    cfg = replace(CFG, num_classes=2, class_names="/".join(names), preview_digits="all")
+    for request, name in zip(by_flags(cfg, "all", 1, f"{tmp_path}/x/"), names, strict=True):
+        request.output.touch()
+        assert request.digits == name
+        assert request.output.name.startswith(name[:50] + "_seed")
+
+
 def test_a_folder_that_has_one_of_the_files_is_refused(tmp_path):
     (tmp_path / "2_seed1.png").write_bytes(b"mine")
     with pytest.raises(ValueError, match=r"2_seed1\.png: exists already"):

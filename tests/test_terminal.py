@@ -117,12 +117,12 @@ def answers(monkeypatch: pytest.MonkeyPatch, *lines: str) -> None:
 
 
 def test_a_question_is_asked_until_the_answer_makes_sense(monkeypatch, capsys):
-    answers(monkeypatch, "many", "0", "17", " 16 ")
+    answers(monkeypatch, "many", "0", "17", "1" * 5000, " 16 ")
     assert terminal.ask("How many", 4, terminal.whole_number(16)) == 16
     captured = capsys.readouterr()
     assert captured.out == ""  # stdout is only for the paths of written files
-    assert captured.err.count("How many [4]: ") == 4
-    for wrong in ("many", "0", "17"):
+    assert captured.err.count("How many [4]: ") == 5
+    for wrong in ("many", "0", "17", "1" * 5000):
         assert f"  '{wrong}' is not a whole number from 1 to 16\n" in captured.err
 
 
@@ -199,3 +199,14 @@ def test_help_speaks_of_the_labels_that_there_are(names, words, monkeypatch, cap
     for word in (*words, "?", "all", "q or quit ends"):
         assert word in shown
     assert "{" not in shown
+
+
+def test_labels_called_q_and_question_mark_can_be_drawn(monkeypatch, capsys):
+    names = ["?", "q", "z"]
+    for label in names[:2]:
+        answers(monkeypatch, label)
+        assert terminal.ask("What to draw", None, str, names) == label
+    assert "; quit ends;" in terminal.help_on(names)
+    answers(monkeypatch, "quit")
+    with pytest.raises(EOFError):
+        terminal.ask("What to draw", None, str, names)
