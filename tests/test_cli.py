@@ -393,7 +393,7 @@ def test_a_script_leaves_nothing_for_python_to_warn_of():
     process = start_script("train.py", shipped, env=os.environ | {"PYTHONWARNINGS": "error"})
     text = process.communicate()[0]
     assert process.returncode == 0, text
-    assert "epochs planned" in text
+    assert "planned" in text
     assert "Warning" not in text
 
 
