@@ -62,7 +62,9 @@ def generate_flags() -> Namespace:
     )
     parser.add_argument("--model", **WHICH_MODEL)
     file = {"type": output_name, "metavar": "FILE"}
-    parser.add_argument("--output", **file, help=".png, .npz, .gif, .webp, or a folder/")
+    parser.add_argument(
+        "--output", **file, help=".png, .npz, .gif, .webp (replaced if it exists), or a folder/"
+    )
     fast_help = "draw faster but less well: about 6 network calls (the shipped student: 4)"
     parser.add_argument("--fast", action="store_true", help=fast_help)
     begin = parser.add_mutually_exclusive_group()
@@ -130,7 +132,9 @@ def benchmark_flags() -> Namespace:
     )
     what.add_argument("--scaling", action="store_true", help="estimate the speed of many GPUs")
     file = PATH | {"metavar": "FILE"}
-    parser.add_argument("--json", **file, help="also write the figures as JSON")
+    parser.add_argument(
+        "--json", **file, help="also write the figures as JSON; replaced if it exists"
+    )
     names = set(Config.names("machine", "model", "training", "sampling", "picture"))
     unused = {"accumulate", "dataset", "output_dir", "save_every", "match_levels"}
     add_settings(parser, names - unused - {"preview_digits", "preview_columns"})
