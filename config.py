@@ -10,7 +10,7 @@ from typing import Any
 
 from system.values import check, parse_duration, parse_labels, shortened
 
-VERSION = "1.10"  # of the program
+VERSION = "1.11"  # of the program
 
 DATASETS = "MNIST", "FashionMNIST", "KMNIST", "QMNIST", "EMNIST-digits", "EMNIST-letters", "folder"
 
