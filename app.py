@@ -6,7 +6,6 @@ import interface  # noqa: F401  (first, so that import errors are one line, too)
 import base64
 import functools
 import html
-import io
 import os
 import secrets
 import signal
@@ -27,14 +26,14 @@ from torch import Tensor
 import generate
 from checkpoint import LoadedModel, load_model
 from config import Config
-from data import load_split, to_uint8
+from data import load_split, to_model_range, to_uint8
 from evaluation.metrics import nearest
 from interface import cli, models, original, picture
 from interface.flags import app_flags
-from interface.original import KEEP, Original
+from interface.original import KEEP
 from interface.requests import Request, labels_named
 from interface.settings import check_effects, check_guidance, settings_for_drawing
-from pipeline import Pipeline
+from pipeline import FROM_NOISE, Pipeline, Start
 from system.files import first_line, optional
 from system.machine import pick_device
 from system.randomness import ImageNoise
@@ -91,7 +90,7 @@ class Studio:
     given: dict[str, Any]  # settings of this machine
 
     def request(
-        self, digits: str, count: int = 1, start: Original | None = None, **settings: Any
+        self, digits: str, count: int = 1, start: Start = FROM_NOISE, **settings: Any
     ) -> Request:
         """What generate.py would be asked for."""
         own = self.loaded.cfg
@@ -107,7 +106,7 @@ class Studio:
         if cfg.steps > MOST_STEPS:
             raise ValueError(f"steps = {cfg.steps}: too many; choose at most {MOST_STEPS}")
         output = Path(f"{digits[:20]}_seed{cfg.seed}.png")
-        return Request(digits, count, cfg, output, original=start)
+        return Request(digits, count, cfg, output, start=start)
 
     @property
     def is_unguided(self) -> bool:
@@ -121,7 +120,7 @@ class Studio:
         loaded, began = self.loaded, time.perf_counter()
         pipeline = Pipeline(cfg, loaded.model, loaded.guide, loaded.levels)
         noise = noise or self.noise(cfg, len(y))
-        for step, x in enumerate(pipeline.states(y, noise, request.start(y.device))):
+        for step, x in enumerate(pipeline.states(y, noise, request.start.to(y.device))):
             due = began + FORMING * step / cfg.steps
             time.sleep(max(0.0, due - time.perf_counter()))
             yield to_uint8(x).cpu()
@@ -177,10 +176,11 @@ class Studio:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "sketch.png")
             path.write_bytes(base64.b64decode(sketch.partition(",")[2]))
-            wanted = Namespace(complete=path, edit=None, mask=None, keep=keep)
-            start = original.from_flags(wanted, self.loaded.cfg)
-        if not start.pixels[:, start.known].any():
+            pixels = original.read(path, self.loaded.cfg)
+        known = original.half_of(self.loaded.cfg.img_size, keep)
+        if not pixels[:, known].any():
             raise ValueError(f"sketch: its {keep} half is empty; draw there, or keep another half")
+        start = Start(to_model_range(pixels), known)
         yield from self.forming(self.request(label, COMPLETIONS, start, seed=seed_from(seed)))
 
     def morph(self, digits: str, first: str, second: str, frames: int) -> Iterator[str]:
@@ -239,9 +239,9 @@ def slerp(a: Tensor, b: Tensor, share: float) -> Tensor:
 def figure(grid: Image.Image, caption: str, path: Path | None = None) -> str:
     """A picture as HTML, enlarged, with a link to save it if it is the file at `path`. The file is
     copied into the page, so that nobody else can ask for it, and it can be deleted."""
-    kind, file, caption = path.suffix[1:] if path else "png", io.BytesIO(), html.escape(caption)
-    grid.save(file, "PNG")
-    content = base64.b64encode(path.read_bytes() if path else file.getvalue()).decode()
+    kind, caption = path.suffix[1:] if path else "png", html.escape(caption)
+    content = path.read_bytes() if path else picture.encode_png(grid, {})
+    content = base64.b64encode(content).decode()
     url, scale = f"data:image/{kind};base64,{content}", max(1, min(8, 700 // grid.width))
     size = f'width="{scale * grid.width}" height="{scale * grid.height}"'
     link = f' · <a href="{url}" download="{html.escape(path.name)}">Download</a>' if path else ""

@@ -57,7 +57,7 @@ def draw(loaded: LoadedModel, request: Request, together: bool) -> list[Tensor]:
     each kept state, from noise to the images, otherwise a single one. With `together` all processes
     draw them, each some of the batches."""
     pipeline = Pipeline(request.cfg, loaded.model, loaded.guide, loaded.levels)
-    y, start = request.labels.to(loaded.device), request.start(loaded.device)
+    y, start = request.labels.to(loaded.device), request.start.to(loaded.device)
     steps = len(pipeline.diffusion.sampling_times(start.strength)) - 1
     batches = range(pipeline.batch_count(len(y)))
     [mine] = distributed.my_parts(len(batches)) if together else [slice(None)]

@@ -20,6 +20,10 @@ class Start:
     known: Tensor | None = None  # bool (H, W): pixels of x_0 to keep exactly; None: x_0 is edited
     strength: float = 1.0  # editing begins with x_0 noised to strength · T
 
+    def to(self, device: torch.device) -> "Start":
+        x_0, known = (each if each is None else each.to(device) for each in (self.x_0, self.known))
+        return Start(x_0, known, self.strength)
+
 
 FROM_NOISE = Start()
 

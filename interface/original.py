@@ -2,7 +2,6 @@
 
 import base64
 from argparse import Namespace
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,46 +10,36 @@ import torch
 from torch import Tensor
 
 from config import Config
-from data import to_model_range
+from data import to_model_range, to_uint8
 from interface.picture import GAP, without_frame
 from other_data import open_picture, to_pixels
-from pipeline import Start
+from pipeline import FROM_NOISE, Start
 from system.files import first_line
 
 KEEP = ("top", "bottom", "left", "right")
 
 
-@dataclass(frozen=True)
-class Original:
-    """A picture to complete or to edit."""
+def record(start: Start) -> dict[str, Any]:
+    """Plain values from which from_record makes it again; none if it is only noise."""
+    if start.x_0 is None:
+        return {}
+    known = None if start.known is None else encoded(np.packbits(start.known.numpy()))
+    pixels = to_uint8(start.x_0).numpy()
+    return {"original": encoded(pixels), "known": known, "strength": start.strength}
 
-    pixels: Tensor  # uint8 (C, H, W)
-    known: Tensor | None = None  # bool (H, W): which pixels to keep exactly; None: none
-    strength: float = 1.0  # how far it is turned into noise, as a fraction of all timesteps
 
-    def start(self, device: torch.device) -> Start:
-        """How drawing begins with it."""
-        known = None if self.known is None else self.known.to(device)
-        return Start(to_model_range(self.pixels).to(device), known, self.strength)
-
-    def record(self) -> dict[str, Any]:
-        """Plain values from which from_record makes it again."""
-        known = None if self.known is None else encoded(np.packbits(self.known.numpy()))
-        return {"original": encoded(self.pixels.numpy()), "known": known, "strength": self.strength}
-
-    @classmethod
-    def from_record(cls, record: dict[str, Any], cfg: Config) -> "Original | None":
-        """The original that a PNG's text chunks record; None if there is none. Raises LookupError,
-        TypeError or ValueError for what `record` does not write."""
-        if "original" not in record:
-            return None
-        side = cfg.img_size
-        pixels = decoded(record["original"]).reshape(cfg.img_channels, side, side)
-        known = None
-        if record["known"] is not None:
-            bits = np.unpackbits(decoded(record["known"]), count=side**2)
-            known = torch.from_numpy(bits.astype(bool).reshape(side, side))
-        return cls(torch.from_numpy(pixels), known, checked_strength(record["strength"]))
+def from_record(record: dict[str, Any], cfg: Config) -> Start:
+    """What a PNG's text chunks say of its start. Raises LookupError, TypeError or ValueError for
+    what `record` does not write."""
+    if "original" not in record:
+        return FROM_NOISE
+    side = cfg.img_size
+    pixels = torch.from_numpy(decoded(record["original"]).reshape(cfg.img_channels, side, side))
+    known = None
+    if record["known"] is not None:
+        bits = np.unpackbits(decoded(record["known"]), count=side**2)
+        known = torch.from_numpy(bits.astype(bool).reshape(side, side))
+    return Start(to_model_range(pixels), known, checked_strength(record["strength"]))
 
 
 def encoded(array: np.ndarray) -> str:
@@ -72,25 +61,29 @@ def strength_of(args: Namespace) -> float:
     return checked_strength(args.strength) if args.edit else 1.0
 
 
-def from_flags(args: Namespace, cfg: Config) -> Original | None:
+def from_flags(args: Namespace, cfg: Config) -> Start:
     """What --complete and --edit, with the flags that belong to them, ask for. Raises ValueError
     for a picture that cannot be read, or a mask that leaves nothing to keep or to draw."""
     if args.edit:
         if cfg.is_student:
             raise ValueError("--edit needs a model that is not a student; try --model pretrained")
-        return Original(read(args.edit, cfg), strength=strength_of(args))
+        return Start(to_model_range(read(args.edit, cfg)), strength=strength_of(args))
     if args.complete is None:
-        return None
+        return FROM_NOISE
     if args.mask:
         known = read(args.mask, cfg).float().mean(dim=0) > 127
         if known.all() or not known.any():
             raise ValueError(f"{args.mask}: needs white pixels, to keep, and black ones, to draw")
     else:
-        half, known = cfg.img_size // 2, torch.zeros(cfg.img_size, cfg.img_size, dtype=torch.bool)
-        rows = {"top": slice(half), "bottom": slice(half, None)}.get(args.keep, slice(None))
-        columns = {"left": slice(half), "right": slice(half, None)}.get(args.keep, slice(None))
-        known[rows, columns] = True
-    return Original(read(args.complete, cfg), known)
+        known = half_of(cfg.img_size, args.keep)
+    return Start(to_model_range(read(args.complete, cfg)), known)
+
+
+def half_of(side: int, keep: str) -> Tensor:
+    """The mask, bool (side, side), of the half that one of KEEP names."""
+    first = torch.arange(side) < side // 2
+    half = first if keep in ("top", "left") else ~first
+    return (half if keep in ("left", "right") else half[:, None]).expand(side, side)
 
 
 def read(path: Path, cfg: Config) -> Tensor:

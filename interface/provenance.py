@@ -14,8 +14,8 @@ from PIL import Image
 
 from checkpoint import LoadedModel, load_model
 from config import Config
+from interface import original
 from interface.models import model_with_hash
-from interface.original import Original
 from interface.picture import encode_png
 from interface.requests import Request, free_name
 from interface.settings import settings_for_drawing
@@ -35,7 +35,7 @@ def record(loaded: LoadedModel, request: Request) -> dict[str, Any]:
         what["labels"] = "exact"  # older versions drew them at random
     how = {"version": VERSION} | request.cfg.select("sampling", "picture")
     how["precision"] = pick_precision(request.cfg.precision, loaded.device)  # not "auto"
-    start = request.original.record() if request.original else {}
+    start = original.record(request.start)
     if request.row_names:
         start["row names"] = True
     where = made_with(loaded.device) + (COMPILED if request.cfg.compile else "")
@@ -47,8 +47,10 @@ def save(grid: Image.Image, loaded: LoadedModel, request: Request) -> None:
     """Write a request's grid as a PNG with its record. Raises ValueError, and writes nothing, if it
     should reproduce a picture but differs."""
     encoded, may_replace = encode_png(grid, record(loaded, request)), request.if_taken == "replace"
-    if request.reproduces:
-        check_same(request.reproduces, encoded, request.output, loaded.device)
+    if (picture := request.reproduces) and encoded != picture.read_bytes():
+        said, here = shortened(read(picture).get("made with")), made_with(loaded.device)
+        differ = f"the bytes differ from those of {picture}, made with {said}; here: {here}"
+        raise ValueError(f"{request.output}: not written: {differ}")
     while True:
         try:
             with atomic_write(request.output, replace=may_replace) as file:
@@ -97,9 +99,9 @@ def request_from_picture(
         provenance = {"precision": "float32", "match_levels": False} | provenance
         known = {name: provenance[name] for name in Config.names("sampling", "picture")}
         cfg = settings_for_drawing(trained, given, known)
-        start = Original.from_record(provenance, cfg)
+        start = original.from_record(provenance, cfg)
         what = provenance["digits"], provenance["count"]
-        return Request(*what, cfg, picture, original=start, reproduces=picture, recorded=recorded)
+        return Request(*what, cfg, picture, start=start, reproduces=picture, recorded=recorded)
     except (LookupError, TypeError, ValueError):
         if (version := provenance.get("version", VERSION)) != VERSION:
             other = f"its record has version {shortened(version)}, not {VERSION}"
@@ -138,11 +140,3 @@ def request_again(
     if request.output.exists() and request.output.samefile(picture):
         raise ValueError(f"output = '{output}': this is the picture itself; choose another name")
     return loaded, request
-
-
-def check_same(picture: Path, made_here: bytes, output: Path, device: torch.device) -> None:
-    """Raise ValueError unless these bytes, meant for `output`, are those of a picture."""
-    if made_here != picture.read_bytes():
-        said = shortened(read(picture).get("made with"))
-        differ = f"the bytes differ from those of {picture}, made with {said}"
-        raise ValueError(f"{output}: not written: {differ}; here: {made_with(device)}")

@@ -14,7 +14,6 @@ from torch import Tensor
 from checkpoint import LoadedModel
 from config import Config
 from interface import original
-from interface.original import Original
 from interface.picture import ANIMATIONS, ENDINGS, MAX_FRAMES, OPENED_PIXELS, most_images
 from interface.settings import check_effects, check_guidance, is_guided
 from interface.terminal import ask, log, whole_number
@@ -64,7 +63,7 @@ class Request:
     cfg: Config
     output: Path
     if_taken: str = "replace"  # if `output` exists: "replace", "renumber" or "refuse"
-    original: Original | None = None  # the picture to complete or to edit
+    start: Start = FROM_NOISE  # with the picture to complete or to edit, if there is one
     reproduces: Path | None = None  # the picture that is drawn again
     recorded: Collection[str] | None = None  # the names in a PNG that is drawn again
 
@@ -75,7 +74,7 @@ class Request:
         if mnist and names != list("0123456789"):
             raise ValueError("digits = 'mnist': this model was not trained on MNIST; use all")
         each = 1 if mnist else len(labels_named(self.digits, names))  # images of a variant
-        if self.original and each != 1:
+        if self.start.x_0 is not None and each != 1:
             raise ValueError(f"digits = {shortened(self.digits)}: name the one label to draw")
         if type(self.count) is not int or self.count < 1:
             raise ValueError(f"count = {shortened(self.count)}: must be a whole number, at least 1")
@@ -97,15 +96,11 @@ class Request:
     @property
     def how(self) -> str:
         """The settings that matter most, in words."""
-        cfg, strength = self.cfg, self.original.strength if self.original else 1.0
+        cfg = self.cfg
         eta = "" if cfg.sampler == "ddpm" else f", eta {cfg.eta:g}"
-        acts = cfg.guidance == 1 or is_guided(cfg, strength)
+        acts = cfg.guidance == 1 or is_guided(cfg, self.start.strength)
         guidance = f"guidance {cfg.guidance:g}" + ("" if acts else " (at no time)")
         return f"{cfg.sampler}{eta}, {counted(cfg.steps, 'step')}, {guidance}, seed {cfg.seed}"
-
-    def start(self, device: torch.device) -> Start:
-        """What drawing begins with."""
-        return self.original.start(device) if self.original else FROM_NOISE
 
     @property
     def row_names(self) -> list[str]:

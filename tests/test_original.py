@@ -9,10 +9,11 @@ from conftest import REPO, assert_one_line
 from PIL import Image
 
 from config import Config
-from data import load_split, to_model_range
-from interface.original import Original
+from data import load_split, to_model_range, to_uint8
+from interface import original
 from interface.picture import image_grid, without_frame
 from interface.provenance import read
+from pipeline import FROM_NOISE, Start
 from system.randomness import seeded_generator
 
 MODEL = {"model": REPO / "results" / "models" / "pretrained.pth", "device": "cpu", "count": 4}
@@ -95,12 +96,13 @@ def test_it_can_be_drawn_again_without_the_original_file(run, tmp_path, seven, k
 def test_a_record_holds_the_original():
     known = torch.rand(28, 28, generator=seeded_generator(1)) > 0.5
     pixels = torch.randint(0, 256, (1, 28, 28), dtype=torch.uint8, generator=seeded_generator(2))
-    again = Original.from_record(Original(pixels, known, 0.3).record(), Config())
-    assert torch.equal(again.pixels, pixels)
+    start = Start(to_model_range(pixels), known, 0.3)
+    again = original.from_record(original.record(start), Config())
+    assert torch.equal(again.x_0, start.x_0)
     assert torch.equal(again.known, known)
     assert again.strength == 0.3
-    assert Original.from_record({}, Config()) is None
-    assert to_model_range(again.pixels).abs().max() <= 1
+    assert original.from_record({}, Config()) == FROM_NOISE
+    assert again.x_0.abs().max() <= 1
 
 
 def test_a_picture_that_generate_drew_is_taken_without_its_frame(run, tmp_path, seven):
@@ -110,8 +112,8 @@ def test_a_picture_that_generate_drew_is_taken_without_its_frame(run, tmp_path, 
     for begin in ({"complete": framed}, {"edit": framed}):
         out = tmp_path / "again.png"
         assert run("generate.py", **one, digits=7, **begin, output=out).code == 0
-        start = Original.from_record(read(out), Config())
-        assert np.array_equal(start.pixels[0], np.asarray(Image.open(framed))[2:30, 2:30])
+        start = original.from_record(read(out), Config())
+        assert np.array_equal(to_uint8(start.x_0)[0], np.asarray(Image.open(framed))[2:30, 2:30])
     assert run("generate.py", **MODEL, digits=7, output=grid).code == 0
     assert run("generate.py", **one, digits=26, output=tmp_path / "grid.png").code == 0
     for begin in ({"complete": grid}, {"complete": framed, "mask": grid}, {"edit": grid}):
