@@ -109,7 +109,7 @@ def save(path: Path, cfg: Config, state: TrainState) -> None:
         "model": state.model.state_dict(),
         "ema": state.ema.state_dict(),
         "guide": state.guide.state_dict() if state.guide else None,
-        "levels": state.levels and state.levels.to_dict(),
+        "levels": state.levels and asdict(state.levels),
         "optimizers": [each.state_dict() for each in state.optimizers],
         "metrics": {"totals": state.totals.tolist(), "seconds": state.epoch_seconds},
         "data": state.data,

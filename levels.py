@@ -6,7 +6,7 @@ in 28 %, 252 in 21 %, 255 in 5 %; in what is drawn it varies. An eye does not no
 classifier does.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -102,14 +102,10 @@ class GreyLevels:
         levels = curves[white].gather(1, _codes(x.nan_to_num()).flatten(1))  # (B, C·H·W)
         return torch.where(x.isnan(), x, levels.view(x.shape).to(x.dtype) / 127.5 - 1)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Tensors, for a checkpoint."""
-        return asdict(self)
-
     @classmethod
     def from_dict(cls, tensors: dict[str, Any] | None) -> "GreyLevels | None":
-        """The inverse of to_dict; None for None, as in checkpoints of older versions. Raises
-        ValueError for tensors that are not such curves."""
+        """The curves of a checkpoint; None for None, as in older ones. Raises ValueError for
+        tensors that are not such curves."""
         return cls(**tensors) if tensors else None
 
 

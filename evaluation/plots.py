@@ -1,11 +1,9 @@
 """The plots: training curves, and quality against network calls."""
 
-import functools
 import gc
 import itertools
 import math
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,30 +16,17 @@ from matplotlib.ticker import LogLocator
 from evaluation.results import settings_used
 from system.files import atomic_write
 
+gc.freeze()  # all that is imported, so that `save` has a hundredth to look through
+
 
 def save(figure: Figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
+    # Earlier figures are full of cycles, which left to themselves take 40 MB in a long run
+    gc.collect()
     with atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=110)
 
 
-def frees_memory(plot: Callable[..., None]) -> Callable[..., None]:
-    """Make a function free all that it made: figures are full of cycles, which left to themselves
-    take 40 MB in a long run."""
-
-    @functools.wraps(plot)
-    def plot_and_free(*args: Any) -> None:
-        gc.freeze()  # whatever is older, so that collecting takes a hundredth of the time
-        try:
-            plot(*args)
-        finally:
-            gc.collect()
-            gc.unfreeze()
-
-    return plot_and_free
-
-
-@frees_memory
 def plot_training(rows: list[dict[str, Any]], path: Path) -> None:
     """Plot loss, learning rate and images per second of metrics.csv over the optimizer steps."""
     steps = [int(row["step"]) for row in rows]
@@ -61,7 +46,6 @@ def plot_training(rows: list[dict[str, Any]], path: Path) -> None:
     save(figure, path)
 
 
-@frees_memory
 def plot_sweep(results: list[dict[str, Any]], best: list[bool], path: Path) -> None:
     """Plot quality against network calls, a line for each choice of the other settings."""
     figure = Figure(figsize=(7, 4.5))

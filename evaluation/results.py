@@ -18,7 +18,7 @@ from tqdm import tqdm
 from checkpoint import LoadedModel
 from config import Config
 from evaluation.metrics import GREY_EDGES
-from system.files import atomic_write
+from system.files import atomic_write, free_path
 from system.machine import pick_precision
 
 Result = dict[str, Any]
@@ -50,18 +50,13 @@ SWEEP_ROW = (
 )
 
 
-def percent(share: float | None) -> str:
-    """A share as text, blank for None."""
-    return "" if share is None else f"{share:.2%}"
-
-
 def label_rows(names: list[str]) -> Iterator[tuple[str, Callable[[Result], str]]]:
     """The rows on how labels were read: each label by itself unless there are many."""
     yield "label agreement", lambda m: f"{m['agreement']:.2%}"
     digits = list(map(str, range(len(names))))
     for i, name in enumerate(names[:MOST_LABELS]):
         title = f"  digit {name}" if names == digits else f"  {name}"
-        yield title, lambda m, i=i: percent(m["by_digit"][i])
+        yield title, lambda m, i=i: "" if (x := m["by_digit"][i]) is None else f"{x:.2%}"
     confusion = "{} as {}: {}".format
     yield (
         "  confusions",
@@ -178,8 +173,6 @@ def _keep_other(file: Path, result: Result) -> None:
     compared, here = ([str(x.get(k, "")) for k in JUDGED_BY] for x in (known, result))
     if compared != here or any(k in known and k not in result for k in ("cas", "c2st")):
         by = "-".join(value[:8] for value in compared if value)
-        kept = file.with_name(f"{file.stem[:200]}-by-{by or 'unknown'}.json")
-        while kept.exists():
-            kept = kept.with_stem(f"{kept.stem}_")
+        kept = free_path(file.with_name(f"{file.stem[:200]}-by-{by or 'unknown'}.json"))
         shutil.copy2(file, kept)
         tqdm.write(f"an earlier result is kept in {kept}")

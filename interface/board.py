@@ -13,15 +13,6 @@ from system.files import optional
 FIGURES = ("loss", "validation_loss", "learning_rate", "grad_norm", "images_per_second")
 
 
-usual = threading.excepthook
-
-
-def quietly(fault: threading.ExceptHookArgs) -> None:
-    """Leave out the traceback of a failed write, which is also raised where a Board is used."""
-    if type(fault.thread).__name__ != "_AsyncWriterThread":
-        usual(fault)
-
-
 class Board:
     """The event files of one run, in output_dir/tensorboard."""
 
@@ -30,9 +21,13 @@ class Board:
         the package is missing."""
         folder = Path(cfg.output_dir, "tensorboard")
         self.writer = optional("torch.utils.tensorboard").SummaryWriter(folder, purge_step=step + 1)
-        if threading.excepthook is not quietly:
-            global usual
-            usual, threading.excepthook = threading.excepthook, quietly
+        usual = threading.excepthook
+
+        def quietly(fault: threading.ExceptHookArgs) -> None:
+            if type(fault.thread).__name__ != "_AsyncWriterThread":  # raised where it is used, too
+                usual(fault)
+
+        threading.excepthook = quietly
         rows = "\n".join(f"| {name} | {value} |" for name, value in cfg.to_dict().items())
         self.writer.add_text("settings", f"| setting | value |\n| --- | --- |\n{rows}", step)
         print(f"tensorboard --logdir {folder} shows this run")

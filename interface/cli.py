@@ -186,10 +186,9 @@ def exit_code(name: str, main: Callable[[], int], errors: TextIO) -> int:
         if stop.code and distributed.rank() > 0:
             time.sleep(1)  # torchrun ends all processes when one ends: let the first speak
         return stop.code if isinstance(stop.code, int) else int(bool(stop.code))
-    except KeyboardInterrupt as interrupt:
-        error, line, code = interrupt, "stopped", 130
-    except Exception as exception:
-        error = exception
+    except KeyboardInterrupt:
+        line, code = "stopped", 130
+    except Exception as error:
         if os.environ.get("TRACEBACK"):
             raise
         kind, line, code = type(error).__name__, first_line(error), 2

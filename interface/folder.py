@@ -20,7 +20,7 @@ import checkpoint
 from checkpoint import Progress
 from interface.models import list_checkpoints, skipped_line
 from system import distributed
-from system.files import atomic_write, cannot_write, first_line, make_folder, printable
+from system.files import atomic_write, cannot_write, first_line, free_path, make_folder, printable
 
 CHECKPOINTS = "model_epoch_*.pth"
 VALIDATION = "validation_loss"  # which older versions did not measure
@@ -88,10 +88,7 @@ def spare_folder(output_dir: str) -> str:
     out = Path(output_dir)
     name = f"{out.name}_{time.strftime('%Y-%m-%d_%H%M%S')}"
     parents = [p for p in (out.parent, Path(tempfile.gettempdir())) if os.access(p, os.W_OK)]
-    folder = (parents or [out.parent])[0] / name
-    while folder.exists():
-        folder = folder.with_name(folder.name + "_")
-    return str(folder)
+    return str(free_path((parents or [out.parent])[0] / name))
 
 
 def _identity(out: Path) -> tuple[int, int] | None:
@@ -128,14 +125,10 @@ def curves_are_old(output_dir: str) -> bool:
 
 def leftovers(output_dir: str) -> list[Path]:
     """Temporary files of a run that was killed."""
-    kinds = {"models": ("model_epoch_", "file"), ".": ("metrics",)}
-    kinds["images"] = ("samples_epoch_", "training.png", "file")
-    return [
-        path
-        for folder, names in kinds.items()
-        for name in names
-        for path in Path(output_dir, folder).glob(f".{name}*.partial")
-    ]
+    kinds = "models/.model_epoch_ models/.file images/.samples_epoch_ images/.training.png"
+    kinds += " images/.file .metrics"
+    out = Path(output_dir)
+    return [path for kind in kinds.split() for path in out.glob(f"{kind}*.partial")]
 
 
 def is_complete(output_dir: str) -> bool:
@@ -146,10 +139,8 @@ def is_complete(output_dir: str) -> bool:
 def newest_of_run(models: Path) -> Path | None:
     """The newest whole checkpoint of the run in a folder, or else the newest reduced one, or None.
     Says why it skips others. Raises ValueError if none can be read."""
-    listed = [path for path, _ in list_checkpoints(models, CHECKPOINTS)]
-    unreadable = [path for path in models.glob(CHECKPOINTS) if path not in listed]
-    paths, reduced = [*unreadable, *reversed(listed)], None
-    for path in paths:
+    reduced = None
+    for path, _ in reversed(list_checkpoints(models, CHECKPOINTS, complain=print)):
         try:
             if "model" in checkpoint.load(path):
                 return path
@@ -157,7 +148,7 @@ def newest_of_run(models: Path) -> Path | None:
             reduced = reduced or path
         except ValueError as error:
             print(skipped_line(error))
-    if paths and not reduced:
+    if not reduced and any(models.glob(CHECKPOINTS)):
         raise ValueError(f"{models}: none of its checkpoints can be read; move them elsewhere")
     return reduced
 
@@ -247,9 +238,7 @@ def set_aside(earlier: Path, moved: list[Path], copied: list[Path]) -> None:
     copies, moves = ([path for path in paths if path.exists()] for paths in (copied, moved))
     if not copies and not moves:
         return
-    folder = earlier / time.strftime("%Y-%m-%d_%H%M%S")
-    while folder.exists():
-        folder = folder.with_name(folder.name + "_")
+    folder = free_path(earlier / time.strftime("%Y-%m-%d_%H%M%S"))
     folder.mkdir(parents=True)
     done: list[Path] = []
     try:

@@ -92,12 +92,9 @@ def arrange(images: Tensor, digits: str, count: int) -> tuple[Tensor, int]:
     return torch.cat(list(variants.unbind(1)), dim=-1), columns
 
 
-def save_png(
-    grid: Image.Image, path: Path, provenance: Mapping[str, Any] = {}, *, replace: bool = True
-) -> None:
-    """Write a PNG with a text chunk, in JSON, for each entry of `provenance`. Raises what
-    atomic_write raises."""
-    with atomic_write(path, replace=replace) as file:
+def save_png(grid: Image.Image, path: Path, provenance: Mapping[str, Any] = {}) -> None:
+    """Write a PNG with a text chunk, in JSON, for each entry of `provenance`. Raises ValueError."""
+    with atomic_write(path) as file:
         file.write(encode_png(grid, provenance))
 
 

@@ -88,6 +88,13 @@ def make_folder(path: Path) -> None:
         raise ValueError(f"{path}: {cannot_write(error)}") from None
 
 
+def free_path(path: Path) -> Path:
+    """`path`, or if it is taken, with as many _ at the end of its name as it takes."""
+    while path.exists():
+        path = path.with_stem(f"{path.stem}_")
+    return path
+
+
 def cannot_write(error: OSError) -> str:
     """Why a file cannot be written, and what to do about it."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -234,25 +241,20 @@ def download(path: Path) -> None:
     raise ValueError(f"{path}: missing, and cannot be downloaded ({reason}); {remedy}")
 
 
-def optional(name: str) -> ModuleType:
+def optional(name: str, remedy: str = "pip install -r requirement-extra.txt") -> ModuleType:
     """A module that only some features need. Raises ValueError if it is missing or broken."""
     try:
         return importlib.import_module(name)
     except Exception as error:  # with unmet dependencies it can raise anything
         reason = f"{name} cannot be imported ({first_line(error)})"
-        raise ValueError(f"{reason}; pip install -r requirement-extra.txt") from None
+        raise ValueError(f"{reason}; {remedy}") from None
 
 
 def from_torchvision(name: str) -> ModuleType:
     """A module of torchvision, which takes a second to import. Raises ValueError if it is missing
     or was built for another torch."""
-    try:
-        return importlib.import_module(f"torchvision.{name}")
-    except (ImportError, RuntimeError) as error:
-        reason = f"torchvision cannot be imported with torch {torch.__version__}"
-        reason += f" ({first_line(error)})"
-        remedy = "install both from one source: pip install --force-reinstall torch torchvision"
-        raise ValueError(f"{reason}; {remedy}") from None
+    remedy = "install both from one source: pip install --force-reinstall torch torchvision"
+    return optional(f"torchvision.{name}", remedy)
 
 
 def sha256(path: Path) -> str:
