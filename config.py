@@ -1,7 +1,7 @@
 """Every setting of the program: its default, its help and its limits. Standard library only.
 
 Edit a default here or pass the flag of the same name; both are checked. A trained model keeps its
-own values unless a flag changes them.
+own values, except of `machine` and `picture`, unless a flag changes them.
 """
 
 from dataclasses import asdict, dataclass, field, fields
@@ -32,7 +32,7 @@ training = partial(setting, group="training")
 denoising = partial(training, not_in_students=True)  # of the denoising loss, which students lack
 length = partial(setting, group="length")  # how long a run is
 sampling = partial(setting, group="sampling")  # how a model draws: in its checkpoint and PNGs
-picture = partial(setting, group="picture")  # of one drawing or run: in its PNG, not in the model
+picture = partial(setting, group="picture")  # of one drawing (in its PNG) or of one run
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Config:
     loss_weighting: str = training(
         "snr_power", "how the loss weights timesteps", choices=("uniform", "min_snr", "snr_power")
     )
-    snr_power: float = training(0.25, "p: weight of x_0's error, snr^p (of snr_power)", ge=0, le=1)
+    snr_power: float = training(0.25, "p of snr_power's weight of x_0's error, snr^p", ge=0, le=1)
     min_snr_gamma: float = training(5.0, "min_snr: largest weight of x_0's error", gt=0)
     timestep_power: float = denoising(0.7, "p of t = T * u^p, u uniform (p < 1: more noise)", gt=0)
     unsquared_snr: float = training(10.0, "pseudo-Huber loss above this snr (0: nowhere)", ge=0)
@@ -91,7 +91,7 @@ class Config:
     ema_sigma_rel: float = training(
         0.1, "width of the EMA of the weights, as a fraction of the steps so far", ge=1e-6, le=0.28
     )
-    guide_fraction: float = model(0.1, "guide's share of a run (0: no guide)", ge=0, le=0.5)
+    guide_fraction: float = model(0.1, "first part of a run, for the guide (0: none)", ge=0, le=0.5)
     guide_label_noise: float = denoising(0.3, "share of random labels for the guide", ge=0, le=1)
     teacher: str = student("", "train a student of this model: path, name, number or newest")
     student_steps: int = student(4, "network calls of a student per image", ge=1, le=8)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -130,17 +131,24 @@ def measure(
     measured, pairs = evaluator.measure(images, labels)
     result |= measured
     pictures = {"nearest.png": image_grid(pairs, columns=4)}
+    # Ctrl-C may end these two, whose networks train for minutes: write what there is before each
+    if args.cas:
+        write(result, pictures, file, must=False)
+        result["cas"] = evaluator.accuracy_score(images, labels)
+    if args.c2st:
+        write(result, pictures, file, must=False)
+        result["c2st"], most_obvious = evaluator.two_sample_test(images)
+        pictures["two_sample.png"] = image_grid(most_obvious, columns=10)
+    if not args.sweep:
+        print(results.table(result))
+    write(result, pictures, file, must=not args.sweep)  # a sweep's table comes at its end
+    return result
+
+
+def write(result: Result, pictures: dict[str, Image.Image], file: Path, must: bool) -> None:
+    """Write a result and its pictures. If that fails, raise what it raises if it `must` succeed,
+    and otherwise only say so."""
     try:
-        # Ctrl-C may end these two, whose networks train for minutes: keep what there is before each
-        if args.cas:
-            results.write_result(file, result)
-            result["cas"] = evaluator.accuracy_score(images, labels)
-        if args.c2st:
-            results.write_result(file, result)
-            result["c2st"], most_obvious = evaluator.two_sample_test(images)
-            pictures["two_sample.png"] = image_grid(most_obvious, columns=10)
-        if not args.sweep:
-            print(results.table(result))
         results.write_result(file, result)
         tqdm.write(f"wrote {file}")
         for name, grid in pictures.items():
@@ -148,10 +156,9 @@ def measure(
             save_png(grid, picture)
             tqdm.write(f"wrote {picture}")
     except (OSError, ValueError) as error:
-        if not args.sweep:  # a sweep goes on: its table comes at the end
+        if must:
             raise
         tqdm.write(first_line(error), file=sys.stderr)
-    return result
 
 
 def parse_sweep(words: list[str]) -> list[dict[str, Any]]:
@@ -170,6 +177,13 @@ def parse_sweep(words: list[str]) -> list[dict[str, Any]]:
                 f"sweep = {word!r}: write NAME=A,B, each NAME once, of {', '.join(names)}"
             ) from None
     return [dict(zip(values, each, strict=True)) for each in itertools.product(*values.values())]
+
+
+def as_drawn(cfg: Config) -> Config:
+    """The settings without differences that no image shows: in ddpm's eta, and in the interval of a
+    guidance that is the same at every time."""
+    cfg = replace(cfg, eta=1.0) if cfg.sampler == "ddpm" else cfg
+    return replace(cfg, guidance_low=0.0, guidance_high=1.0) if cfg.guidance in (0, 1) else cfg
 
 
 def sweep(
@@ -247,10 +261,10 @@ def evaluate_chosen_model(
     if args.samples > real:
         raise ValueError(f"samples = {args.samples}: choose at most {real} (the smaller split)")
     if args.sweep:
-        alike = {
-            replace(each, eta=1.0) if each.sampler == "ddpm" else each: each for each in configs
-        }
-        sweep(evaluator, loaded, list(alike.values()), args)  # ddpm ignores eta
+        different: dict[Config, Config] = {}
+        for each in configs:
+            different.setdefault(as_drawn(each), each)
+        sweep(evaluator, loaded, list(different.values()), args)
     else:
         evaluate_model(evaluator, loaded, cfg, args)
 

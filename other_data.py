@@ -137,8 +137,8 @@ def read_folder(cfg: Config, train: bool, *, quiet: bool = False) -> tuple[Tenso
     if train and 0 in seen:
         empty = Path(cfg.data_dir, class_names(cfg)[seen.index(0)])
         remedy = "add some, or choose another --data_dir"
-        if any(path.is_dir() for path in empty.iterdir()):
-            remedy = f"if its folders are labels, give --data_dir {empty}"
+        if any(path.is_dir() and path.name[0] != "." for path in empty.iterdir()):
+            remedy = "move those of its folders up, or give the --data_dir whose folders are labels"
         raise ValueError(f"{empty}: no .png or .jpg that can be read; {remedy}")
     if not images:
         print(f"{cfg.data_dir}: too few pictures to set any aside; testing on training ones")

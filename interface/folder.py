@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from tqdm import tqdm
 
 import checkpoint
 from checkpoint import Progress
@@ -197,7 +198,7 @@ def what_to_set_aside(
         return [*files, metrics, curves, out / "tensorboard"], [], []
     listed = list_checkpoints(models, CHECKPOINTS)
     # What to keep, as "epoch_5" of model_epoch_5.pth and samples_epoch_5.png
-    names = {path.stem.partition("_")[2] for path, now in listed if not is_after(now, progress)}
+    names = {path.stem.partition("_")[2] for path, now in listed if now.step <= progress.step}
     moved = [path for path in files if path.stem.partition("_")[2] not in names]
     copied = [rewritten] if rewritten and rewritten not in moved else []
     try:
@@ -214,12 +215,6 @@ def what_to_set_aside(
     elif is_edited:  # by hand, say with a column of notes, or by an older version
         copied = [metrics]
     return moved, copied, kept_rows
-
-
-def is_after(now: Progress, start: Progress) -> bool:
-    """Whether a checkpoint comes after `start`: in steps, or if it was copied here from a run with
-    larger batches, in epochs."""
-    return now.step > start.step or (now.epoch, now.images) > (start.epoch, start.images)
 
 
 def is_in(start: Path, models: Path) -> bool:
@@ -259,7 +254,7 @@ def set_aside(earlier: Path, moved: list[Path], copied: list[Path]) -> None:
         full = error.errno == errno.ENOSPC
         where = str(folder) if full else error.filename
         raise OSError(error.errno, error.strerror, where) from None
-    print(f"what this run would overwrite is kept in {folder}")
+    tqdm.write(f"what this run would overwrite is kept in {folder}")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -101,7 +101,7 @@ def read(path: Path, cfg: Config) -> Tensor:
         pixels = to_pixels(inside or image, cfg)
     except Exception as error:  # a damaged file can make Pillow raise anything
         fault = f"cannot be read as a picture ({first_line(error)})"
-        raise ValueError(f"{path}: {fault}; save it as .png or .jpg") from None
+        raise ValueError(f"{path}: {fault}; save it anew as .png or .jpg") from None
     if is_drawn and not inside and not is_tile:
         raise ValueError(f"{path}: holds several images; draw one with --digits 7 --count 1")
     return pixels

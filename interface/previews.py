@@ -53,13 +53,13 @@ def draw_preview(run: Run, state: TrainState, cfg: Config | None = None) -> None
 
 @distributed.first_only
 def draw_missing_previews(run: Run) -> None:
-    """Draw the grids that a kill or a full disk prevented, from their checkpoints, whose settings
-    may differ from the run's: one can have been copied here from another run."""
+    """Draw the grids that a kill or a full disk prevented, from their checkpoints, with their
+    settings: one can have been copied here from another run."""
     for path, grid in folder.without_grid(run.cfg.output_dir):
         if not run.signals:
             with run.side_output(grid):
                 theirs = Config.from_dict(checkpoint.load(path, only_look=True)["config"])
-                cfg = replace(theirs, **run.cfg.select("machine", "picture"))
+                cfg = replace(theirs, **run.cfg.select("machine"))
                 state = TrainState.initial(cfg, run.state.totals.device)
                 checkpoint.restore(path, state)
                 draw_preview(run, state, cfg)

@@ -16,7 +16,7 @@ from config import Config
 from interface import original
 from interface.picture import ANIMATIONS, ENDINGS, MAX_FRAMES, OPENED_PIXELS, most_images
 from interface.settings import check_effects, check_guidance, is_guided
-from interface.terminal import ask, log, whole_number
+from interface.terminal import ask, log, quit_words, whole_number
 from pipeline import FROM_NOISE, Start
 from system.files import check_writable, make_folder
 from system.randomness import draw_labels
@@ -219,7 +219,7 @@ def requests_from_answers(cfg: Config, seed: int | None, loaded: LoadedModel) ->
     if cfg.class_names:
         some = ", ".join(names[:20]) + (" …" if len(names) > 20 else "")
         question = f"What to draw: {some}, several with commas, or all"
-    log(f"? for help, {'quit' if 'q' in names else 'q'} to quit.")
+    log(("" if "?" in names else "? for help, ") + f"{quit_words(names)[0]} to quit.")
     while True:
         digits = ask(question, None, digits_or_all, names)
         most = most_images(cfg.img_size) // len(labels_named(digits, names))

@@ -48,7 +48,12 @@ def help_on(names: Sequence[str]) -> str:
     shown = {"one": one, "some": some, "all": "all", "question": "?"}
     width = max(map(len, shown.values()))
     padded = {key: f"{text:<{width}}" for key, text in shown.items()}
-    return HELP.format(**padded, end="quit" if "q" in names else "q or quit")
+    return HELP.format(**padded, end=" or ".join(quit_words(names)))
+
+
+def quit_words(names: Sequence[str]) -> list[str]:
+    """What ends a session where these labels can be drawn."""
+    return [word for word in ("q", "quit") if word not in names] or ["Ctrl-D"]
 
 
 def ask(
@@ -58,8 +63,10 @@ def ask(
     names: Sequence[str] = tuple("0123456789"),
 ) -> Any:
     """Ask until `parse` accepts the answer; Enter takes the default, and ? shows what can be drawn:
-    `names`. Raises EOFError for "q" or "quit", unless that is one of them."""
+    `names`. Raises EOFError for "q" or "quit". Without a default the answer is a label: if one of
+    them is called q, quit or ?, it can be drawn."""
     prompt = f"{question}: " if default is None else f"{question} [{default}]: "
+    labels = names if default is None else ()
     while True:
         if sys.stdin.isatty() and sys.stdout.isatty():  # input() prompts on stdout
             answer = input(prompt).strip()
@@ -71,9 +78,9 @@ def ask(
                 raise EOFError("no more answers on stdin; --digits draws without asking") from None
             except UnicodeDecodeError:
                 raise ValueError(f"answers on stdin must be in {sys.stdin.encoding}") from None
-        if answer.lower() in ("q", "quit") and answer not in names:
+        if answer.lower() in ("q", "quit") and answer not in labels:
             raise EOFError
-        if answer == "?" and answer not in names:
+        if answer == "?" and answer not in labels:
             log(help_on(names))
         elif not answer and default is not None:
             return default

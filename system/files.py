@@ -89,7 +89,7 @@ def make_folder(path: Path) -> None:
 
 
 def free_path(path: Path) -> Path:
-    """`path`, or if it is taken, with as many _ at the end of its name as it takes."""
+    """`path`, or if it is taken, with as many _ at the end of its stem as it takes."""
     while path.exists():
         path = path.with_stem(f"{path.stem}_")
     return path

@@ -201,12 +201,16 @@ def test_help_speaks_of_the_labels_that_there_are(names, words, monkeypatch, cap
     assert "{" not in shown
 
 
-def test_labels_called_q_and_question_mark_can_be_drawn(monkeypatch, capsys):
+def test_labels_called_q_quit_and_question_mark_can_be_drawn(monkeypatch, capsys):
     names = ["?", "q", "z"]
     for label in names[:2]:
         answers(monkeypatch, label)
         assert terminal.ask("What to draw", None, str, names) == label
-    assert "; quit ends;" in terminal.help_on(names)
-    answers(monkeypatch, "quit")
-    with pytest.raises(EOFError):
-        terminal.ask("What to draw", None, str, names)
+    answers(monkeypatch, "?", "3")  # no label is asked for here
+    assert terminal.ask("How many", 4, terminal.whole_number(16), names) == 3
+    assert "; quit ends;" in capsys.readouterr().err
+    for question in (("What to draw", None, str, names), ("How many", 4, str, ["quit"])):
+        answers(monkeypatch, "quit")
+        with pytest.raises(EOFError):
+            terminal.ask(*question)
+    assert terminal.quit_words(["q", "quit"]) == ["Ctrl-D"]
