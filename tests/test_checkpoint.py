@@ -18,6 +18,7 @@ from checkpoint import Progress, TrainState
 from config import Config
 from interface import provenance
 from interface.models import list_checkpoints
+from levels import GreyLevels
 from model import UNet
 
 CPU = torch.device("cpu")
@@ -317,4 +318,24 @@ def test_data_of_another_kind_are_no_checkpoint(tmp_path, data):
     checkpoint.save(path, CFG, trained_state())
     torch.save(checkpoint.load(path) | {"data": data}, path)
     with pytest.raises(ValueError, match=r"a\.pth: not a checkpoint"):
+        checkpoint.load(path)
+
+
+def test_grey_levels_come_back_and_are_checked(tmp_path):
+    cfg, path, cpu = (
+        Config(widths=(8, 8), embedding_size=8),
+        tmp_path / "a.pth",
+        torch.device("cpu"),
+    )
+    state, again = TrainState.initial(cfg, cpu), TrainState.initial(cfg, cpu)
+    curves = torch.randint(0, 256, (6, 2041), dtype=torch.uint8)
+    state.levels = GreyLevels(torch.ones(6) / 6, curves)
+    checkpoint.save(path, cfg, state)
+    checkpoint.restore(path, again)
+    for found in (again.levels, checkpoint.load_model(path, cpu).levels):
+        assert torch.equal(found.curves, curves)
+        assert torch.equal(found.share, state.levels.share)
+    wrong = {"share": torch.ones(6), "curves": torch.ones(6)}
+    torch.save(checkpoint.load(path) | {"levels": wrong}, path)
+    with pytest.raises(ValueError, match=r"a\.pth: its curves of grey levels"):
         checkpoint.load(path)

@@ -491,3 +491,10 @@ def test_guidance_acts_and_costs_only_within_its_interval(sampler):
     assert torch.equal(nowhere, plain)
     # A guidance of 0 ignores the label everywhere
     assert torch.equal(guided_path(0.0, 0.2, 0.8)[0], guided_path(0.0)[0])
+
+
+def test_sampling_times_are_rounded_and_an_edit_begins_at_its_own():
+    times = [1000, 923, 846, 769, 692, 615, 538, 462, 385, 308, 231, 154, 77, 0]
+    assert diffusion(steps=13).sampling_times() == times
+    assert diffusion().sampling_times(0.3456)[0] == 346
+    assert diffusion().sampling_times(1e-4) == [1, 0]

@@ -241,3 +241,56 @@ def test_examples_of_large_images_are_kept_within_bounds(monkeypatch):
         loss.loss(ExactStudent(loss.student), x_0, y, seeded_generator(number))
         assert sum(len(x_t) for x_t, *_ in loss.recent.values()) <= 40
     assert len(taught) == len(set(numbers)) == 20
+
+
+@pytest.mark.parametrize("clamps", [True, False])
+def test_a_student_forgives_what_its_sampler_clamps(clamps):
+    cfg = student_settings(Config(clip_x_0=clamps, clip_loss=not clamps), 2)
+    assert (cfg.clip_x_0, cfg.clip_loss) == (clamps, clamps)
+
+
+def test_a_student_has_its_teachers_labels():
+    own = {"dataset": "folder", "num_classes": 2, "class_names": "cat/dog", "preview_digits": "dog"}
+    cfg = student_settings(Config(**own), 2)
+    assert {name: getattr(cfg, name) for name in own} == own
+
+
+def gaussian_teacher(cfg: Config, guide: object = None) -> LoadedModel:
+    model = GaussianData(Diffusion(cfg))
+    return LoadedModel(Path("t"), cfg, model, guide, Progress(), torch.device("cpu"), "")
+
+
+def test_a_teacher_computes_in_its_students_precision():
+    cfg = Config(img_size=8, precision="float32")
+    student = replace(student_settings(cfg, 2), precision="bf16")
+    assert Distillation(student, gaussian_teacher(cfg)).teacher.cfg.precision == "bf16"
+
+
+def test_a_teacher_is_guided_by_its_guide():
+    cfg = Config(img_size=8, guidance=2.0, clip_x_0=False)
+    exact, calls = GaussianData(Diffusion(cfg)), []
+
+    def guide(x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        calls.append(len(x))
+        return exact(x, t, y)
+
+    loss = Distillation(student_settings(cfg, 4), gaussian_teacher(cfg, guide))
+    loss.goal(some_noise(3), torch.arange(3), *loss.segments[1])
+    assert calls
+
+
+def test_parts_of_a_batch_add_up_to_its_loss():
+    whole, parts = distillation(4), distillation(4)
+    y = torch.arange(64) % 10
+    x_0 = MEAN[y][:, None, None, None].float() + STD * some_noise(64).float()
+    exact = ExactStudent(whole.student)
+
+    def model(x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return exact(x, t, y) + 0.1 * y[:, None, None, None]
+
+    expected = whole.loss(model, x_0, y, seeded_generator(3))
+    found = sum(
+        (part.stop - part.start) / 64 * parts.loss(model, x_0, y, seeded_generator(3), part)
+        for part in (slice(0, 20), slice(20, 64))
+    )
+    torch.testing.assert_close(found, expected)

@@ -151,3 +151,17 @@ def test_a_folder_may_hold_a_folder_of_any_name(tmp_path):
     (tmp_path / "file").mkdir()
     make_folder(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_files_of_too_many_bytes_are_neither_written_nor_read(tmp_path, monkeypatch):
+    paths = tmp_path / "a.pth", tmp_path / "a.safetensors"
+    files.write_tensors(paths[0], {"a": torch.zeros(1000)})
+    files.write_safetensors(paths[1], {"a": {"b": torch.zeros(1000)}})
+    monkeypatch.setattr(files, "MAX_BYTES", 1000)
+    with pytest.raises(ValueError, match="it holds more than"):
+        files.read_tensors(paths[0], "a test")
+    with pytest.raises(ValueError, match="it holds more than"):
+        files.read_safetensors(paths[1])
+    with pytest.raises(ValueError, match=r"b\.pth: would hold more than"):
+        files.write_tensors(tmp_path / "b.pth", {"a": torch.zeros(1000)})
+    assert sorted(tmp_path.iterdir()) == list(paths)

@@ -6,11 +6,13 @@ import pytest
 import torch
 from conftest import TINY
 
+import levels
 from checkpoint import TrainState, load_model
 from config import Config
 from data import load_split, to_model_range, to_uint8
 from diffusion import Diffusion
 from levels import LIGHT, WHITES, GreyLevels
+from system.randomness import ImageNoise
 
 
 @pytest.fixture(scope="module")
@@ -135,3 +137,24 @@ def test_a_checkpoint_is_saved_even_if_levels_cannot_be_measured(run, tmp_path, 
     assert trained.code == 0, trained
     assert "grey levels not written: no memory for that" in trained.out + trained.err
     assert load_model(tmp_path / "models" / "model_epoch_1.pth", torch.device("cpu")).levels is None
+
+
+def test_levels_of_a_model_are_measured_on_training_images_drawn_again(monkeypatch):
+    monkeypatch.setattr(levels, "REDRAWN_PIXELS", 50 * 784)
+    cfg = Config(max_images=300, seed=3)
+    images, labels = load_split(cfg, train=True, device=torch.device("cpu"))
+    few, process, seen = images[:50], Diffusion(cfg), []
+    faint = to_model_range(few) * 0.8 - 0.2
+
+    def denoiser(x: torch.Tensor, t: int, y: torch.Tensor) -> torch.Tensor:
+        seen.append((x, t, y))
+        return faint
+
+    found = GreyLevels.of_model(process, denoiser, images, labels)
+    assert torch.equal(found.curves, GreyLevels.measure(images, few, faint).curves)
+    assert [t for _, t, _ in seen] == [231, 154, 77]  # from the first time of at least 200
+    x, t, y = seen[0]
+    noise = ImageNoise(3, range(50), (1, 28, 28)).draw()
+    noised = process.add_noise(to_model_range(few), torch.full((50,), t), noise)
+    torch.testing.assert_close(x, noised)
+    assert torch.equal(y, labels[:50])

@@ -118,3 +118,48 @@ def test_few_real_images_are_compared_in_small_subsets():
 def test_without_mistakes_there_are_no_confusions():
     labels = torch.arange(3).repeat(5)
     assert agreement_metrics(labels, labels, classes=3)["confusions"] == []
+
+
+def test_the_interval_is_as_wide_as_other_draws_are_spread():
+    reference = moments(gaussian(0, 1, count=20_000, seed=9))
+    others = [gaussian(0.3, 1, count=500, seed=seed) for seed in range(40)]
+    spread = np.std([frechet_distance(moments(each), reference) for each in others])
+    found = frechet_metrics(gaussian(0.3, 1, count=500), reference)
+    low, high = found["fd_interval"]
+    assert low < found["fd"] < high
+    assert 2.8 < (high - low) / spread < 5.2  # 3.9 for 95 % of a normal distribution
+
+
+def test_the_interval_is_around_the_distance_where_few_images_bias_it():
+    reference = moments(gaussian(0, 1, count=20_000, size=40, seed=9))
+    found = frechet_metrics(gaussian(0, 1, count=150, size=40), reference)
+    assert found["fd_interval"][0] < found["fd"] < found["fd_interval"][1]
+
+
+def test_precision_and_recall_reach_to_the_third_neighbour():
+    real, drawn = gaussian(0, 1, count=300, size=4), gaussian(0.5, 0.8, count=300, size=4, seed=1)
+
+    def covered(a: torch.Tensor, b: torch.Tensor) -> float:
+        radius = torch.cdist(b, b).kthvalue(4, dim=1).values  # the first is itself
+        return float((torch.cdist(a, b) <= radius).any(dim=1).float().mean())
+
+    found = feature_metrics(drawn, real)
+    assert found["precision"] == pytest.approx(covered(drawn, real), abs=0.004)
+    assert found["recall"] == pytest.approx(covered(real, drawn), abs=0.004)
+
+
+def test_far_sets_have_a_kid_that_hardly_varies():
+    far = feature_metrics(gaussian(6, 1, count=500, seed=1), gaussian(0, 1, count=500))
+    assert 0 < far["kid_std"] < 0.1 * far["kid"]
+
+
+def test_the_three_most_frequent_confusions_come_first():
+    answers = torch.tensor([1, 1, 1, 1, 2, 2, 2, 3, 3, 4])
+    found = agreement_metrics(answers, torch.zeros(10, dtype=torch.long))
+    assert found["confusions"] == [[0, 1, 4], [0, 2, 3], [0, 3, 2]]
+
+
+def test_grey_bands_include_their_first_level():
+    levels = torch.tensor([0, 1, 63, 64, 127, 128, 191, 192, 254, 255], dtype=torch.uint8)
+    found = pixel_metrics(levels.view(10, 1, 1, 1))["histogram"]
+    assert found == pytest.approx([0.1, 0.2, 0.2, 0.2, 0.2, 0.1])

@@ -3,7 +3,7 @@ import torch
 
 import model
 from config import Config
-from model import UNet, modulated_group_norm, timestep_features, without_weights
+from model import Attention, UNet, modulated_group_norm, timestep_features, without_weights
 
 TINY = {"widths": (8, 16), "embedding_size": 16}
 
@@ -155,3 +155,27 @@ def test_a_network_is_measured_before_there_is_memory_for_it(monkeypatch):
     largest = Config(img_size=256, patch_size=1, widths=(1024,) * 6, blocks=16, dense_size=8192)
     with pytest.raises(ValueError, match="parameters; at most 40,000,000"):
         without_weights(largest)
+
+
+def test_attention_is_the_softmax_of_scaled_products():
+    torch.manual_seed(0)
+    layer, x = Attention(16), torch.randn(2, 16, 3, 5)
+    torch.nn.init.normal_(layer.out.weight)
+    q, k, v = (p.flatten(2).unflatten(1, (4, 4)) for p in layer.qkv(layer.norm(x)).chunk(3, dim=1))
+    weights = torch.einsum("bhci,bhcj->bhij", q, k).div(2).softmax(dim=-1)  # 2 is sqrt(4)
+    mixed = torch.einsum("bhij,bhcj->bhci", weights, v).flatten(1, 2).view(x.shape)
+    torch.testing.assert_close(layer(x), x + layer.out(mixed))
+
+
+def test_skips_lead_from_each_block_to_its_mirror_image():
+    unet = random_unet(Config(widths=(8, 16), embedding_size=16, blocks=2, dense_size=0))
+    seen = {}
+    for name, module in unet.named_modules():
+        module.register_forward_hook(lambda m, a, out, name=name: seen.update({name: (a[0], out)}))
+    unet(torch.randn(2, 1, 28, 28), torch.tensor([1, 2]), torch.tensor([3, 4]))
+    grown = torch.nn.functional.pixel_shuffle(seen["grow.0"][1], 2)
+    for level, below in ((1, seen["middle"][1]), (0, grown)):
+        for block, mirrored in ((0, 1), (1, 0)):
+            before = below if block == 0 else seen[f"up.{level}.0"][1]
+            skip = seen[f"down.{level}.{mirrored}"][1]
+            assert torch.equal(seen[f"up.{level}.{block}"][0], before + skip)

@@ -440,3 +440,59 @@ def test_labels_that_differ_are_named_among_many(tmp_path):
     cfg = replace(cfg, class_names="/".join(known), preview_digits="all")
     with pytest.raises(ValueError, match="different in 'label13/label13b'"):
         load_split(cfg, True, torch.device("cpu"))
+
+
+def test_qmnists_labels_are_its_first_column(monkeypatch):
+    class QMNIST:
+        def __init__(self, root: str, train: bool = True, download: bool = False) -> None:
+            self.data = torch.zeros(3, 28, 28, dtype=torch.uint8)
+            self.targets = torch.arange(24).view(3, 8)
+
+    module = type("datasets", (), {"QMNIST": QMNIST})
+    monkeypatch.setattr(other_data, "from_torchvision", lambda name: module)
+    _, labels = other_data.read_by_torchvision(Config(dataset="QMNIST"), True)
+    assert labels.tolist() == [0, 8, 16]
+
+
+def test_more_images_than_are_resized_at_a_time_are_all_resized():
+    images = torch.randint(0, 256, (4100, 1, 4, 4), dtype=torch.uint8)
+    assert other_data.resize(images, Config(img_size=8), True).shape == (4100, 1, 8, 8)
+
+
+def test_what_folders_can_be_labels(tmp_path, monkeypatch):
+    cfg = Config(dataset="folder", data_dir=str(tmp_path))
+    for name in ("cat", "dog", ".cache"):
+        (tmp_path / name).mkdir()
+    assert class_names(cfg) == ["cat", "dog"]
+    for name in ("caf\u00e9", "cafe\u0301"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(ValueError, match="only in their Unicode form"):
+        class_names(cfg)
+    monkeypatch.setattr(other_data, "MAX_CLASSES", 2)
+    with pytest.raises(ValueError, match="has 4 subfolders, needs one for each label, 1 to 2"):
+        class_names(cfg)
+
+
+def test_endings_may_be_in_capitals(tmp_path):
+    (tmp_path / "cat").mkdir()
+    for name in ("a.JPG", "b.Png"):
+        Image.new("L", (8, 8)).save(tmp_path / "cat" / name)
+    for train in (True, False):  # the second picture is set aside
+        assert len(other_data.read_folder(folder(tmp_path), train)[0]) == 1
+
+
+def test_pictures_that_are_too_many_or_too_large_are_refused(tmp_path, monkeypatch):
+    cfg = folder(make_folder(tmp_path, ["cat"]))
+    monkeypatch.setattr(other_data, "MAX_BYTES", 3 * 784)
+    with pytest.raises(ValueError, match="too many pictures; choose a smaller --img_size"):
+        other_data.read_folder(cfg, train=True)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 600)  # that one has 810
+    with pytest.raises(Image.DecompressionBombWarning):
+        open_picture(tmp_path / "cat" / "1.png")
+
+
+def test_what_cannot_be_read_is_said_once_not_for_each_split(tmp_path, capsys):
+    make_folder(tmp_path, ["cat"])
+    (tmp_path / "cat" / "broken.png").write_bytes(b"no picture")
+    other_data.read_folder(folder(tmp_path), train=False)
+    assert capsys.readouterr().out == ""

@@ -10,6 +10,7 @@ from PIL import Image
 from interface.picture import (
     arrange,
     image_grid,
+    most_images,
     name_rows,
     read_npz,
     save_animation,
@@ -174,3 +175,14 @@ def test_a_member_that_is_no_array_is_named(tmp_path, name):
         archive.writestr(name, b"hello")
     with pytest.raises(ValueError, match=rf"raw\.npz: not a valid \.npz: {name} is not an array"):
         read_npz(path)
+
+
+def test_animations_hold_what_a_webp_can():
+    assert most_images(256, ".webp") == most_images(256, ".gif") == 16_000 // 258
+
+
+def test_names_beside_rows_make_room_for_the_longest_up_to_a_limit():
+    grid = image_grid(torch.zeros(1, 1, 28, 28, dtype=torch.uint8), 1)
+    names = ("d", "dog", "dog with hat", "d" * 30, "d" * 31)
+    widths = [name_rows(grid, [name]).width for name in names]
+    assert widths[0] < widths[1] < widths[2] < widths[3] == widths[4]

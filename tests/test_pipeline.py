@@ -5,6 +5,7 @@ import torch
 from test_diffusion import SAMPLERS, GaussianData, diffusion, draw
 
 from config import Config
+from levels import GreyLevels
 from pipeline import Pipeline, Start
 from system.randomness import ImageNoise, seeded_generator
 
@@ -110,3 +111,45 @@ def test_sampling_leaves_the_global_random_state_alone():
     state = torch.get_rng_state()
     draw(process, GaussianData(process), torch.arange(2))
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def some_levels() -> GreyLevels:
+    """Every level becomes 7, 17 … 57, by the white of the image."""
+    curves = torch.full((6, 2041), 7, dtype=torch.uint8)
+    curves += torch.arange(6, dtype=torch.uint8)[:, None] * 10
+    return GreyLevels(torch.ones(6) / 6, curves)
+
+
+def test_known_pixels_keep_their_grey_levels():
+    process = diffusion(steps=4)
+    pipeline = Pipeline(process.cfg, GaussianData(process), levels=some_levels())
+    known = torch.zeros(8, 8, dtype=torch.bool)
+    known[:4] = True
+    drawn = pipeline.draw(torch.arange(3), start=Start(torch.full((1, 8, 8), 0.3), known))
+    assert (drawn[:, :, :4] == torch.tensor(0.3)).all()
+
+
+def test_whites_do_not_depend_on_the_batches():
+    def drawn(size: int) -> torch.Tensor:
+        process = diffusion(steps=2, sample_batch_size=size)
+        pipeline = Pipeline(process.cfg, GaussianData(process), levels=some_levels())
+        return pipeline.draw(torch.arange(10))
+
+    whole = drawn(10)
+    assert len(whole[:, 0, 0, 0].unique()) > 2
+    for size in (1, 3):
+        assert torch.equal(drawn(size), whole)
+
+
+def test_the_last_batch_may_be_smaller():
+    pipeline = Pipeline(Config(sample_batch_size=4), None)
+    assert [pipeline.batch_count(n) for n in (1, 4, 5, 8, 9)] == [1, 1, 2, 2, 3]
+
+
+def test_completing_begins_with_noise_alone():
+    known = torch.zeros(8, 8, dtype=torch.bool)
+    known[:4] = True
+    noise, same = (ImageNoise(0, range(3), (1, 8, 8)) for _ in range(2))
+    start = Start(torch.full((1, 8, 8), 0.9), known)
+    first = next(gaussian_pipeline().states(torch.arange(3), noise, start))
+    assert torch.equal(first, same.draw())

@@ -306,3 +306,28 @@ def test_the_command_to_go_on_starts_as_many_processes(monkeypatch):
 def test_the_fraction_that_is_done_counts_epochs_or_seconds(budget, progress, fraction):
     cfg = replace(CFG, budget=budget)
     assert fraction_done(cfg, progress, images_per_epoch=320) == pytest.approx(fraction)
+
+
+def test_a_new_budget_changes_the_plan_and_resuming_does_not(tmp_path):
+    saved = save(tmp_path, replace(CFG, budget="5m"))
+    assert plan_of(tmp_path, load=saved, budget="5m").changed
+    assert not plan_of(tmp_path, resume=True).changed
+
+
+def test_a_run_that_begins_with_reduced_weights_is_new(tmp_path):
+    reduced = tmp_path / "reduced.pth"
+    export.slim(save(tmp_path, progress=IN_AN_EPOCH), reduced)
+    cfg = plan_of(tmp_path, load=reduced, budget="5m").cfg
+    assert (cfg.budget, cfg.epochs) == ("5m", 1)
+    assert plan_of(tmp_path, load=reduced, more_epochs=1, batch_size=64).cfg.batch_size == 64
+
+
+def test_guidance_that_a_model_would_unlearn_is_refused(tmp_path):
+    save(tmp_path, replace(CFG, guide_fraction=0.0))
+    with pytest.raises(ValueError, match="set guidance to 1"):
+        plan_of(tmp_path, resume=True, label_dropout=0.0)
+
+
+def test_a_run_that_is_done_but_lacks_a_grid_goes_on(tmp_path):
+    save(tmp_path, progress=Progress(epoch=4, step=40), grid=False)
+    assert plan_of(tmp_path, resume=True).action == "train"

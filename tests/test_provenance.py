@@ -77,3 +77,11 @@ def test_a_picture_that_lacks_a_setting_asks_for_nothing(name):
     del known[name]
     with pytest.raises(ValueError, match=r"a\.png: not a PNG that generate\.py wrote"):
         request_from_picture(known, Path("a.png"), CFG, {})
+
+
+def test_exact_labels_are_drawn_again_and_random_ones_refused():
+    known = {"digits": "mnist", "count": 2} | Config().select("sampling", "picture")
+    with pytest.raises(ValueError, match="drew its labels at random"):
+        request_from_picture(known, Path("a.png"), Config(), {})
+    exact = known | {"labels": "exact"}
+    assert request_from_picture(exact, Path("a.png"), Config(), {}).digits == "mnist"

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -210,3 +211,34 @@ def test_a_models_result_that_no_sweep_could_show_is_measured_again(tmp_path, lo
         del incomplete["samples"]["agreement"]
     results.write_result(tmp_path / "a.json", incomplete)
     assert results.read_result(tmp_path / "a.json", {"model": "m"}) is None
+
+
+def test_unmatched_grey_levels_have_a_result_of_their_own():
+    device = torch.device("cpu")
+    model = LoadedModel(Path("m.pth"), Config(), None, None, Progress(), device, 64 * "0")
+    files = {results.result_file(model, Config(match_levels=on), 128) for on in (True, False)}
+    assert len(files) == 2
+
+
+def test_a_result_with_costly_figures_is_kept_beside_one_without(tmp_path):
+    costly = result() | {"cas": {"synthetic": [0.9], "real": [0.99]}}
+    results.write_result(tmp_path / "a.json", costly)
+    results.write_result(tmp_path / "a.json", result())
+    (kept,) = set(tmp_path.iterdir()) - {tmp_path / "a.json"}
+    assert results.read_result(kept, {})["cas"] == costly["cas"]
+
+
+def test_a_result_on_other_test_images_is_kept(tmp_path):
+    for digit in "12":
+        results.write_result(tmp_path / "a.json", result() | {"test_sha256": 64 * digit})
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_the_table_gives_mean_and_spread_and_names_labels():
+    score = {"c2st": {"exact": {"samples": [0.9, 0.8, 0.7], "real": [0.5, 0.5, 0.5]}}}
+    shown = row(results.table(result() | score), "C2ST, exact pixels")
+    assert shown == "80.00% ± 10.00% 50.00% ± 0.00% (training images)"
+    found = metrics(fd_over_floor=2, copies=0, by_digit=[1, 0.5], confusions=[[1, 0, 7]])
+    named = result() | {"label_names": ["cat", "dog"], "samples": found, "real": found}
+    assert row(results.table(named), "  confusions") == "dog as cat: 7 dog as cat: 7"
+    assert row(results.table(named), "  dog") == "50.00% 50.00%"

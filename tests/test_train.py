@@ -36,6 +36,7 @@ from diffusion import Diffusion
 from interface.folder import newest_of_run
 from interface.models import list_checkpoints
 from interface.runs import Run
+from levels import GreyLevels
 from pipeline import Pipeline
 from system.randomness import seeded_generator
 
@@ -938,3 +939,70 @@ def test_the_grid_of_another_runs_checkpoint_is_drawn_as_that_run_would(run, tmp
     drawn, theirs = (tmp_path / each / "images" / "samples_epoch_1.png" for each in "ab")
     assert drawn.read_bytes() == theirs.read_bytes()
     assert "nothing left to do" in run("train.py", **again).out
+
+
+def test_the_validation_loss_is_the_mean_of_all_images_each_batch_with_its_own_noise():
+    seeds = []
+
+    def loss(model: object, x_0: torch.Tensor, y: torch.Tensor, generator, part) -> torch.Tensor:
+        seeds.append(generator.initial_seed())
+        return y.float().mean()
+
+    images, labels = torch.zeros(10, 1, 4, 4, dtype=torch.uint8), torch.arange(10)
+    found = train.validation_loss(Config(batch_size=4), loss, None, images, labels)
+    assert found == pytest.approx(4.5)
+    assert len(set(seeds)) == 3
+
+
+def test_the_logged_loss_and_speed_count_whole_batches_only(run, tmp_path, monkeypatch):
+    def quarter(self, model: torch.nn.Module, *rest: object) -> torch.Tensor:
+        return 0.25 + 0 * sum(p.sum() for p in model.parameters())
+
+    monkeypatch.setattr(Diffusion, "loss", quarter)
+    flags = TINY | {"max_images": 300, "batch_size": 33, "output_dir": tmp_path}
+    assert run("train.py", **flags, epochs=1).code == 0
+    [row] = metrics(tmp_path)
+    assert float(row["loss"]) == pytest.approx(0.25)
+    assert row["epoch"] == "1"
+    assert float(row["images_per_second"]) * float(row["seconds"]) > 297
+
+
+def test_a_run_that_goes_on_in_another_folder_is_saved_there_at_once(whole, run, tmp_path):
+    start = {"load_checkpoint_path": whole / "models" / "model_epoch_4.pth"}
+    flags = TINY | start | {"continue_training_epochs": 1, "save_every": 1}
+    assert run("train.py", **flags, output_dir=tmp_path).code == 0
+    names = [path.name for path in sorted(tmp_path.glob("models/*"))]
+    assert names == ["model_epoch_4.pth", "model_epoch_5.pth"]
+
+
+def test_levels_and_grids_are_those_of_the_average_and_its_guide(run, tmp_path, monkeypatch):
+    pairs, guided = [], Diffusion.guided
+
+    def recorded(self, model: torch.nn.Module, guide: torch.nn.Module | None = None):
+        pairs.append((model, guide))
+        return guided(self, model, guide)
+
+    monkeypatch.setattr(Diffusion, "guided", recorded)
+    assert run("train.py", **TINY, epochs=1, output_dir=tmp_path).code == 0
+    saved = checkpoint.load(tmp_path / "models" / "model_epoch_1.pth")
+    assert len(pairs) == 2  # for the grey levels, and for the grid
+    for model, guide in pairs:
+        assert_same(dict(model.state_dict()), dict(saved["ema"]))
+        assert_same(dict(guide.state_dict()), dict(saved["guide"]))
+
+
+def test_levels_that_cannot_be_measured_are_not_those_of_an_earlier_save(
+    run, tmp_path, monkeypatch
+):
+    of_model, calls = GreyLevels.of_model, []
+
+    def once(*args: object) -> GreyLevels:
+        calls.append(1)
+        if len(calls) == 2:
+            raise MemoryError("no memory")
+        return of_model(*args)
+
+    monkeypatch.setattr(GreyLevels, "of_model", once)
+    assert run("train.py", **TINY, epochs=2, save_every=1, output_dir=tmp_path).code == 0
+    paths = [tmp_path / "models" / f"model_epoch_{epoch}.pth" for epoch in (1, 2)]
+    assert [checkpoint.load(path)["levels"] is not None for path in paths] == [True, False]
