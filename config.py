@@ -69,7 +69,7 @@ class Config:
     loss_weighting: str = training(
         "snr_power", "how the loss weights timesteps", choices=("uniform", "min_snr", "snr_power")
     )
-    snr_power: float = training(0.25, "p of snr_power's weight of x_0's error, snr^p", ge=0, le=1)
+    snr_power: float = training(0.25, "snr_power: the p in x_0's loss weight, snr^p", ge=0, le=1)
     min_snr_gamma: float = training(5.0, "min_snr: largest weight of x_0's error", gt=0)
     timestep_power: float = denoising(0.7, "p of t = T * u^p, u uniform (p < 1: more noise)", gt=0)
     unsquared_snr: float = training(10.0, "pseudo-Huber loss above this snr (0: nowhere)", ge=0)
