@@ -35,6 +35,8 @@ def trained_state(cfg: Config = CFG, progress: Progress | None = None) -> TrainS
     state.progress = progress or Progress(epoch=1, step=10)
     state.totals += torch.tensor([0.1, 1 / 3])
     state.epoch_seconds = 2.5
+    state.levels = GreyLevels(torch.ones(6) / 6, torch.full((6, 2041), 9, dtype=torch.uint8))
+    state.data = {"images": 5, "shape": [1, 28, 28], "sha256": "0" * 64}
     return state
 
 
@@ -44,7 +46,8 @@ def everything(state: TrainState) -> dict:
     weights = {name: net and dict(net.state_dict()) for name, net in networks.items()}
     optimizers = [optimizer.state_dict() for optimizer in state.optimizers]
     counters = {"progress": state.progress, "seconds": state.epoch_seconds}
-    return weights | counters | {"optimizers": optimizers, "totals": state.totals}
+    about = {"levels": state.levels and vars(state.levels), "data": state.data}
+    return weights | counters | about | {"optimizers": optimizers, "totals": state.totals}
 
 
 def without_guide() -> TrainState:
@@ -339,3 +342,9 @@ def test_grey_levels_come_back_and_are_checked(tmp_path):
     torch.save(checkpoint.load(path) | {"levels": wrong}, path)
     with pytest.raises(ValueError, match=r"a\.pth: its curves of grey levels"):
         checkpoint.load(path)
+
+
+def test_a_state_whose_batches_cannot_be_divided_is_not_made():
+    cfg = Config(widths=(8,), embedding_size=8, batch_size=7, accumulate=8)
+    with pytest.raises(ValueError, match="batch_size = 7: cannot be divided among 8 parts"):
+        TrainState.initial(cfg, CPU)
