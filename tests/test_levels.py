@@ -125,6 +125,7 @@ def test_measured_of_a_model_whatever_its_number_of_steps(steps):
     state = TrainState.initial(replace(cfg, guide_fraction=0.0), torch.device("cpu"))
     diffusion = Diffusion(cfg)
     levels = GreyLevels.of_model(diffusion, diffusion.guided(state.ema), images, labels)
+    assert levels.curves.shape == (6, 2041)
     assert (levels.curves.int().diff(dim=1) >= 0).all()
     assert len(levels.curves.unique()) > 1
 
