@@ -354,7 +354,7 @@ def test_a_folder_that_changes_during_a_run_costs_no_weights(run, tmp_path, monk
 @unix
 def test_a_budget_from_a_checkpoint_counts_from_there(whole, server, tmp_path):
     path = whole / "models" / "model_epoch_4.pth"
-    flags = TINY | {"load_checkpoint_path": path, "budget": "2s", "output_dir": tmp_path}
+    flags = TINY | {"load_checkpoint_path": path, "budget": "5s", "output_dir": tmp_path}
     outcome = server.run("train", flags)
     assert outcome.code == 0, outcome
     first, last = metrics(tmp_path)[0], metrics(tmp_path)[-1]
