@@ -1,7 +1,7 @@
 """Every setting of the program: its default, its help and its limits. Standard library only.
 
 Edit a default here or pass the flag of the same name; both are checked. A trained model keeps its
-own values, except of `machine` and `picture`, unless a flag changes them.
+own values, except those of `machine` and, when drawing, `picture`, unless a flag changes them.
 """
 
 from dataclasses import asdict, dataclass, field, fields

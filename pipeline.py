@@ -21,6 +21,7 @@ class Start:
     strength: float = 1.0  # editing begins with x_0 noised to strength · T
 
     def to(self, device: torch.device) -> "Start":
+        """The same on another device."""
         x_0, known = (each if each is None else each.to(device) for each in (self.x_0, self.known))
         return Start(x_0, known, self.strength)
 

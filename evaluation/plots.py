@@ -16,7 +16,7 @@ from matplotlib.ticker import LogLocator
 from evaluation.results import settings_used
 from system.files import atomic_write
 
-gc.freeze()  # all that is imported, so that `save` has a hundredth to look through
+gc.freeze()  # modules stay: `save` need not search them, which takes a hundred times as long
 
 
 def save(figure: Figure, path: Path) -> None:

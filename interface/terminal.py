@@ -95,6 +95,7 @@ def whole_number(largest: int) -> Callable[[str], int]:
     """A parser of whole numbers from 1 to `largest`."""
 
     def parse(text: str) -> int:
+        # int() refuses thousands of digits in words of its own
         if not text.isdecimal() or len(text) > 9 or not 1 <= int(text) <= largest:
             raise ValueError(f"{text!r} is not a whole number from 1 to {largest}")
         return int(text)
